@@ -1,0 +1,204 @@
+"""Draws of any sampler as an ArviZ object, with what was observed and a log likelihood that counts.
+
+ArviZ is imported only when asked for. Version 0.x gives ``InferenceData``, 1.x a ``DataTree``; the
+groups and names inside are the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pyro_ebm.chains import _arviz_core as core
+from pyro_ebm.chains.log_likelihood import pointwise_log_likelihood
+from pyro_ebm.chains.observations import Conditioned
+from pyro_ebm.chains.record import Arrays, Record, as_record, to_numpy
+from pyro_ebm.chains.runaway import find_runaways
+from pyro_ebm.errors import ImproperEnergyWarning
+
+__all__ = ["summary", "to_arviz"]
+
+
+def to_arviz(
+    source: Any,
+    *,
+    model: Callable[..., Any] | None = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    prior: Mapping[str, Any] | None = None,
+    posterior_predictive: Mapping[str, Any] | None = None,
+    log_likelihood: bool | Sequence[str] = False,
+    coords: Mapping[str, Any] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    warmup: bool = False,
+) -> Any:
+    r"""Converts draws to ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (ArviZ 1.x).
+
+    ``posterior`` holds the draws on the constrained space; ``sample_stats`` the statistics under
+    ArviZ's names, ``energy`` being the Hamiltonian and ``lp`` minus the potential on the
+    unconstrained space. Both carry ``inference_library``, ``sampler``, ``adjusted`` (0 for chains
+    without a Metropolis step), ``approximate`` and, if set, ``inverse_temperature`` as attributes.
+    A ``/`` in a name is written as a dot.
+
+    Args:
+        source: A finished :class:`pyro.infer.MCMC` (any kernel), a run of this package's samplers,
+            a :class:`~pyro_ebm.chains.Record`, or a dict of ``(chains, draws, ...)`` arrays.
+        model: The Pyro model, for ``observed_data`` and ``log_likelihood``. With Pyro's MCMC the
+            kernel's own model and the arguments of ``run`` are used if this is left out.
+        args: Positional arguments of ``model``.
+        kwargs: Keyword arguments of ``model``.
+        prior: Draws of ``Predictive(model, num_samples=S)``: sites of the posterior go to
+            ``prior``, others to ``prior_predictive``.
+        posterior_predictive: Draws of ``Predictive``, one for each posterior draw.
+        log_likelihood: Whether to add the pointwise log likelihood, in nats, of all data sites, or
+            the names of those wanted.
+        coords: Dimension to coordinate labels.
+        dims: Variable to names of its dimensions after ``(chain, draw)``.
+        warmup: Whether to add the warm-up's draws and statistics, as far as the source has them.
+
+    Raises:
+        MissingNormalizerError: If a log likelihood is asked of a site whose density is not
+            normalized at every draw.
+        ValueError: If a log likelihood is asked without a model, of a single dependent observation,
+            or with latent sites that have no draws; if predictive draws do not match the
+            posterior's.
+        TypeError: If ``source`` is of another kind.
+
+    Warns:
+        ImproperEnergyWarning: If draws run away, as under an energy that is not integrable.
+
+    Example:
+        >>> import numpy as np
+        >>> draws = np.random.default_rng(0).normal(size=(4, 100, 3))
+        >>> data = to_arviz({"x": draws})
+        >>> data["posterior"]["x"].shape
+        (4, 100, 3)
+    """
+    record = as_record(source)
+    _warn_of_runaways(record)
+    groups = _sampled_groups(record, warmup=warmup)
+    conditioned = _conditioned(source, record, model, args, kwargs)
+    if conditioned is not None:
+        groups["observed_data"] = conditioned.observed_data()
+    if log_likelihood is not False:
+        names = None if log_likelihood is True else list(log_likelihood)
+        groups["log_likelihood"] = _log_likelihood(record, conditioned, names)
+        dims = _without_masked(dims, groups)
+    groups |= _predictive_groups(record, prior, posterior_predictive)
+    return core.build(import_arviz(), groups, coords=coords, dims=dims, attrs=_attrs(record))
+
+
+def summary(source: Any) -> Any:
+    """Returns a ``pandas.DataFrame`` with a row for every scalar of the posterior.
+
+    Columns: mean, sd, mcse_mean, ess_bulk, ess_tail, r_hat. R-hat and both effective sample sizes
+    are ArviZ's rank-normalized ones; ``nan`` where they do not exist (constant or non-finite draws,
+    one chain).
+
+    Args:
+        source: What :func:`to_arviz` takes.
+
+    Example:
+        >>> import numpy as np
+        >>> table = summary({"x": np.random.default_rng(0).normal(size=(4, 500, 2))})
+        >>> list(table.index)
+        ['x[0]', 'x[1]']
+        >>> bool((table["r_hat"] < 1.02).all())
+        True
+    """
+    return table_of(as_record(source).draws)
+
+
+def table_of(draws: Arrays) -> Any:
+    """Returns the summary table of ``(chains, draws, ...)`` arrays."""
+    return core.summary_table(import_arviz(), draws)
+
+
+def import_arviz() -> Any:
+    """Returns the ``arviz`` module; its announcement of a coming major version is muted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import arviz
+    return arviz
+
+
+def _warn_of_runaways(record: Record) -> None:
+    for name, how in find_runaways(record.draws).items():
+        warnings.warn(
+            f"site {name!r} {how}: its energy is probably not integrable there. Confine it (a base "
+            "distribution does), or standardize x if this is its natural scale",
+            ImproperEnergyWarning,
+            stacklevel=3,
+        )
+
+
+def _sampled_groups(record: Record, *, warmup: bool) -> dict[str, Arrays]:
+    groups = {
+        "posterior": record.draws,
+        "sample_stats": core.conventional_stats(record.sample_stats),
+    }
+    if warmup:
+        groups["warmup_posterior"] = record.warmup_draws
+        groups["warmup_sample_stats"] = core.conventional_stats(record.warmup_stats)
+    return groups
+
+
+def _conditioned(
+    source: Any,
+    record: Record,
+    model: Callable[..., Any] | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+) -> Conditioned | None:
+    """Binds the model given, or else the one that the source was run with, to the draws."""
+    if model is None:
+        model = getattr(getattr(source, "kernel", None), "model", None)
+        if not args and not kwargs:
+            args, kwargs = getattr(source, "_args", None) or (), getattr(source, "_kwargs", None)
+    return None if model is None else Conditioned(model, args, kwargs or {}, record.draws)
+
+
+def _log_likelihood(
+    record: Record, conditioned: Conditioned | None, names: Sequence[str] | None
+) -> Arrays:
+    if conditioned is None:
+        raise ValueError("log_likelihood needs the model: pass model=, args= and kwargs=")
+    values = pointwise_log_likelihood(conditioned, names)
+    return core.by_chain("log_likelihood", values, record.num_chains, record.num_samples)
+
+
+def _without_masked(
+    dims: Mapping[str, Sequence[str]] | None, groups: Mapping[str, Arrays]
+) -> dict[str, Sequence[str]]:
+    """Drops the dimension names of sites whose masked rows are not in the log likelihood."""
+    scores, data = groups["log_likelihood"], groups["observed_data"]
+    same = {k: s.shape[2:] == data[k].shape[: s.ndim - 2] for k, s in scores.items()}
+    return {name: names for name, names in (dims or {}).items() if same.get(name, True)}
+
+
+def _predictive_groups(
+    record: Record,
+    prior: Mapping[str, Any] | None,
+    posterior_predictive: Mapping[str, Any] | None,
+) -> dict[str, Arrays]:
+    before = {name: to_numpy(x)[None] for name, x in (prior or {}).items()}
+    after = {name: to_numpy(x) for name, x in (posterior_predictive or {}).items()}
+    shape = record.num_chains, record.num_samples
+    return {
+        "prior": {name: x for name, x in before.items() if name in record.draws},
+        "prior_predictive": {name: x for name, x in before.items() if name not in record.draws},
+        "posterior_predictive": core.by_chain("posterior_predictive", after, *shape),
+    }
+
+
+def _attrs(record: Record) -> dict[str, Any]:
+    """Returns attributes that NetCDF can hold: no booleans, nothing unset."""
+    attrs: dict[str, Any] = {"inference_library": "pyro_ebm", **record.metadata()}
+    attrs |= {"sampling_time": attrs.pop("seconds"), **attrs.pop("attrs")}
+    with suppress(PackageNotFoundError):  # run from a source tree
+        attrs["inference_library_version"] = version("pyro-ebm")
+    plain = {k: int(v) if isinstance(v, bool) else v for k, v in attrs.items()}
+    return {k: v for k, v in plain.items() if v is not None}

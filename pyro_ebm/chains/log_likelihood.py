@@ -1,0 +1,210 @@
+r"""The pointwise log likelihood of a model's data under every draw, and when it means something.
+
+For rows :math:`y_i` of a data site, leave-one-out cross-validation and model comparison use
+:math:`\log p(y_i \mid \theta_s)` at all draws :math:`\theta_s`. That has a meaning only if
+
+* the density is normalized *at every draw*: without :math:`\log Z(\theta_s)` the results are wrong
+  by many nats while their own diagnostics stay green;
+* the rows are exchangeable observations: one lattice, graph or series has none to leave out.
+
+References:
+    Vehtari, Gelman, Gabry, Practical Bayesian model evaluation using leave-one-out cross-validation
+    and WAIC, Statistics and Computing 27, 2017. arXiv:1507.04544.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyro_ebm.chains.observations import Conditioned, Site, is_subsample
+from pyro_ebm.chains.record import to_numpy
+from pyro_ebm.distributions import unwrap
+from pyro_ebm.errors import MissingNormalizerError, MissingNormalizerWarning
+from pyro_ebm.settings import missing_normalizer_policy
+
+__all__ = ["pointwise_log_likelihood"]
+
+_CHUNK = 500
+
+
+def pointwise_log_likelihood(
+    conditioned: Conditioned, names: Sequence[str] | None = None
+) -> dict[str, NDArray[Any]]:
+    r"""Returns :math:`\log p(y_i\mid\theta_s)` in nats, of shape ``(S,) + rows``, for every site.
+
+    Scales are left out. Rows that a mask hides are no observations and are left out too, which
+    flattens the rows of their site. Draws are evaluated in batches behind an outer plate, checked
+    against single draws; a model whose batch dimensions do not allow that is run draw by draw.
+
+    Args:
+        conditioned: The model with its draws.
+        names: The data sites wanted; all of them if ``None``.
+
+    Raises:
+        MissingNormalizerError: If a site's density is not normalized at every draw.
+        ValueError: If a latent site has no draws, a site is unknown, a plate is subsampled, or a
+            site holds a single observation.
+    """
+    trace = _differentiable_trace(conditioned)
+    sites = conditioned.data_sites(trace)
+    wanted = list(sites) if names is None else list(names)
+    if unknown := [name for name in wanted if name not in sites]:
+        raise ValueError(f"log_likelihood: no data at {unknown}; the data sites are {list(sites)}")
+    _check_all_drawn(trace)
+    for name in wanted:
+        _check_normalized(name, sites[name])
+    _score_and_check_covered(conditioned, trace, wanted)
+    for name in wanted:
+        _check_rows(name, sites[name])
+    return _evaluate(conditioned, trace, [_layout(name, sites[name]) for name in wanted])
+
+
+# What is refused
+
+
+def _differentiable_trace(conditioned: Conditioned) -> Any:
+    values = conditioned.values(0)
+    leaves = {name: v.clone().requires_grad_(v.is_floating_point()) for name, v in values.items()}
+    with torch.enable_grad():
+        return conditioned.trace(leaves)
+
+
+def _check_all_drawn(trace: Any) -> None:
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample":
+            continue
+        if is_subsample(site):
+            if site["fn"].subsample_size < site["fn"].size:
+                raise ValueError(
+                    f"log_likelihood: plate {name!r} is subsampled; give the model its full data"
+                )
+        elif not site["is_observed"]:
+            raise ValueError(
+                f"log_likelihood: latent site {name!r} has no draws, so its likelihood would be "
+                "that of a random value. Add its draws to the source, or marginalize it out"
+            )
+
+
+def _check_normalized(name: str, site: Site) -> None:
+    ebm = _energy_based(site["fn"])
+    policy = missing_normalizer_policy()
+    if ebm is None or ebm.is_normalized or policy == "ignore":
+        return
+    message = (
+        f"log_likelihood: site {name!r} has an unnormalized density. Its log Z is needed at every "
+        "draw: without it LOO, compare and evidence mean nothing, although their diagnostics look "
+        "fine. Give the distribution a log_normalizer that is a function of its parameters, or "
+        "check the model by posterior prediction"
+    )
+    if policy == "error":
+        raise MissingNormalizerError(message)
+    warnings.warn(message, MissingNormalizerWarning, stacklevel=4)
+
+
+def _energy_based(fn: Any) -> Any:
+    """Returns the part of ``fn`` that says whether it is normalized, if it has one."""
+    found = unwrap(fn)
+    while found is None and fn is not None:
+        found = fn if hasattr(fn, "is_normalized") else None
+        fn = getattr(fn, "base_dist", None)
+    return found
+
+
+def _score_and_check_covered(conditioned: Conditioned, trace: Any, names: Sequence[str]) -> None:
+    """Scores the data at one draw and differentiates: a log Z that ignores a latent raises."""
+    with torch.enable_grad():
+        trace.compute_log_prob(site_filter=lambda name, _: name in names)
+        total = torch.stack([trace.nodes[name]["log_prob_sum"] for name in names]).sum()
+    latents = [site["value"] for name, site in trace.nodes.items() if name in conditioned.draws]
+    leaves = [value for value in latents if value.requires_grad]
+    if leaves and total.requires_grad:
+        torch.autograd.grad(total, leaves, allow_unused=True)
+
+
+def _check_rows(name: str, site: Site) -> None:
+    rows = site["unscaled_log_prob"].shape
+    if rows.numel() <= 1:
+        raise ValueError(
+            f"log_likelihood: site {name!r} has batch_shape {tuple(rows)}: it is one observation, "
+            "whose parts are not exchangeable, so nothing can be left out. Check it by posterior "
+            "prediction, name other sites as log_likelihood=[...], or put independent rows into a "
+            "plate"
+        )
+
+
+# What is computed
+
+
+class _Layout(NamedTuple):
+    """A data site, the shape of its rows, and which of them are observed (all if ``None``)."""
+
+    name: str
+    rows: torch.Size
+    observed: Tensor | None
+
+    def pick(self, trace: Any, num_draws: int) -> Tensor:
+        values = trace.nodes[self.name]["unscaled_log_prob"]
+        if values.dim() <= len(self.rows):  # did not depend on the draws
+            values = values.expand(num_draws, *self.rows)
+        values = values.reshape(num_draws, *self.rows)
+        return values if self.observed is None else values[:, self.observed]
+
+
+def _layout(name: str, site: Site) -> _Layout:
+    rows = site["unscaled_log_prob"].shape
+    masks = [site["mask"], getattr(site["fn"], "_mask", None)]
+    hidden = [mask for mask in masks if mask is not None and mask is not True]
+    observed = torch.ones(rows, dtype=torch.bool)
+    for mask in hidden:
+        observed = observed & torch.as_tensor(mask).cpu()
+    return _Layout(name, rows, observed if hidden else None)
+
+
+def _evaluate(
+    conditioned: Conditioned, like: Any, layouts: list[_Layout]
+) -> dict[str, NDArray[Any]]:
+    with torch.no_grad(), pyro.validation_enabled(is_validate=False):
+        scores = _batched(conditioned, like, layouts)
+        if scores is None:
+            scores = _one_by_one(conditioned, layouts, range(conditioned.num_draws))
+    return {name: to_numpy(values) for name, values in scores.items()}
+
+
+def _batched(
+    conditioned: Conditioned, like: Any, layouts: list[_Layout]
+) -> dict[str, Tensor] | None:
+    """Scores many draws at once; ``None`` if the model cannot, or answers differently then."""
+    size = conditioned.num_draws
+    chunks = [slice(i, min(i + _CHUNK, size)) for i in range(0, size, _CHUNK)]
+    try:
+        parts = []
+        for chunk in chunks:
+            trace = conditioned.batched_trace(chunk, like)
+            parts.append(_pick(trace, layouts, chunk.stop - chunk.start))
+        scores = {one.name: torch.cat([part[one.name] for part in parts]) for one in layouts}
+    except Exception:  # whatever a model raises when its latents gain a dimension
+        return None
+    some = sorted({0, size // 2, size - 1})
+    truth = _one_by_one(conditioned, layouts, some)
+    agree = all(torch.allclose(scores[k][some], truth[k], rtol=1e-4, equal_nan=True) for k in truth)
+    return scores if agree else None
+
+
+def _one_by_one(
+    conditioned: Conditioned, layouts: list[_Layout], indices: Sequence[int]
+) -> dict[str, Tensor]:
+    parts = [_pick(conditioned.trace(conditioned.values(i)), layouts, 1) for i in indices]
+    return {one.name: torch.cat([part[one.name] for part in parts]) for one in layouts}
+
+
+def _pick(trace: Any, layouts: list[_Layout], num_draws: int) -> dict[str, Tensor]:
+    wanted = {one.name for one in layouts}
+    trace.compute_log_prob(site_filter=lambda name, _: name in wanted)
+    return {one.name: one.pick(trace, num_draws) for one in layouts}

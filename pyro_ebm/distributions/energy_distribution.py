@@ -1,0 +1,415 @@
+r"""An energy as a Pyro distribution that knows what is known of its normalizer.
+
+.. math:: p(x) = e^{-E(x)}\, \mathrm{base}(x) / Z, \qquad Z = \int e^{-E}\, d\mathrm{base}
+
+Without a base the measure is the support's own: Lebesgue, counting, or the surface of a sphere. ``energy(x)`` is
+:math:`E`, ``potential(x)`` is :math:`U = E - \log \mathrm{base}`; ``unnormalized_log_prob = -U`` is what samplers,
+objectives and normalizers use. ``log_prob = -U - \log Z`` is for Pyro: where log Z is missing it is defined up to a
+constant, which is harmless over :math:`x` and wrong over anything the energy depends on; that second use is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Number
+from typing import Any
+
+import pyro.poutine
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from pyro_ebm.distributions import default_sample, normalizer_guard
+from pyro_ebm.energies.base import ScaledEnergy, SumEnergy
+from pyro_ebm.energies.checks import check_energy_shape
+from pyro_ebm.ops.constraints import base_measure, event_support, finite_values, plain
+from pyro_ebm.ops.log_normalizer import LogNormalizer
+from pyro_ebm.typing import BaseMeasure, EnergyFn, Tractable
+
+LogNormalizerLike = float | Tensor | LogNormalizer | Callable[[], Tensor]
+Sampler = Callable[["EnergyDistribution", torch.Size], Tensor]
+
+
+class EnergyDistribution(TorchDistribution):
+    r"""The law proportional to :math:`e^{-E(x)}` with respect to a base distribution or a support's measure.
+
+    The distribution is a cheap view: it owns no weights. Register a network with ``pyro.module`` (or use a
+    ``PyroModule``), or freeze it.
+
+    Args:
+        energy: ``x -> E(x)`` in nats; ``x`` has shape ``sample + batch + event`` and the result ``sample + batch``,
+            with extra dims (particles, enumeration) on the left only.
+        base: A normalized distribution. It fixes shapes and support.
+        event_shape: Shape of one event, where there is no base.
+        support: Support, where there is no base; real numbers if only ``event_shape`` is given.
+        batch_shape: Batch shape, where there is no base.
+        log_normalizer: What is known of log Z in nats: a constant, a tensor, a :class:`LogNormalizer`, or a function
+            without arguments. A function is taken at its word to hold for every parameter of the energy;
+            anything else holds for the parameters that its own graph contains.
+        sampler: ``(distribution, sample_shape) -> draws``, used by :meth:`sample`.
+        conditional: Whether the energy depends on row-wise values other than ``x``; ``None`` lets objectives test.
+        validate_args: As everywhere in torch.
+
+    Raises:
+        ValueError: If neither base, support nor event shape is given, or they contradict each other.
+        TypeError: If the energy is not callable or the base is not a distribution.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> tilted = EnergyDistribution(lambda x: 0.5 * x**2, base=dist.Normal(0.0, 1.0))
+        >>> tilted.potential(torch.tensor(2.0)) - tilted.potential(torch.tensor(0.0))
+        tensor(4.)
+        >>> tilted.is_normalized
+        False
+    """
+
+    arg_constraints: dict[str, Constraint] = {}
+    has_rsample = False
+    _log_normalizer: LogNormalizerLike | None
+
+    def __init__(
+        self,
+        energy: EnergyFn,
+        base: TorchDistribution | None = None,
+        *,
+        event_shape: torch.Size | tuple[int, ...] | None = None,
+        support: Constraint | None = None,
+        batch_shape: torch.Size | tuple[int, ...] = (),
+        log_normalizer: LogNormalizerLike | None = None,
+        sampler: Sampler | None = None,
+        conditional: bool | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        if not callable(energy):
+            raise TypeError(f"energy must be callable, x -> E(x), got {type(energy).__name__}")
+        self._energy = energy
+        self.base = base
+        self.sampler = sampler
+        self.conditional = conditional
+        self._log_normalizer = _checked_log_normalizer(log_normalizer)
+        self._support, event = _resolve_shapes(energy, base, support, event_shape)
+        batch = torch.Size(batch_shape)
+        if base is not None:
+            batch = torch.broadcast_shapes(batch, base.batch_shape)
+            self.base = base if batch == base.batch_shape else base.expand(batch)
+        elif isinstance(energy, Tractable):
+            batch = torch.broadcast_shapes(batch, energy.log_normalizer().shape)
+        super().__init__(batch, event, validate_args=validate_args)
+
+    # --- what the distribution is
+
+    @property
+    def energy_function(self) -> EnergyFn:
+        """The energy itself, as it was given."""
+        return self._energy
+
+    @property
+    def support(self) -> Constraint:
+        """The support, with the base's or the given constraint."""
+        return self._support
+
+    @property
+    def base_measure(self) -> BaseMeasure:
+        """The measure that densities refer to."""
+        return base_measure(self._support)
+
+    def shares_support_with(self, other: Any) -> bool:
+        """Whether another distribution lives on the same set."""
+        return _same_support(self._support, other.support)
+
+    @property
+    def is_exact_energy(self) -> bool:
+        """Whether the energy itself knows log Z and how to sample."""
+        return self.base is None and isinstance(self._energy, Tractable)
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether log Z is known and was not made at other parameters than today's."""
+        return self._log_normalizer_state() is None
+
+    @property
+    def log_normalizer(self) -> LogNormalizerLike | None:
+        """What was given as log Z, or the energy's own method; ``None`` where it is unknown."""
+        if self._log_normalizer is not None:
+            return self._log_normalizer
+        return self._energy.log_normalizer if self.is_exact_energy else None  # type: ignore[attr-defined]
+
+    def log_normalizer_value(self) -> Tensor | None:
+        """Log Z in nats as a tensor that broadcasts with ``batch_shape``; ``None`` if unknown or stale."""
+        given = self.log_normalizer
+        if given is None or (isinstance(given, LogNormalizer) and given.is_stale):
+            return None
+        if isinstance(given, LogNormalizer):
+            return given.value
+        if isinstance(given, Tensor):
+            return given
+        return given() if callable(given) else torch.as_tensor(given)
+
+    def _log_normalizer_state(self) -> str | None:
+        """``None`` if log Z is known, else how to say that it is not."""
+        given = self.log_normalizer
+        if given is None:
+            return "log Z is unknown"
+        if isinstance(given, LogNormalizer) and given.is_stale:
+            return "log Z is stale: parameters have changed since it was estimated"
+        return None
+
+    # --- densities
+
+    def energy(self, x: Tensor) -> Tensor:
+        """Returns E(x) in nats, shape ``sample + batch`` (extra dims on the left)."""
+        return self._energy_of(self.broadcast_value(x))
+
+    def potential(self, x: Tensor) -> Tensor:
+        """Returns U(x) = E(x) - log base(x) in nats."""
+        return -self.unnormalized_log_prob(x)
+
+    def score(self, x: Tensor) -> Tensor:
+        """Returns the score, minus the gradient of the potential in nats per unit, with the shape of ``x``.
+
+        Differentiable (in parameters and in ``x``) where grad mode is on.
+        """
+        keep_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            at = x if x.requires_grad else x.detach().requires_grad_()
+            log_p = self.unnormalized_log_prob(at)
+            (score,) = torch.autograd.grad(log_p.sum(), at, create_graph=keep_graph)
+        return score
+
+    def unnormalized_log_prob(self, x: Tensor) -> Tensor:
+        """Returns -U(x) in nats: the log density up to log Z. Never checked, never hooked."""
+        return self._unnormalized(self.broadcast_value(x))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Returns -U(x) - log Z, the last term only where it is known.
+
+        Raises:
+            MissingNormalizerError: In the backward pass, if a value other than ``x`` receives gradient that log Z
+                does not account for.
+        """
+        if self._validate_args:
+            self._validate_sample(x)
+        x, log_z = self.broadcast_value(x), self.log_normalizer_value()
+        if normalizer_guard.is_due(self._energy, self.base, x, log_z):
+            x = x.view_as(x)
+            state = self._log_normalizer_state()
+            log_p, log_z = normalizer_guard.watch(
+                self._unnormalized(x),
+                x,
+                log_z,
+                covers=state is None and callable(self.log_normalizer),
+                energy=self._energy,
+                why=state or "log Z was given as a constant",
+            )
+        else:
+            log_p = self._unnormalized(x)
+        return log_p if log_z is None else log_p - log_z
+
+    def _energy_of(self, x: Tensor) -> Tensor:
+        return check_energy_shape(self._energy(x), x, len(self.event_shape), energy=self._energy)
+
+    def _unnormalized(self, x: Tensor) -> Tensor:
+        energy = self._energy_of(x)
+        return -energy if self.base is None else self.base.log_prob(x) - energy
+
+    def broadcast_value(self, x: Tensor) -> Tensor:
+        """Returns ``x`` expanded so that its leading dims contain ``batch_shape``."""
+        event_dim = len(self.event_shape)
+        have = x.shape[: x.dim() - event_dim]
+        need = torch.broadcast_shapes(have, self.batch_shape)
+        return x if have == need else x.expand(need + x.shape[x.dim() - event_dim :])
+
+    # --- sampling
+
+    @torch.no_grad()
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:
+        """Draws: exactly where the energy can, else by ``sampler``, else by a short chain started from the base.
+
+        Returns:
+            Detached draws of shape ``sample_shape + batch_shape + event_shape``.
+
+        Warns:
+            ApproximateSampleWarning: If the short chain had not converged (rank R-hat above 1.2).
+        """
+        shape = torch.Size(sample_shape)
+        with pyro.poutine.block():
+            if self.sampler is not None:
+                return self.sampler(self, shape)
+            if self.is_exact_energy:
+                return default_sample.draw_exactly(self, shape)
+            return default_sample.draw(self, shape)
+
+    @property
+    def has_exact_sample(self) -> bool:
+        """Whether :meth:`sample` draws from the distribution itself rather than from a short chain."""
+        return self.sampler is None and self.is_exact_energy
+
+    @property
+    def has_enumerate_support(self) -> bool:
+        """Whether Pyro may enumerate: a scalar with finitely many values and a known log Z."""
+        return (
+            not self.event_shape and self.is_normalized and finite_values(self._support) is not None
+        )
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:  # noqa: FBT001, FBT002
+        """Returns all values, shape ``(K,) + batch_shape``."""
+        if not self.has_enumerate_support:
+            raise NotImplementedError(
+                "enumerate_support needs a scalar event with finitely many values and a known log Z"
+            )
+        values = finite_values(self._support).reshape((-1,) + (1,) * len(self.batch_shape))  # type: ignore[union-attr]
+        return values.expand((-1,) + self.batch_shape) if expand else values
+
+    # --- new distributions from this one
+
+    def expand(
+        self, batch_shape: torch.Size | tuple[int, ...], _instance: EnergyDistribution | None = None
+    ) -> EnergyDistribution:
+        """Returns the same kind of distribution with a larger batch shape (Pyro's plates call this)."""
+        new = self._copy()
+        new._batch_shape = torch.Size(batch_shape)
+        if self.base is not None:
+            new.base = self.base.expand(new._batch_shape)
+        return new
+
+    def tilt(self, energy: EnergyFn) -> EnergyDistribution:
+        """Returns the law with energy E + ``energy`` on the same base; log Z becomes unknown."""
+        return self._with_energy(SumEnergy(self._energy, energy))
+
+    def temper(self, inverse_temperature: float | Tensor) -> EnergyDistribution:
+        """Returns the law with energy beta E on the same base; log Z stays known at beta 0 (with a base) and 1 only."""
+        if isinstance(inverse_temperature, Number) and inverse_temperature == 1:
+            return self._copy()
+        new = self._with_energy(ScaledEnergy(self._energy, inverse_temperature))
+        if (
+            isinstance(inverse_temperature, Number)
+            and inverse_temperature == 0
+            and self.base is not None
+        ):
+            new._log_normalizer = 0.0
+        return new
+
+    def as_base(self, energy: EnergyFn) -> EnergyDistribution:
+        """Returns the law with this normalized distribution as base and ``energy`` on top of it."""
+        if not self.is_normalized:
+            raise ValueError(
+                "as_base needs a normalized distribution: give log_normalizer=, or use tilt(energy), "
+                "which keeps this distribution's own base"
+            )
+        return EnergyDistribution(energy, base=self)
+
+    def with_log_normalizer(self, log_normalizer: LogNormalizerLike | None) -> EnergyDistribution:
+        """Returns the same law with this knowledge of log Z (see the class on what may be given)."""
+        new = self._copy()
+        new._log_normalizer = _checked_log_normalizer(log_normalizer)
+        return new
+
+    def _with_energy(self, energy: EnergyFn) -> EnergyDistribution:
+        new = self._copy()
+        new._energy = energy
+        new._log_normalizer = None
+        return new
+
+    def _copy(self) -> EnergyDistribution:
+        new = self.__class__.__new__(self.__class__)
+        new.__dict__.update(self.__dict__)
+        return new
+
+    # --- moments that need a sampler
+
+    @property
+    def mean(self) -> Tensor:
+        """Not available in closed form."""
+        raise NotImplementedError(_no_moment("mean", "draws.mean(0)"))
+
+    @property
+    def variance(self) -> Tensor:
+        """Not available in closed form."""
+        raise NotImplementedError(_no_moment("variance", "draws.var(0)"))
+
+    def entropy(self) -> Tensor:
+        """Not available in closed form."""
+        raise NotImplementedError(_no_moment("entropy", "d.potential(draws).mean(0) + log Z"))
+
+    def __repr__(self) -> str:
+        name = getattr(self._energy, "__name__", type(self._energy).__name__)
+        known = "log Z known" if self.is_normalized else "log Z unknown"
+        return (
+            f"{type(self).__name__}({name}, batch_shape={tuple(self.batch_shape)}, "
+            f"event_shape={tuple(self.event_shape)}, {known})"
+        )
+
+
+def _no_moment(name: str, recipe: str) -> str:
+    return (
+        f"an EnergyDistribution has no closed-form {name}; estimate it from draws of MCMC or of "
+        f"d.sample((1000,)), for example {recipe}"
+    )
+
+
+def _checked_log_normalizer(value: LogNormalizerLike | None) -> LogNormalizerLike | None:
+    if value is None or callable(value) or isinstance(value, (Tensor, LogNormalizer, Number)):
+        return value
+    raise TypeError(
+        "log_normalizer must be a number, a tensor, a LogNormalizer or a function without arguments, "
+        f"got {type(value).__name__}"
+    )
+
+
+def _resolve_shapes(
+    energy: EnergyFn,
+    base: TorchDistribution | None,
+    support: Constraint | None,
+    event_shape: torch.Size | tuple[int, ...] | None,
+) -> tuple[Constraint, torch.Size]:
+    """Support and event shape from the base, from what was given, or from an exact energy."""
+    if base is not None:
+        return _shapes_of_base(base, support, event_shape)
+    if isinstance(energy, Tractable):
+        event_shape = energy.event_shape if event_shape is None else event_shape
+        support = energy.support if support is None else support
+    if event_shape is None and support is None:
+        raise ValueError(
+            "EnergyDistribution needs base=, or support= and event_shape=, for an energy that does not know its own: "
+            "for example EnergyDistribution(energy, event_shape=(2,)) for an energy on R^2"
+        )
+    event = torch.Size(() if event_shape is None else event_shape)
+    real = torch.distributions.constraints.real
+    return event_support(real if support is None else support, len(event)), event
+
+
+def _shapes_of_base(
+    base: Any,
+    support: Constraint | None,
+    event_shape: torch.Size | tuple[int, ...] | None,
+) -> tuple[Constraint, torch.Size]:
+    if not isinstance(base, torch.distributions.Distribution):
+        raise TypeError(f"base must be a Pyro distribution, got {type(base).__name__}")
+    if isinstance(base, EnergyDistribution) and not base.is_normalized:
+        raise ValueError(
+            "base must be normalized: use base.tilt(energy) to add an energy to an unnormalized law"
+        )
+    if event_shape is not None and torch.Size(event_shape) != base.event_shape:
+        raise ValueError(
+            f"event_shape {tuple(event_shape)} does not match the base's {tuple(base.event_shape)}"
+        )
+    own: Any = base.support
+    if support is not None and not _same_support(support, own):
+        raise ValueError(f"support {support} does not match the base's {own}")
+    return event_support(own, len(base.event_shape)), base.event_shape
+
+
+def _same_support(a: Constraint, b: Constraint) -> bool:
+    """Whether two supports are one kind of set with the same bounds."""
+    a, b = plain(a), plain(b)
+    if a is b:
+        return True
+    bounds_a, bounds_b = vars(a), vars(b)
+    return type(a) is type(b) and all(_equal(bounds_a[k], bounds_b.get(k)) for k in bounds_a)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    return bool(a == b)

@@ -1,0 +1,314 @@
+r"""The gradient hook that notices when an unknown :math:`\log Z` would bend an answer.
+
+For :math:`p(x\mid\theta) = e^{-U(x,\theta)}/Z(\theta)` every gradient with respect to anything but :math:`x` needs
+:math:`\nabla_\theta \log Z(\theta)`. Whether such a gradient is *wanted* cannot be seen when ``log_prob`` is computed:
+NUTS over :math:`x` and SVI over a network's weights build the same graph. It is seen in the backward pass. ``log_prob``
+therefore cuts :math:`x` out of the graph and hooks its result; when autograd arrives there, the hook walks to the leaves
+that *this* backward pass really reaches other than through :math:`x`, and raises if log Z does not account for them.
+
+Three findings, one error:
+
+* *missing*: log Z is unknown (or stale) and a leaf receives gradient through the potential;
+* *not covering*: log Z was given as a constant, and a leaf that moves the potential is not a leaf of log Z's own graph;
+* *free*: log Z has a leaf that the potential does not have, so that a likelihood would push it to minus infinity.
+
+Inside ``SVI.step`` only the parameters that the step will move are counted: a fixed pretrained prior is legitimate even
+if its weights were left at ``requires_grad=True``. Not seen: dependences without an autograd path (discrete or
+score-function parents), forward-mode differentiation, user-compiled loops; ``check_model`` sees the first kind.
+
+The hook costs about a tenth of a Pyro gradient, so it runs on the first 16 calls of each use and every 64th after that.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Collection, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from pyro_ebm.distributions.call_stack import frame_of, site_being_scored
+from pyro_ebm.errors import MissingNormalizerError, MissingNormalizerWarning
+from pyro_ebm.settings import missing_normalizer_policy
+
+FIRST_CALLS = 16
+EVERY = 64
+
+_engine_will_run = getattr(torch._C, "_will_engine_execute_node", None)
+_calls: dict[tuple[Any, ...], int] = {}
+
+REMEDIES = (
+    "Give log Z as a function of these values (log_normalizer=callable, or an energy that knows its own); learn the "
+    "energy with an objective made for unnormalized models (pyro_ebm.infer.NCE, KALE, EnergyDiscrepancy); or, if the "
+    "energy is meant to be fixed, freeze it with requires_grad_(False)."
+)
+
+
+def is_available() -> bool:
+    """Whether this torch can tell which graph nodes a backward pass will run."""
+    return _engine_will_run is not None
+
+
+def is_due(energy: Any, base: Any, x: Tensor, log_z: Tensor | None) -> bool:
+    """Whether this call should be hooked: grad mode is on, nothing is being captured, and its turn has come."""
+    if _engine_will_run is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if get_proxy_mode() is not None or missing_normalizer_policy() == "ignore":
+        return False
+    if len(_calls) > 4096:
+        _calls.clear()
+    key = (
+        _use_of(energy),
+        _use_of(base),
+        x.shape,
+        x.requires_grad,
+        log_z is None,
+        bool(_PYRO_STACK),
+    )
+    count = _calls.get(key, 0)
+    _calls[key] = count + 1
+    return count < FIRST_CALLS or count % EVERY == 0
+
+
+def _use_of(fn: Any) -> tuple[Any, ...]:
+    """A cheap signature of a callable or distribution and of what in it could receive gradients."""
+    if type(fn) is types.FunctionType:
+        cells = fn.__closure__ or ()
+        return (fn.__code__, *(_wants_grad(c.cell_contents) for c in cells if _is_filled(c)))
+    held = fn.__dict__.get("_buffers", fn.__dict__) if hasattr(fn, "__dict__") else {}
+    return (id(fn), *(v.requires_grad for v in held.values() if isinstance(v, Tensor)))
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _wants_grad(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def watch(
+    unnormalized: Tensor,
+    x_cut: Tensor,
+    log_z: Tensor | None,
+    *,
+    covers: bool,
+    energy: Any,
+    why: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Hooks the unnormalized log density and log Z; call only when :func:`is_due`.
+
+    Args:
+        unnormalized: ``-U``, computed from ``x_cut``.
+        x_cut: A view of ``x``: its node ends the walk.
+        log_z: What is known of log Z, or ``None``.
+        covers: Whether log Z is asserted to hold for all parameters (a callable, an exact energy).
+        energy: The energy, to name its parameters.
+        why: How to describe a missing log Z ("log Z is unknown", "log Z is stale ...").
+
+    Returns:
+        ``unnormalized`` and ``log_z`` (a view where it is hooked).
+    """
+    where = _Place(energy, site_being_scored())
+    stop = _node_of(x_cut)
+    potential_roots = _children(unnormalized)
+    if unnormalized.requires_grad and not covers:
+        allowed = set(_walk(_node_of(log_z), (), everything=True)) if log_z is not None else set()
+        check = partial(_check_covered, potential_roots, stop, allowed, where, why)
+        if torch._C._get_tracing_state():
+            check(None, everything=True)
+        else:
+            unnormalized.register_hook(check)
+    if log_z is not None and log_z.requires_grad:
+        log_z = log_z.view_as(log_z)
+        roots = _children(log_z)
+        log_z.register_hook(partial(_check_free, roots, potential_roots, stop, where))
+    return unnormalized, log_z
+
+
+def _check_covered(
+    roots: tuple[Any, ...],
+    stop: tuple[Any, ...],
+    allowed: set[Any],
+    where: _Place,
+    why: str,
+    _grad: Tensor | None,
+    *,
+    everything: bool = False,
+) -> None:
+    hits = [n for n in _walk(roots, stop, everything=everything) if n not in allowed]
+    moved = captured_only([n.variable for n in hits])
+    if moved:
+        names = names_of(moved, where.energy)
+        report(f"{where}: {why}, but {names} would be inferred through it. {REMEDIES}")
+
+
+def _check_free(
+    roots: tuple[Any, ...],
+    potential_roots: tuple[Any, ...],
+    stop: tuple[Any, ...],
+    where: _Place,
+    _grad: Tensor,
+) -> None:
+    known = set(_walk(potential_roots, stop, everything=True))
+    free = captured_only([n.variable for n in _walk(roots, ()) if n not in known])
+    if free:
+        names = names_of(free, where.energy)
+        report(
+            f"{where}: log_normalizer depends on {names} but the energy does not: a likelihood would "
+            "push a free log Z to minus infinity. Learn it with an objective that identifies it "
+            "(pyro_ebm.infer.NCE, KALE), or hold it fixed."
+        )
+
+
+def report(message: str) -> None:
+    """Raises or warns, as the setting ``ebm_missing_normalizer`` says now."""
+    policy = missing_normalizer_policy()
+    if policy == "error":
+        raise MissingNormalizerError(message)
+    if policy == "warn":
+        warnings.warn(message, MissingNormalizerWarning, stacklevel=2)
+
+
+def captured_only(tensors: list[Tensor]) -> list[Tensor]:
+    """Keeps the tensors that the ``SVI.step`` in progress will move; all of them outside one."""
+    for handler in _PYRO_STACK:
+        if isinstance(handler, TraceMessenger) and handler.param_only:
+            sites = handler.trace.nodes.values()
+            moved = {id(s["value"].unconstrained()) for s in sites if s["type"] == "param"}
+            return [t for t in tensors if id(t) in moved]
+    return tensors
+
+
+# --- walking autograd graphs
+
+
+def _node_of(tensor: Tensor) -> tuple[Any, ...]:
+    """The tensor's own node as a root; a leaf's node is its gradient accumulator."""
+    if not tensor.requires_grad:
+        return ()
+    if tensor.grad_fn is not None:
+        return (tensor.grad_fn,)
+    return (tensor.view_as(tensor).grad_fn.next_functions[0][0],)  # type: ignore[union-attr]
+
+
+def _children(tensor: Tensor) -> tuple[Any, ...]:
+    """Parents in the computation; holding these and not the node itself makes no reference cycle."""
+    if tensor.grad_fn is None:
+        return ()
+    return tuple(n for n, _ in tensor.grad_fn.next_functions if n is not None)
+
+
+def _walk(
+    roots: Iterable[Any],
+    stop: Collection[Any],
+    ends: Collection[Any] = (),
+    *,
+    everything: bool = False,
+) -> Iterator[Any]:
+    """Yields the gradient accumulators and ``ends`` reached from ``roots`` without passing a ``stop``.
+
+    Unless ``everything``, only along nodes that the backward pass in progress will run. A leaf named in
+    ``autograd.grad(inputs=...)`` makes that question raise: it is being asked for, so it counts.
+    """
+    seen: set[Any] = set()
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        if node in stop or node in seen or not (everything or _will_run(node)):
+            continue
+        seen.add(node)
+        if node in ends or hasattr(node, "variable"):
+            yield node
+        else:
+            todo += [n for n, _ in node.next_functions if n is not None]
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return _engine_will_run(node)  # type: ignore[misc]
+    except RuntimeError:
+        return True
+
+
+def leaves_of(tensor: Tensor) -> list[Tensor]:
+    """Returns every leaf that ``tensor`` depends on and that requires grad."""
+    return [n.variable for n in _walk(_node_of(tensor), (), everything=True)]
+
+
+# --- naming things for the message
+
+
+class _Place(NamedTuple):
+    """Which energy, at which sample site, an error is about."""
+
+    energy: Any
+    site: str | None
+
+    def __str__(self) -> str:
+        return f"EBM site {self.site!r}" if self.site else "an EnergyDistribution"
+
+
+def names_of(tensors: list[Tensor], energy: Any) -> str:
+    """Names tensors by the parameter store, the energy's module or the latents of an MCMC kernel."""
+    known = {id(p): f"param {n!r}" for n, p in pyro.get_param_store().named_parameters()}
+    if isinstance(energy, torch.nn.Module):
+        known |= {id(p): f"parameter {n!r} of the energy" for n, p in energy.named_parameters()}
+    frame = frame_of(("potential_grad",))
+    if frame is not None and isinstance(frame.f_locals.get("z"), dict):
+        known |= {id(v): f"latent {n!r}" for n, v in frame.f_locals["z"].items()}
+    names = [known.get(id(t)) or f"a value of shape {tuple(t.shape)}" for t in tensors]
+    unique = list(dict.fromkeys(names))
+    return ", ".join(unique[:4]) + (f" and {len(unique) - 4} more" if len(unique) > 4 else "")
+
+
+# --- factors
+
+
+def watch_factor(
+    value: Tensor, inputs: tuple[Tensor, ...], name: str, latents: dict[str, Tensor], energy: Any
+) -> None:
+    """Hooks the value of an energy factor whose ``inputs`` are cut views; call only when :func:`is_due`.
+
+    A factor is normalized globally, over its inputs. It may not train a parameter, and where no input is latent it may
+    not move a latent either: both would need the log Z that a factor does not have.
+    """
+    ends = {node: site for site, latent in latents.items() for node in _node_of(latent)}
+    stop = tuple(node for x in inputs for node in _node_of(x))
+    if value.requires_grad:
+        value.register_hook(
+            partial(_check_factor, _children(value), stop, ends, _Place(energy, name))
+        )
+
+
+def _check_factor(
+    roots: tuple[Any, ...],
+    stop: tuple[Any, ...],
+    ends: dict[Any, str],
+    where: _Place,
+    _grad: Tensor,
+) -> None:
+    hits = list(_walk(roots, stop, ends))
+    moved = captured_only([n.variable for n in hits if n not in ends])
+    sites = [f"latent {ends[n]!r}" for n in hits if n in ends]
+    names = sites if not stop else []
+    if moved:
+        names = [*names, names_of(moved, where.energy)]
+    if names:
+        report(
+            f"energy_factor {where.site!r}: {', '.join(names)} would be inferred through an energy of "
+            "values that are not latent, without its log Z. Use "
+            f"pyro.sample({where.site!r}, EnergyDistribution(...), obs=...) with a log_normalizer or an objective, or "
+            "say joint=True if the unnormalized joint density is what you mean"
+        )

@@ -1,0 +1,113 @@
+r"""The law of a generator's output: :math:`x = G(z),\ z \sim \eta`. It can be drawn and has no density.
+
+As a guide site it is the natural base of KALE and the generator of an MMD fit: every draw is fresh, where a
+``Delta(generator(z))`` would repeat one point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro.poutine
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from pyro_ebm.ops.constraints import event_support
+
+
+class PushforwardDistribution(TorchDistribution):
+    r"""The law of ``generator(z)`` for ``z`` drawn from ``prior``.
+
+    Args:
+        generator: Maps latents of shape ``sample + batch + latent event`` to ``sample + batch + event``.
+        prior: The latent law.
+        event_shape: Shape of one output; found by running the generator once if not given.
+        support: Support of the output; real numbers if not given.
+        validate_args: As everywhere in torch.
+
+    Raises:
+        ValueError: If the generator does not keep the leading dims of its input.
+        NotImplementedError: From :meth:`log_prob`.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> law = PushforwardDistribution(lambda z: torch.cat([z, z**2], -1), dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+        >>> law.event_shape, law.rsample((5,)).shape
+        (torch.Size([2]), torch.Size([5, 2]))
+    """
+
+    arg_constraints: dict[str, Constraint] = {}
+
+    def __init__(
+        self,
+        generator: Callable[[Tensor], Tensor],
+        prior: TorchDistribution,
+        *,
+        event_shape: torch.Size | tuple[int, ...] | None = None,
+        support: Constraint | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        if not callable(generator):
+            raise TypeError(f"generator must be callable, z -> x, got {type(generator).__name__}")
+        self.generator = generator
+        self.prior = prior
+        event = _event_shape(generator, prior) if event_shape is None else torch.Size(event_shape)
+        real = torch.distributions.constraints.real
+        self._support = event_support(real if support is None else support, len(event))
+        super().__init__(prior.batch_shape, event, validate_args=validate_args)
+
+    @property
+    def support(self) -> Constraint:
+        """The support of the output."""
+        return self._support
+
+    @property
+    def has_rsample(self) -> bool:
+        """Whether draws carry gradients: as the prior's do."""
+        return bool(self.prior.has_rsample)
+
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:
+        """Returns draws with gradients to the generator and, if the prior has them, to the prior."""
+        return self.generator(self.prior.rsample(torch.Size(sample_shape)))
+
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:
+        """Returns detached draws, shape ``sample_shape + batch_shape + event_shape``."""
+        with torch.no_grad():
+            return self.generator(self.prior.sample(torch.Size(sample_shape)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Raises: the law of a generator's output has no density."""
+        raise NotImplementedError(
+            "a PushforwardDistribution has no density: as a contrast (guide site under KALE or EnergyDiscrepancy) it "
+            "needs none; for a likelihood put one after it, e.g. pyro.sample('obs', dist.Normal(x, sigma), obs=data); "
+            "an invertible generator is dist.TransformedDistribution"
+        )
+
+    def expand(
+        self,
+        batch_shape: torch.Size | tuple[int, ...],
+        _instance: PushforwardDistribution | None = None,
+    ) -> PushforwardDistribution:
+        """Returns the same law with the prior expanded to ``batch_shape``."""
+        new = self._get_checked_instance(type(self), _instance)
+        new.__dict__.update(self.__dict__)
+        new.prior = self.prior.expand(torch.Size(batch_shape))
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+
+def _event_shape(generator: Callable[[Tensor], Tensor], prior: Any) -> torch.Size:
+    """Runs the generator on one latent, without touching the random state or the enclosing trace."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.poutine.block():
+        z = prior.sample()
+        x = generator(z)
+    batch = z.shape[: z.dim() - len(prior.event_shape)]
+    if x.shape[: len(batch)] != batch:
+        raise ValueError(
+            f"generator returned shape {tuple(x.shape)} for latents of shape {tuple(z.shape)}; expected the leading "
+            f"dims {tuple(batch)} to be kept"
+        )
+    return x.shape[len(batch) :]

@@ -1,0 +1,39 @@
+"""Finding the energy-based distribution inside what plates, ``to_event`` and masks wrap around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pyro.distributions import MaskedDistribution
+from torch.distributions import Independent
+
+from pyro_ebm.distributions.energy_distribution import EnergyDistribution
+
+
+def unwrap(fn: Any) -> EnergyDistribution | None:
+    """Returns the :class:`EnergyDistribution` inside ``fn``, or ``None`` if there is none.
+
+    Args:
+        fn: A distribution, possibly wrapped by ``expand``, ``to_event`` or ``mask``.
+
+    Example:
+        >>> ebm = EnergyDistribution(lambda x: x**2, event_shape=())
+        >>> unwrap(ebm.expand([3]).to_event(1).mask(True)) is not None
+        True
+    """
+    while fn is not None and not isinstance(fn, EnergyDistribution):
+        fn = getattr(fn, "base_dist", None)
+    return fn
+
+
+def rewrap(fn: Any, replace: Callable[[EnergyDistribution], Any]) -> Any:
+    """Returns ``fn`` with the EBM inside it replaced, its ``Independent`` and mask layers rebuilt around the result."""
+    if isinstance(fn, EnergyDistribution):
+        return replace(fn)
+    inner = rewrap(fn.base_dist, replace)
+    if isinstance(fn, MaskedDistribution):
+        return MaskedDistribution(inner, fn._mask)
+    if isinstance(fn, Independent):
+        return inner.to_event(fn.reinterpreted_batch_ndims)
+    return inner.expand(fn.batch_shape)

@@ -1,0 +1,28 @@
+"""Energies: callables ``x -> E(x)`` in nats, lower meaning likelier."""
+
+from __future__ import annotations
+
+from pyro_ebm.energies.banana import Banana
+from pyro_ebm.energies.base import Energy, ScaledEnergy, SumEnergy
+from pyro_ebm.energies.checks import check_energy_shape
+from pyro_ebm.energies.double_well import DoubleWell
+from pyro_ebm.energies.funnel import Funnel
+from pyro_ebm.energies.gaussian import GaussianEnergy
+from pyro_ebm.energies.mixture import GaussianMixtureEnergy
+from pyro_ebm.energies.neural import ConvEnergy, MLPEnergy
+from pyro_ebm.energies.quartic import Quartic
+
+__all__ = [
+    "Banana",
+    "ConvEnergy",
+    "DoubleWell",
+    "Energy",
+    "Funnel",
+    "GaussianEnergy",
+    "GaussianMixtureEnergy",
+    "MLPEnergy",
+    "Quartic",
+    "ScaledEnergy",
+    "SumEnergy",
+    "check_energy_shape",
+]

@@ -1,0 +1,67 @@
+"""Saving a fit in progress and taking it up again, bit for bit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from pyro_ebm.infer.fit import _Run
+
+
+def save_checkpoint(path: Path, run: _Run) -> None:
+    """Writes parameters, optimizer, objective, curves and random state; the old file survives a failure."""
+    result = run.result
+    state: dict[str, Any] = {
+        "parameters": {name: p.detach() for name, p in run.parameters.items()},
+        "buffers": {name: dict(m.named_buffers()) for name, m in _modules(run).items()},
+        "optimizer": run.optimizer.state_dict() if run.optimizer else None,
+        "curves": {name: getattr(result, name) for name in _CURVES},
+        "rows_left": run.batches.rows_left,
+        "rng": pyro.util.get_rng_state(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+@torch.no_grad()
+def load_checkpoint(path: Path, run: _Run) -> None:
+    """Restores what :func:`save_checkpoint` wrote.
+
+    The model is run once so that every parameter exists; values are then copied in place.
+
+    Raises:
+        ValueError: If the checkpoint's parameters are not those of this model.
+    """
+    state = torch.load(path, weights_only=False)
+    run.materialize()
+    saved = state["parameters"]
+    if saved.keys() != run.parameters.keys():
+        differ = sorted(saved.keys() ^ run.parameters.keys())
+        raise ValueError(f"{path} is a checkpoint of another model: {differ} are on one side only")
+    for name, p in run.parameters.items():
+        p.copy_(saved[name])
+    for name, module in _modules(run).items():
+        for key, buffer in module.named_buffers():
+            buffer.copy_(state["buffers"][name][key])
+    for name, curve in state["curves"].items():
+        setattr(run.result, name, curve)
+    if run.optimizer is not None and state["optimizer"] is not None:
+        run.optimizer.load_state_dict(state["optimizer"])
+    run.batches.rows_left = state["rows_left"]
+    pyro.util.set_rng_state(state["rng"])
+
+
+_CURVES = ("losses", "diagnostics", "validation", "averaged", "num_steps")
+
+
+def _modules(run: _Run) -> dict[str, nn.Module]:
+    candidates = {"model": run.model, "guide": run.guide, "objective": run.objective}
+    return {name: m for name, m in candidates.items() if isinstance(m, nn.Module)}

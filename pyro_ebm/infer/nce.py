@@ -1,0 +1,183 @@
+r"""Noise-contrastive estimation: learning energy and log Z by telling data from noise.
+
+With noise density :math:`q`, :math:`\nu` noise draws per datum and :math:`c` for :math:`\log Z`,
+
+.. math::
+    s(x) = -U(x) - c - \log q(x) - \log\nu, \qquad
+    L = E_d\, \mathrm{softplus}(-s(x)) + \nu\, E_q\, \mathrm{softplus}(s(y)).
+
+Both the energy and c are identified: at the optimum :math:`c = \log Z`, and for data from the model
+:math:`\partial L/\partial c = 0` is Bennett's acceptance ratio equation. As :math:`\nu \to \infty` the gradient becomes
+the likelihood's. If noise is told from data almost perfectly (accuracy near 1) nothing is learned however small the loss.
+
+Gutmann and Hyvärinen, Noise-contrastive estimation of unnormalized statistical models, JMLR 13, 2012;
+Ma and Collins, Noise contrastive estimation and negative sampling for conditional models, EMNLP 2018, arXiv:1809.01812.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer.contrast import Contrast, contrast_law, fitted_gaussian
+from pyro_ebm.infer.objective import Objective
+from pyro_ebm.ops.log_space import bennett, effective_sample_size, log_mean_exp
+
+CUpdate = Literal["gradient", "closed_form"]
+
+
+class NoiseContrast(Objective):
+    """What objectives share that compare every datum with draws of a noise density."""
+
+    def __init__(self, num_noise: float, noise: Any, **options: Any) -> None:
+        super().__init__(**options)
+        if not num_noise > 0:
+            raise ValueError(f"num_noise must be positive, got {num_noise!r}")
+        if isinstance(noise, str) and noise != "gaussian":
+            raise ValueError(f"noise must be a distribution, 'gaussian' or None, got {noise!r}")
+        self.num_noise = num_noise
+        self.noise = noise
+
+    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
+        """Draws noise beside every datum, from the guide's site, this objective's noise, or the base."""
+        if noise is None:
+            noise = self._own_noise(p, x)
+        q = contrast_law(noise, p, x, needs_density=True, who=type(self).__name__)
+        points = q.sample(torch.Size((math.ceil(self.num_noise),)))
+        return Contrast(points, q.log_prob(points), q.log_prob(x))
+
+    def _own_noise(self, p: EnergyDistribution, x: Tensor) -> Any:
+        if isinstance(self.noise, str):
+            self.noise = fitted_gaussian(x, len(p.event_shape))
+        return self.noise
+
+
+def log_ratios(p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor:
+    """Returns -U - log q at the data (row 0) and at the contrast, in one energy call; shape ``(1 + M,) + rows``."""
+    points = torch.cat([x.unsqueeze(0), contrast.points])
+    log_noise = torch.cat([contrast.log_noise_data.unsqueeze(0), contrast.log_noise])  # type: ignore[union-attr, list-item]
+    return p.unnormalized_log_prob(points) - log_noise
+
+
+class NCE(NoiseContrast):
+    r"""Noise-contrastive estimation with a learned log Z.
+
+    Args:
+        num_noise: :math:`\nu`, noise draws per datum; a fraction weights the draws accordingly.
+        noise: A normalized distribution on the EBM's support, ``"gaussian"`` for one fitted to the first batch, or
+            ``None`` for the base. A guide site of the same name goes before both. It is never trained here.
+        c_update: ``"gradient"`` makes log Z a parameter, ``"closed_form"`` solves Bennett's equation on every batch
+            and averages.
+        c_rate: Weight of the newest batch in that average.
+        **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
+
+    Raises:
+        ValueError: For a conditional energy without a log Z of its own, or noise on another support.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import SVI
+        >>> def model(data):
+        ...     precision = pyro.param("precision", torch.tensor(2.0))
+        ...     with pyro.plate("data", len(data)):
+        ...         pyro.sample("x", EnergyDistribution(lambda x: 0.5 * precision * x**2, event_shape=()), obs=data)
+        >>> nce = NCE(num_noise=5, noise=dist.Normal(0.0, 1.5))
+        >>> svi = SVI(model, lambda data: None, pyro.optim.Adam({"lr": 0.05}), loss=nce)
+        >>> data = torch.randn(500)
+        >>> losses = [svi.step(data) for _ in range(200)]
+        >>> abs(pyro.param("precision").item() - 1 / data.var().item()) < 0.2
+        True
+    """
+
+    learns_log_normalizer = True
+
+    def __init__(
+        self,
+        num_noise: float = 10,
+        noise: Any = None,
+        *,
+        c_update: CUpdate = "gradient",
+        c_rate: float = 0.1,
+        **elbo: Any,
+    ) -> None:
+        super().__init__(num_noise, noise, **elbo)
+        if c_update not in ("gradient", "closed_form"):
+            raise ValueError(f"c_update must be 'gradient' or 'closed_form', got {c_update!r}")
+        self.c_update = c_update
+        self.c_rate = c_rate
+
+    @property
+    def learns_by_gradient(self) -> bool:
+        """Whether log Z is a parameter for the optimizer."""
+        return self.c_update == "gradient"
+
+    def per_datum(
+        self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
+    ) -> Tensor:
+        """Returns the logistic loss of a datum and its noise, in nats."""
+        ratios = log_ratios(p, x, contrast)
+        logits = ratios - log_z - math.log(self.num_noise)
+        data, noise = logits[0], logits[1:]
+        self._diagnose(data, noise, ratios[1:], log_z)
+        return softplus(-data) + self.num_noise * softplus(noise).mean(0)
+
+    @torch.no_grad()
+    def _diagnose(
+        self, data: Tensor, noise: Tensor, noise_ratios: Tensor, log_z: Tensor
+    ) -> None:
+        correct = (data > 0).double().mean() + self.num_noise * (noise < 0).double().mean()
+        self._note(
+            accuracy=correct / (1 + self.num_noise),
+            noise_ess=effective_sample_size(noise_ratios.flatten()) / noise_ratios.numel(),
+            log_z=log_z,
+            log_z_gap=log_z - log_mean_exp(noise_ratios.flatten()),
+        )
+
+    def initial_log_normalizer(
+        self, p: EnergyDistribution, x: Tensor, contrast: Contrast
+    ) -> Tensor:
+        """Returns the importance sampling estimate of log Z from the noise."""
+        return log_mean_exp(log_ratios(p, x, contrast)[1:].flatten())
+
+    def update_log_normalizer(
+        self, log_z: Tensor, p: EnergyDistribution, x: Tensor, contrast: Contrast
+    ) -> None:
+        """Moves log Z towards the root of Bennett's equation on this batch."""
+        ratios = log_ratios(p, x, contrast) - math.log(self.num_noise)
+        root = bennett(ratios[0].flatten(), ratios[1:].flatten(), ratio=self.num_noise)
+        log_z.lerp_(root, self.c_rate)
+
+
+class RankingNCE(NoiseContrast):
+    r"""Ranking NCE (InfoNCE): which of one datum and K noise draws is the datum?
+
+    .. math:: L = \log\sum_{k=0}^{K} e^{S_k} - S_0, \qquad S = -U - \log q
+
+    log Z cancels, so conditional models are learned consistently for every :math:`K \ge 1`.
+    ``log(K + 1) - L`` bounds a Kullback–Leibler divergence from below and cannot exceed ``log(K + 1)``.
+
+    Args:
+        num_noise: K, noise draws per datum.
+        noise: As for :class:`NCE`.
+        **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
+
+    Example:
+        >>> RankingNCE(num_noise=4).learns_log_normalizer
+        False
+    """
+
+    def __init__(self, num_noise: int = 10, noise: Any = None, **elbo: Any) -> None:
+        super().__init__(num_noise, noise, **elbo)
+
+    def per_datum(
+        self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
+    ) -> Tensor:
+        """Returns the softmax loss of ranking a datum above its noise, in nats."""
+        scores = log_ratios(p, x, contrast)
+        self._note(accuracy=(scores[0] > scores[1:].amax(0)).double())
+        return torch.logsumexp(scores, 0) - scores[0]

@@ -1,0 +1,326 @@
+r"""The base of learning objectives: an ELBO in which EBM sites are scored by a tractable surrogate.
+
+For an EBM site :math:`p(x) = e^{-U(x)}/Z` no likelihood can be computed. An objective replaces
+:math:`-\log p(x)` by a loss per datum that has the same minimizer and needs no Z: draws of a *contrast* (noise, base or
+perturbation) stand in for it. Every other site keeps its ELBO term. Hence::
+
+    svi = SVI(model, guide, optim, loss=NCE(num_noise=10))      # Pyro's own loop
+    loss = NCE()(model, guide)                                  # an nn.Module for a torch loop
+    MCMC(NUTS(surrogate(model, NCE().freeze(model, data))))     # Bayes over the parameters
+
+The guide may hold the contrast: its site of the same name is used as a distribution, not as a variational factor.
+
+An *unobserved* EBM site (an energy-based prior) splits in two: to the latent, the true :math:`-U(z)` with parameters
+held; to the parameters, the surrogate at the latent's value.
+
+To write an objective, subclass :class:`Objective` and define ``draw`` (random, no gradients) and ``per_datum``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.infer.elbo import ELBOModule
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match
+from torch import Tensor, nn
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.distributions.normalizer_guard import leaves_of
+from pyro_ebm.errors import SurrogateWarning
+from pyro_ebm.infer import checks
+from pyro_ebm.infer.contrast import Contrast
+from pyro_ebm.infer.frozen import FrozenObjective, freeze
+from pyro_ebm.infer.held import hold_parameters
+from pyro_ebm.ops.log_normalizer import LogNormalizer
+from pyro_ebm.poutine.surrogate import SurrogateMessenger
+
+_instances = itertools.count()
+
+
+class Objective(Trace_ELBO, nn.Module):
+    """Base class of objectives: a loss for ``SVI``, a factory of ``ELBOModule``, a surrogate for MCMC.
+
+    Args:
+        schedule: ``(first, second)`` numbers of steps of the two players, for objectives that have two; ``None`` never
+            moves the second.
+        **elbo: Arguments of ``pyro.infer.Trace_ELBO`` (``num_particles``, ``vectorize_particles``, ...).
+
+    Attributes:
+        diagnostics: ``{site: {name: detached 0-d tensor}}`` of the last evaluation, per datum.
+        log_normalizers: Learned log Z by site, in nats.
+        is_frozen: Whether the contrast is fixed, so that the surrogate is one function.
+    """
+
+    learns_log_normalizer = False
+    needs_density = True
+    is_frozen = False
+
+    def __init__(self, *, schedule: tuple[int, int] | None = None, **elbo: Any) -> None:
+        nn.Module.__init__(self)
+        Trace_ELBO.__init__(self, **elbo)
+        self.schedule = checks.schedule(schedule)
+        self.log_normalizers = nn.ParameterDict()
+        self.diagnostics: dict[str, dict[str, Tensor]] = {}
+        self.num_steps_taken: Tensor
+        self.register_buffer("num_steps_taken", torch.zeros((), dtype=torch.long))
+        self._sites: dict[str, EnergyDistribution] = {}
+        self._name = f"{type(self).__name__}_{next(_instances)}"
+        self._examples: dict[str, Tensor] = {}
+        self._notes: dict[str, Tensor] = {}
+        self._probes: list[Tensor] = []
+        self._optimized: frozenset[int] = frozenset()
+
+    # --- what a subclass defines
+
+    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast | None:
+        """Draws the contrast for data ``x``; called without gradients. ``None`` for deterministic objectives."""
+        return None
+
+    @abstractmethod
+    def per_datum(
+        self, p: EnergyDistribution, x: Tensor, contrast: Any, log_z: Tensor
+    ) -> Tensor:
+        """Returns the loss in nats, one value per datum, shape ``sample + batch`` of ``x``.
+
+        ``log_z`` is zero where log Z is neither known nor learned.
+        """
+
+    def initial_log_normalizer(self, p: EnergyDistribution, x: Tensor, contrast: Any) -> Tensor:
+        """Returns a first estimate of log Z in nats from one contrast."""
+        raise NotImplementedError(f"{type(self).__name__} does not learn log Z")
+
+    def second_player(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Tensor:
+        """Returns the second player's loss per datum; only objectives with a ``schedule`` have one."""
+        raise NotImplementedError(f"{type(self).__name__} has no second player")
+
+    def update_log_normalizer(
+        self, log_z: Tensor, p: EnergyDistribution, x: Tensor, contrast: Any
+    ) -> None:
+        """Moves a log Z that is not learned by gradient; called once per training step."""
+
+    # --- log Z
+
+    def log_normalizer(self, site: str) -> LogNormalizer:
+        """Returns the learned log Z of a site, to be handed on with ``distribution.with_log_normalizer``.
+
+        It goes stale as soon as a parameter of the energy moves.
+
+        Raises:
+            KeyError: If nothing was learned for this site.
+        """
+        if _key(site) not in self.log_normalizers:
+            known = sorted(self.log_normalizers) or "none"
+            raise KeyError(f"no log Z was learned for site {site!r}; known sites: {known}")
+        value = self.log_normalizers[_key(site)].detach().clone()
+        return LogNormalizer(
+            value, method=type(self).__name__, parameters=self._parameters_of(site)
+        )
+
+    def _parameters_of(self, site: str) -> tuple[Tensor, ...]:
+        p = self._sites[site]
+        if isinstance(p.energy_function, nn.Module):
+            return tuple(p.energy_function.parameters())
+        return tuple(leaves_of(p.unnormalized_log_prob(self._examples[site])))
+
+    def _log_normalizer(
+        self, name: str, p: EnergyDistribution, x: Tensor, contrast: Any
+    ) -> Tensor | None:
+        """The site's own log Z if it has one, else the one this objective keeps."""
+        known = p.log_normalizer_value()
+        if known is not None or not self.learns_log_normalizer:
+            return known
+        key = _key(name)
+        if key not in self.log_normalizers:
+            checks.not_conditional(name, p, x, type(self).__name__)
+            with torch.no_grad():
+                first = self.initial_log_normalizer(p, x, contrast).reshape(()).clone()
+            learned = nn.Parameter(first, requires_grad=self.learns_by_gradient)
+            self.log_normalizers[key] = learned
+        value = self.log_normalizers[key]
+        if value.requires_grad:
+            value = pyro.param(self.parameter_prefix + key, value)
+        elif torch.is_grad_enabled():
+            with torch.no_grad():
+                self.update_log_normalizer(value, p, x, contrast)
+            value = value.clone()
+        return value
+
+    @property
+    def parameter_prefix(self) -> str:
+        """What the names of this objective's own parameters begin with in Pyro's parameter store."""
+        return f"{self._name}."
+
+    @property
+    def learns_by_gradient(self) -> bool:
+        """Whether log Z is a parameter for the optimizer."""
+        return True
+
+    # --- scoring a site (called by the surrogate handler)
+
+    def free_log_normalizers(self) -> Mapping[str, Any]:
+        """Priors of log Z to be inferred: none, log Z is learned."""
+        return {}
+
+    def site_log_prob(
+        self,
+        name: str,
+        p: EnergyDistribution,
+        x: Tensor,
+        *,
+        noise: Any = None,
+        observed: bool = True,
+        log_z: Tensor | None = None,
+    ) -> Tensor:
+        """Returns minus the loss per datum of an EBM site at ``x``, shape ``sample + batch``."""
+        data = p.broadcast_value(x.detach())
+        if name not in self._sites:
+            checks.site(name, p, data, observed=observed, objective=self)
+        self._sites[name], self._examples[name] = p, data
+        loss = self._loss(name, p, data, noise, log_z)
+        if observed and not x.requires_grad:
+            return -loss
+        held = hold_parameters(p.unnormalized_log_prob, p.broadcast_value(x), len(p.event_shape))
+        return held + (loss.detach() - loss)
+
+    def _loss(
+        self, name: str, p: EnergyDistribution, x: Tensor, noise: Any, log_z: Tensor | None
+    ) -> Tensor:
+        self._notes = {}
+        if self.is_second_players_turn:
+            loss = self.second_player(p, x, noise)
+        else:
+            with torch.no_grad():
+                contrast = self.draw(p, x, noise)
+            if log_z is None:
+                log_z = self._log_normalizer(name, p, x, contrast)
+            loss = self.per_datum(p, x, contrast, _or_zero(log_z))
+        self.diagnostics[name] = self.diagnostics.get(name, {}) | self._notes
+        return loss
+
+    def _note(self, **values: Tensor) -> None:
+        """Keeps 0-d diagnostics of the evaluation in progress."""
+        self._notes |= {name: value.detach().mean() for name, value in values.items()}
+
+    def _probe(self, x: Tensor) -> Tensor:
+        """Returns ``x`` as a leaf for a derivative inside the loss, known not to be anybody's parameter."""
+        self._probes.append(x.detach().requires_grad_())
+        return self._probes[-1]
+
+    # --- the ELBO
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """A guide trace without its contrast sites, and the model scored by surrogates."""
+        self._probes.clear()
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        contrasts = guide_trace.nodes
+        handler = SurrogateMessenger(
+            self,
+            lambda name: contrasts[name]["fn"] if name in contrasts else None,
+            fresh_noise=True,
+        )
+        model_trace = poutine.trace(poutine.replay(handler(model), trace=guide_trace)).get_trace(
+            *args, **kwargs
+        )
+        checks.traces(model_trace, guide_trace, handler.used)
+        for name in handler.used:
+            if name in guide_trace.nodes and model_trace.nodes[name]["is_observed"]:
+                guide_trace.remove_node(name)
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+        guide_trace, model_trace = (
+            prune_subsample_sites(guide_trace),
+            prune_subsample_sites(model_trace),
+        )
+        model_trace.compute_log_prob()
+        guide_trace.compute_score_parts()
+        checks.finite(model_trace, handler.used, int(self.num_steps_taken))
+        expected = {*self._optimized, *map(id, self._probes)}
+        checks.registered(model_trace, handler.used, self._sites, expected)
+        return model_trace, guide_trace
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the loss in nats for the whole data set, with gradients to this step's player only."""
+        loss = Trace_ELBO.differentiable_loss(self, model, guide, *args, **kwargs)
+        if torch.is_grad_enabled():
+            self.num_steps_taken += 1
+        return loss
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Returns the loss and deposits gradients; a resting player's stay ``None``, so that no optimizer moves it."""
+        with poutine.trace(param_only=True) as capture:
+            loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        for site in capture.trace.nodes.values():
+            site["value"].unconstrained().grad = None
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return float(loss.detach())
+
+    @property
+    def is_second_players_turn(self) -> bool:
+        """Whether the step in progress is the second player's."""
+        if self.schedule is None or not torch.is_grad_enabled():
+            return False
+        first, second = self.schedule
+        return int(self.num_steps_taken) % (first + second) >= first
+
+    # --- Bayes
+
+    def freeze(
+        self, model: Callable[..., Any], *args: Any, guide: Any = None, **kwargs: Any
+    ) -> FrozenObjective:
+        """Returns this objective with contrasts drawn once, for MCMC over ``surrogate(model, frozen)``.
+
+        Args:
+            model: The model, with EBM sites; called once.
+            *args: Its arguments, with the full data.
+            guide: Holds the contrasts, as under SVI.
+            **kwargs: Its keyword arguments.
+        """
+        return freeze(self, model, guide, args, kwargs)
+
+    def __call__(self, model: Any, guide: Any) -> ELBOModule:
+        """Returns the loss as a module for a torch loop; call it on data once before asking for ``parameters()``."""
+        return ObjectiveModule(model, guide, self)
+
+
+class ObjectiveModule(ELBOModule):
+    """An objective bound to a model and a guide, as ``ELBO.__call__`` returns."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """Yields the parameters of model, guide and objective.
+
+        Warns:
+            SurrogateWarning: Before the first call, while log Z does not exist yet and would be left out.
+        """
+        objective = self.elbo
+        if (
+            objective.learns_log_normalizer
+            and objective.learns_by_gradient
+            and not objective._sites
+        ):
+            warnings.warn(
+                f"{type(objective).__name__} creates its log Z at the first batch: call it on data once before "
+                "parameters(), or log Z is never optimized",
+                SurrogateWarning,
+                stacklevel=2,
+            )
+        return super().named_parameters(*args, **kwargs)
+
+
+def _or_zero(log_z: Tensor | None) -> Tensor:
+    return torch.zeros(()) if log_z is None else log_z
+
+
+def _key(site: str) -> str:
+    """Parameter names may not contain dots."""
+    return site.replace(".", "__")

@@ -1,0 +1,49 @@
+r"""Weights, means and normalizer equations in log space."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def log_mean_exp(values: Tensor, dim: int = 0) -> Tensor:
+    """Returns the log of the mean of ``exp(values)`` along ``dim``.
+
+    Example:
+        >>> log_mean_exp(torch.full((5,), 1000.0))
+        tensor(1000.)
+    """
+    return torch.logsumexp(values, dim) - math.log(values.shape[dim])
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    r"""Returns :math:`(\sum w)^2 / \sum w^2` of a flat tensor of log weights.
+
+    Example:
+        >>> effective_sample_size(torch.zeros(8))
+        tensor(8.)
+    """
+    return torch.exp(2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0))
+
+
+def bennett(data: Tensor, noise: Tensor, *, ratio: float, num_steps: int = 60) -> Tensor:
+    r"""Returns the root c of :math:`E_d\,\sigma(c - s) = \nu E_q\,\sigma(s - c)`, by bisection.
+
+    Args:
+        data: Log ratios :math:`s` of the data, flat: :math:`-U - \log q - \log\nu`.
+        noise: The same at noise draws, flat.
+        ratio: :math:`\nu`.
+        num_steps: Halvings of the bracket.
+
+    Returns:
+        The Bennett acceptance ratio estimate of log Z in nats, 0-d.
+    """
+    both = torch.cat([data, noise])
+    low, high = both.min() - 40.0, both.max() + 40.0
+    for _ in range(num_steps):
+        middle = (low + high) / 2
+        excess = torch.sigmoid(middle - data).mean() - ratio * torch.sigmoid(noise - middle).mean()
+        low, high = torch.where(excess < 0, middle, low), torch.where(excess < 0, high, middle)
+    return (low + high) / 2

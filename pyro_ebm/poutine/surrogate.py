@@ -1,0 +1,184 @@
+r"""The handler that puts a learnable surrogate where an EBM's intractable log density would stand.
+
+Every EBM site keeps its name, value, plates, scale and mask; only ``log_prob`` changes: it becomes minus the objective's
+loss per datum. Everything in Pyro that works on log densities goes on working.
+
+``poutine.surrogate(model, objective)`` is the bare handler, for MCMC over a *frozen* objective and for effect-style
+guides. Under SVI pass the objective itself as the loss, since only then may the guide hold the contrast: a stock ELBO
+would count the guide's draw of it as a density.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import pyro
+import pyro.poutine
+from pyro.distributions import TorchDistribution
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from pyro_ebm.distributions import EnergyDistribution, unwrap
+from pyro_ebm.distributions.call_stack import frame_of
+from pyro_ebm.distributions.wrappers import rewrap
+
+
+class SurrogateObjective(Protocol):
+    """What the handler asks of an objective."""
+
+    is_frozen: bool
+
+    def site_log_prob(
+        self,
+        name: str,
+        p: EnergyDistribution,
+        x: Tensor,
+        *,
+        noise: Any,
+        observed: bool,
+        log_z: Tensor | None,
+    ) -> Tensor:
+        """Returns minus the loss per datum in nats, with the batch shape of ``x``."""
+
+    def free_log_normalizers(self) -> Mapping[str, Any]:
+        """Returns priors of log Z for the sites of a frozen objective that must infer it."""
+
+
+class SurrogateDistribution(TorchDistribution):
+    """An EBM whose ``log_prob`` is an objective's surrogate; made by :class:`SurrogateMessenger`."""
+
+    arg_constraints: dict[str, Constraint] = {}
+    has_rsample = False
+
+    def __init__(
+        self, p: EnergyDistribution, score: Callable[[EnergyDistribution, Tensor], Tensor]
+    ) -> None:
+        self.p = p
+        self._score = score
+        super().__init__(p.batch_shape, p.event_shape, validate_args=p._validate_args)
+
+    @property
+    def support(self) -> Constraint:
+        """The EBM's support."""
+        return self.p.support
+
+    @property
+    def base_measure(self) -> str:
+        """The EBM's base measure."""
+        return self.p.base_measure
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws from the EBM itself."""
+        return self.p.sample(sample_shape)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Returns minus the surrogate loss per datum."""
+        if self._validate_args:
+            self._validate_sample(x)
+        return self._score(self.p, x)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> SurrogateDistribution:
+        """Returns the surrogate of the expanded EBM."""
+        return SurrogateDistribution(self.p.expand(batch_shape), self._score)
+
+
+class SurrogateMessenger(Messenger):
+    """Replaces EBM sites by their surrogates.
+
+    Args:
+        objectives: One objective for all sites, or one per site.
+        noise_of: Site name to the contrast that a guide holds for it, or ``None``.
+        fresh_noise: Whether new contrast draws are legitimate at every evaluation (an objective's own loss).
+    """
+
+    def __init__(
+        self,
+        objectives: SurrogateObjective | Mapping[str, SurrogateObjective],
+        noise_of: Callable[[str], Any] | None = None,
+        *,
+        fresh_noise: bool = False,
+    ) -> None:
+        super().__init__()
+        self.objectives = objectives
+        self.noise_of = noise_of or (lambda name: None)
+        self.fresh_noise = fresh_noise
+        self.used: list[str] = []
+        self.log_normalizers: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Any:
+        """Installs the handler and draws log Z of a frozen objective's sites, outside all plates."""
+        self.used.clear()
+        entered = super().__enter__()
+        self.log_normalizers = {
+            site: pyro.sample(f"{site}_log_normalizer", prior)
+            for site, prior in self._free().items()
+        }
+        return entered
+
+    def _free(self) -> dict[str, Any]:
+        given = self.objectives
+        members = given.values() if isinstance(given, Mapping) else [given]
+        return {
+            site: prior
+            for member in members
+            for site, prior in member.free_log_normalizers().items()
+        }
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if unwrap(msg["fn"]) is None:
+            return
+        name, observed = msg["name"], msg["is_observed"]
+        if not observed and self._objective(name).is_frozen:
+            return  # MCMC samples a latent through its own energy
+        self.used.append(name)
+        msg["fn"] = rewrap(
+            msg["fn"], lambda p: SurrogateDistribution(p, self._scorer(name, observed=observed))
+        )
+
+    def _scorer(
+        self, name: str, *, observed: bool
+    ) -> Callable[[EnergyDistribution, Tensor], Tensor]:
+        objective = self._objective(name)
+        noise = self.noise_of(name) if observed else None
+
+        def score(p: EnergyDistribution, x: Tensor) -> Tensor:
+            if not (self.fresh_noise or objective.is_frozen or _inside_elbo()):
+                raise RuntimeError(
+                    f"the surrogate of EBM site {name!r} draws fresh noise at every evaluation, so its density is not "
+                    "a fixed target: freeze it first, objective.freeze(model, *args)"
+                )
+            log_z = self.log_normalizers.get(name)
+            return objective.site_log_prob(name, p, x, noise=noise, observed=observed, log_z=log_z)
+
+        return score
+
+    def _objective(self, name: str) -> SurrogateObjective:
+        if not isinstance(self.objectives, Mapping):
+            return self.objectives
+        if name not in self.objectives:
+            raise ValueError(
+                f"no objective for EBM site {name!r}; the given ones are for {sorted(self.objectives)}"
+            )
+        return self.objectives[name]
+
+
+def _inside_elbo() -> bool:
+    return frame_of(("get_importance_trace", "_get_trace")) is not None
+
+
+def surrogate(
+    model: Callable[..., Any], objective: SurrogateObjective | Mapping[str, SurrogateObjective]
+) -> Callable[..., Any]:
+    """Returns ``model`` with its EBM sites scored by ``objective``.
+
+    Args:
+        model: A Pyro model with at least one ``EnergyDistribution`` site.
+        objective: An objective, or one per site by name. For MCMC it must be frozen.
+
+    Raises:
+        RuntimeError: When the model is scored outside an ELBO with an objective that draws fresh noise.
+        ValueError: When an EBM site has no objective.
+    """
+    return SurrogateMessenger(objective)(model)

@@ -1,0 +1,40 @@
+"""Shared type names and the protocols that an energy may satisfy.
+
+An energy is any callable ``x -> E(x)`` in nats, lower meaning likelier. Nothing else is required of it. An energy
+that also knows its support, its normalizer and how to sample itself says so by satisfying :class:`Tractable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+EnergyFn = Callable[[Tensor], Tensor]
+"""``x`` of shape ``sample + batch + event`` to energies of shape ``sample + batch`` (extra dims on the left only)."""
+
+BaseMeasure = Literal["lebesgue", "counting", "mixed", "surface", "generator"]
+"""The measure with respect to which an unnormalized density is meant."""
+
+
+@runtime_checkable
+class Tractable(Protocol):
+    """An energy whose normalizer with respect to its support's own measure is known.
+
+    Used only where a distribution has no other base: with a base, :math:`Z` is a different integral.
+    """
+
+    event_shape: torch.Size
+    support: Constraint
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Returns the energy of ``x``, one value per event."""
+
+    def log_normalizer(self) -> Tensor:
+        """Returns log Z in nats, differentiable in the energy's parameters."""
+
+    def sample(self, shape: torch.Size) -> Tensor:
+        """Returns exact draws of shape ``shape + event_shape``."""

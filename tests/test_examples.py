@@ -1,0 +1,70 @@
+"""Every example runs from a shell with ``--smoke`` and leaves what it promises in ``--out``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES_FOLDER = ROOT / "examples"
+FIGURES = {".png", ".pdf", ".svg"}
+TIMEOUT = 180  # seconds; the smoke runs are meant to take a few
+
+# Every script of the folder, and whether it draws a figure.
+EXAMPLES = {
+    "quickstart.py": True,
+    "energy_factors.py": True,
+    "nce_two_moons.py": True,
+    "missing_log_z.py": False,
+}
+
+
+def unlisted(table: dict[str, bool], folder: Path) -> set[str]:
+    """Returns the names that are in the table or in the folder, but not in both."""
+    return set(table) ^ {path.name for path in folder.glob("*.py")}
+
+
+def run_example(script: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a script as a user would, in another folder, with warnings shown and no screen."""
+    path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
+    environment = {
+        **os.environ,
+        "MPLBACKEND": "Agg",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path),
+    }
+    return subprocess.run(
+        [sys.executable, str(script), "--smoke", "--out", str(out)],
+        cwd=out,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
+def test_table_lists_exactly_the_examples():
+    assert unlisted(EXAMPLES, EXAMPLES_FOLDER) == set()
+
+
+def test_a_forgotten_and_a_missing_example_are_found(tmp_path):
+    (tmp_path / "here.py").touch()
+    (tmp_path / "forgotten.py").touch()
+    assert unlisted({"here.py": False, "gone.py": False}, tmp_path) == {"forgotten.py", "gone.py"}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs(name, tmp_path):
+    run = run_example(EXAMPLES_FOLDER / name, tmp_path)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "Traceback" not in run.stderr
+    assert run.stdout.strip()
+    figures = [path for path in tmp_path.rglob("*") if path.suffix in FIGURES]
+    assert bool(figures) >= EXAMPLES[name]
+    assert all(path.stat().st_size > 1000 for path in figures)
