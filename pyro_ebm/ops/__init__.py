@@ -1,1 +1,1 @@
-"""Pure tensor functions: gradients in x, supports, R-hat, and the small sampler behind ``sample()``."""
+"""Pure tensor functions: gradients in x, supports, R-hat, the small sampler behind ``sample()``."""
