@@ -70,7 +70,7 @@ bench: $(VENV)/.installed-bench
 .venv-arviz1/.installed:
 	@[ -n "$(PYTHON312)" ] || { echo "No Python 3.12 found; say where: make test-arviz1 PYTHON312=/path/to/python3.12"; exit 1; }
 	"$(PYTHON312)" -m venv .venv-arviz1
-	.venv-arviz1/bin/python -m pip install --disable-pip-version-check numpy 'arviz>=1,<2' h5netcdf pytest
+	.venv-arviz1/bin/python -m pip install --disable-pip-version-check numpy 'arviz>=1,<2' h5netcdf h5py pytest
 	@touch $@
 
 test-arviz1: .venv-arviz1/.installed

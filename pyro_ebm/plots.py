@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 Bounds = tuple[tuple[float, float], tuple[float, float]]
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Blue, vermilion, green, purple, orange, sky blue, black."""
 
 
 def plot_density(
@@ -46,8 +45,7 @@ def plot_density(
             points ``(N, 2)`` in the default dtype to log densities ``(N,)`` in nats.
         bounds: ``((left, right), (bottom, top))``.
         resolution: Grid points along each axis.
-        depth: Nats below the maximum at which the colours end; everything lower looks alike, as
-            the arrow of the colour bar says.
+        depth: Nats below the maximum at which the colours end.
         colorbar: Whether to draw the colour bar.
 
     Raises:
@@ -57,16 +55,15 @@ def plot_density(
         >>> from matplotlib.figure import Figure
         >>> normal = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
         >>> ax = plot_density(Figure().subplots(), normal, ((-3, 3), (-3, 3)), resolution=50)
-        >>> ax.get_xlim()
-        (-3.0, 3.0)
+        >>> ax.get_ylabel()
+        '$x_2$'
     """
     first, second = (torch.linspace(low, high, resolution) for low, high in bounds)
-    values = _log_density(density, torch.cartesian_prod(first, second))
-    values = values.reshape(resolution, resolution).T
+    points = torch.cartesian_prod(first, second)
+    values = _log_density(density, points).reshape(resolution, resolution).T
     top = float(np.nanmax(values))
-    mesh = ax.pcolormesh(
-        first, second, values, vmin=top - depth, vmax=top, shading="nearest", rasterized=True
-    )
+    axes = to_numpy(first), to_numpy(second)
+    mesh = ax.pcolormesh(*axes, values, vmin=top - depth, vmax=top, rasterized=True)
     if colorbar:
         ax.figure.colorbar(mesh, ax=ax, label="log density (nats)", extend="min")
     ax.set(xlim=bounds[0], ylim=bounds[1], aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
@@ -160,8 +157,7 @@ def plot_energy_histogram(
     for name, values in sets.items():
         if not values.size or not np.isfinite(values).all():
             raise ValueError(
-                f"energies of {name!r} must be finite and at least one, got {values.size} values "
-                f"of which {int(np.isfinite(values).sum())} are finite"
+                f"energies of {name!r} must be finite numbers, at least one, got {values}"
             )
     edges = np.histogram_bin_edges(np.concatenate(list(sets.values())), bins=bins).tolist()
     for k, (name, values) in enumerate(sets.items()):
@@ -209,8 +205,7 @@ def _ranks(draws: NDArray[Any]) -> NDArray[Any]:
     """Ranks from 1 among all draws; equal draws share the average of theirs."""
     if draws.ndim != 2:
         raise ValueError(
-            f"plot_rank takes scalars of shape (chains, draws), got shape {draws.shape}; pick one "
-            "coordinate of a vector"
+            f"plot_rank takes one scalar, draws of shape (chains, draws), got {draws.shape}"
         )
     _, place, counts = np.unique(draws, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)

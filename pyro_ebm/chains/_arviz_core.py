@@ -6,6 +6,7 @@ module: these functions can be used, and are tested, where only NumPy and ArviZ 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,8 +116,14 @@ def _old_attrs_name(group: str) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Mutes what is no news: shapes known to be right, undefined statistics shown as nan."""
+    logger = logging.getLogger("arviz")
+    level = logger.level
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="More chains")
+        warnings.filterwarnings("ignore", message="More chains|Found chain dimension")
         warnings.filterwarnings("ignore", category=RuntimeWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
-        yield
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

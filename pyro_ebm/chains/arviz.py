@@ -30,7 +30,7 @@ def to_arviz(
     kwargs: Mapping[str, Any] | None = None,
     prior: Mapping[str, Any] | None = None,
     posterior_predictive: Mapping[str, Any] | None = None,
-    log_likelihood: bool | Sequence[str] = False,
+    log_likelihood: bool | str | Sequence[str] = False,
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     warmup: bool = False,
@@ -84,8 +84,7 @@ def to_arviz(
     if conditioned is not None:
         groups["observed_data"] = conditioned.observed_data()
     if log_likelihood is not False:
-        names = None if log_likelihood is True else list(log_likelihood)
-        groups["log_likelihood"] = _log_likelihood(record, conditioned, names)
+        groups["log_likelihood"] = _log_likelihood(record, conditioned, wanted=log_likelihood)
         dims = _without_masked(dims, groups)
     groups |= _predictive_groups(record, prior, posterior_predictive)
     return core.build(import_arviz(), groups, coords=coords, dims=dims, attrs=_attrs(record))
@@ -96,7 +95,7 @@ def summary(source: Any) -> Any:
 
     Columns: mean, sd, mcse_mean, ess_bulk, ess_tail, r_hat. R-hat and both effective sample sizes
     are ArviZ's rank-normalized ones; ``nan`` where they do not exist (constant or non-finite draws,
-    one chain).
+    one chain). Which quantiles the tail is, the installed ArviZ decides.
 
     Args:
         source: What :func:`to_arviz` takes.
@@ -162,10 +161,12 @@ def _conditioned(
 
 
 def _log_likelihood(
-    record: Record, conditioned: Conditioned | None, names: Sequence[str] | None
+    record: Record, conditioned: Conditioned | None, *, wanted: bool | str | Sequence[str]
 ) -> Arrays:
     if conditioned is None:
         raise ValueError("log_likelihood needs the model: pass model=, args= and kwargs=")
+    listed = [wanted] if isinstance(wanted, str) else wanted
+    names = None if isinstance(listed, bool) else list(listed)
     values = pointwise_log_likelihood(conditioned, names)
     return core.by_chain("log_likelihood", values, record.num_chains, record.num_samples)
 

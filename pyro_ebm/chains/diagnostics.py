@@ -47,6 +47,9 @@ class Worst(NamedTuple):
         return f"{self.value:.4g} ({self.at})" if self.at else "undefined"
 
 
+_UNDEFINED = Worst(float("nan"), "")
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """What :func:`diagnose` found; ``print`` it to read it.
@@ -116,8 +119,7 @@ def diagnose(source: Any) -> Diagnosis:
     record = as_record(source)
     stats = record.sample_stats
     still, partly = _constant_sites(record.draws)
-    table = table_of(_judged(record, leave_out=still))
-    rhat, ess_bulk, ess_tail = _worst_values(table)
+    rhat, ess_bulk, ess_tail = _worst_values(_judged(record, leave_out=still))
     energies = bfmi(stats["energy"]) if "energy" in stats else ()
     diverged, saturated = _count(stats, "diverging"), _count(stats, "reached_max_treedepth")
     warnings = [
@@ -153,7 +155,7 @@ def bfmi(energy: NDArray[Any]) -> tuple[float, ...]:
     """
     h = np.asarray(energy, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        values = (np.diff(h, axis=1) ** 2).mean(axis=1) / h.var(axis=1)
+        values = (np.diff(h) ** 2).mean(axis=1) / h.var(axis=1, ddof=1)
     return tuple(float(value) for value in values)
 
 
@@ -172,7 +174,10 @@ def _judged(record: Record, leave_out: list[str]) -> dict[str, NDArray[Any]]:
     return moving if lp is None or "lp" in record.draws or not moving else {**moving, "lp": lp}
 
 
-def _worst_values(table: Any) -> tuple[Worst, Worst, Worst]:
+def _worst_values(draws: Arrays) -> tuple[Worst, Worst, Worst]:
+    if not draws:
+        return _UNDEFINED, _UNDEFINED, _UNDEFINED
+    table = table_of(draws)
     return (
         _worst(table["r_hat"], largest=True),
         _worst(table["ess_bulk"], largest=False),
@@ -183,7 +188,7 @@ def _worst_values(table: Any) -> tuple[Worst, Worst, Worst]:
 def _worst(column: Any, *, largest: bool) -> Worst:
     known = column.dropna()
     if known.empty:
-        return Worst(float("nan"), "")
+        return _UNDEFINED
     at = known.idxmax() if largest else known.idxmin()
     return Worst(float(known[at]), str(at))
 
@@ -206,11 +211,11 @@ def _still_warnings(still: list[str]) -> list[str]:
 
 
 def _mixing_warnings(record: Record, rhat: Worst, ess_bulk: Worst, ess_tail: Worst) -> list[str]:
+    if record.num_samples < 4:
+        return [f"{record.num_samples} draws of each chain are too few for R-hat and ESS"]
     found = []
     if record.num_chains < 2:
-        found.append(
-            "one chain: R-hat compares chains, run at least four from spread starting points"
-        )
+        found.append("one chain: R-hat compares chains, run at least four from spread starts")
     elif rhat.value >= MAX_RHAT:
         found.append(f"R-hat {rhat} is not below {MAX_RHAT}: chains disagree, run them longer")
     for kind, ess in (("bulk", ess_bulk), ("tail", ess_tail)):

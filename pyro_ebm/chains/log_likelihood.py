@@ -32,6 +32,7 @@ from pyro_ebm.settings import missing_normalizer_policy
 __all__ = ["pointwise_log_likelihood"]
 
 _CHUNK = 500
+_NUM_CHECKED = 20
 
 
 def pointwise_log_likelihood(
@@ -40,8 +41,8 @@ def pointwise_log_likelihood(
     r"""Returns :math:`\log p(y_i\mid\theta_s)` in nats, of shape ``(S,) + rows``, for every site.
 
     Scales are left out. Rows that a mask hides are no observations and are left out too, which
-    flattens the rows of their site. Draws are evaluated in batches behind an outer plate, checked
-    against single draws; a model whose batch dimensions do not allow that is run draw by draw.
+    flattens the rows of their site. Draws are evaluated in batches behind an outer plate, twenty of
+    them also singly as a check; a model that does not allow that is run draw by draw.
 
     Args:
         conditioned: The model with its draws.
@@ -81,7 +82,7 @@ def _check_all_drawn(trace: Any) -> None:
         if site["type"] != "sample":
             continue
         if is_subsample(site):
-            if site["fn"].subsample_size < site["fn"].size:
+            if (site["fn"].subsample_size or site["fn"].size) < site["fn"].size:
                 raise ValueError(
                     f"log_likelihood: plate {name!r} is subsampled; give the model its full data"
                 )
@@ -191,7 +192,7 @@ def _batched(
         scores = {one.name: torch.cat([part[one.name] for part in parts]) for one in layouts}
     except Exception:  # whatever a model raises when its latents gain a dimension
         return None
-    some = sorted({0, size // 2, size - 1})
+    some = sorted({i * (size - 1) // _NUM_CHECKED for i in range(_NUM_CHECKED + 1)})
     truth = _one_by_one(conditioned, layouts, some)
     agree = all(torch.allclose(scores[k][some], truth[k], rtol=1e-4, equal_nan=True) for k in truth)
     return scores if agree else None

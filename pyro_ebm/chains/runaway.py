@@ -2,16 +2,17 @@ r"""Noticing chains that run away: how :math:`\int e^{-U} = \infty` looks to a s
 
 A sampler cannot prove that a density is improper, and it need not fail: on a flat potential NUTS
 accepts every step, doubles its step size until numbers end, and reports no divergence. What can be
-seen is the motion. A coordinate is said to run away if one of these holds:
+seen is the motion. A site is said to run away if one of these holds:
 
 * *not finite*: some draw is NaN or infinite;
 * *huge*: draws spread over more than ``1e6`` (median distance to the median, in the site's own
-  units) while the chains disagree (split R-hat above 1.1). The first alone may be the scale of the
+  units) while the chains disagree (split R-hat above 1.2). The first alone may be the scale of the
   data, the second alone a slow chain;
-* *outward*: in most chains at least 95 % of the moves (40 or more) increase :math:`|x|`, the last
-  quarter lies 10 % further out than the first, and the way between the last two quarters is at
-  least 0.4 of that between the first two. Around a proper mode inward and outward moves balance,
-  however strong the autocorrelation, and a chain on its way to a distant mode slows down.
+* *outward*: in most chains at least 95 % of the moves of some coordinate (40 or more) increase
+  :math:`|x|`, the last quarter lies 10 % further out than the first, and the way between the last
+  two quarters is at least 0.4 of that between the first two. Around a proper mode inward and
+  outward moves balance, however strong the autocorrelation, and a chain on its way to a distant
+  mode slows down.
 
 Each of them is rare in draws from a proper density; heavy but integrable tails and slow mixing do
 not set them off. Improper directions that a chain has not yet found are not seen.
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 __all__ = ["find_runaways"]
 
 HUGE = 1e6
-DISAGREEMENT = 1.1
+DISAGREEMENT = 1.2
 OUTWARD_SHARE = 0.95
 OUTWARD_MOVES = 40
 OUTWARD_GROWTH = 1.1
@@ -62,7 +63,7 @@ def _why(draws: NDArray[Any]) -> str:
         return ""
     if (huge := _is_huge(x)).any():
         return f"spreads over {_spread(x)[huge].max():.1e} and its chains disagree"
-    if _moves_outward(x).any():
+    if _moves_outward(x):
         return f"moves outward at nearly every step, to {np.abs(x).max():.3g} so far"
     return ""
 
@@ -90,8 +91,8 @@ def _split_rhat(x: Floats) -> Floats:
         return np.sqrt(1.0 - 1.0 / half + between / within)
 
 
-def _moves_outward(x: Floats) -> Flags:
-    """Per coordinate of ``(chains, draws, D)``: do most chains hardly ever turn back?"""
+def _moves_outward(x: Floats) -> bool:
+    """Whether most chains of ``(chains, draws, D)`` hardly ever turn back in some direction."""
     distance = np.abs(x)
     step = np.diff(distance, axis=1)
     moves, outward = (step != 0).sum(axis=1), (step > 0).sum(axis=1)
@@ -99,4 +100,4 @@ def _moves_outward(x: Floats) -> Flags:
     way = np.diff(quarters, axis=0)
     steady = (moves >= OUTWARD_MOVES) & (outward >= OUTWARD_SHARE * moves)
     further = (quarters[3] > OUTWARD_GROWTH * quarters[0]) & (way[2] > NOT_SLOWING * way[0])
-    return (steady & further).mean(axis=0) > 0.5
+    return bool((steady & further).any(axis=-1).mean() > 0.5)

@@ -20,14 +20,14 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.distributions import default_sample, normalizer_guard
+from pyro_ebm.distributions import default_sample, known_normalizer, normalizer_guard, supports
+from pyro_ebm.distributions.known_normalizer import LogNormalizerLike
 from pyro_ebm.energies.base import ScaledEnergy, SumEnergy
 from pyro_ebm.energies.checks import check_energy_shape
-from pyro_ebm.ops.constraints import base_measure, event_support, finite_values, plain
-from pyro_ebm.ops.log_normalizer import LogNormalizer
+from pyro_ebm.ops.autograd import grad_of
+from pyro_ebm.ops.constraints import base_measure, finite_values
 from pyro_ebm.typing import BaseMeasure, EnergyFn, Tractable
 
-LogNormalizerLike = float | Tensor | LogNormalizer | Callable[[], Tensor]
 Sampler = Callable[["EnergyDistribution", torch.Size], Tensor]
 
 
@@ -53,7 +53,7 @@ class EnergyDistribution(TorchDistribution):
 
     Raises:
         ValueError: If neither base, support nor event shape is given, or they contradict each other.
-        TypeError: If the energy is not callable or the base is not a distribution.
+        TypeError: If the energy is not callable, the base is not a distribution, or another argument is of a wrong kind.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -87,14 +87,16 @@ class EnergyDistribution(TorchDistribution):
         self.base = base
         self.sampler = sampler
         self.conditional = conditional
-        self._log_normalizer = _checked_log_normalizer(log_normalizer)
-        self._support, event = _resolve_shapes(energy, base, support, event_shape)
-        batch = torch.Size(batch_shape)
+        self._log_normalizer = known_normalizer.checked(log_normalizer)
+        self._support, event = supports.resolve(energy, base, support, event_shape)
+        self._is_exact = base is None and _is_exact(energy, self._support, event)
+        batch = supports.size_of("batch_shape", batch_shape)
         if base is not None:
-            batch = torch.broadcast_shapes(batch, base.batch_shape)
+            batch = supports.broadcast_batch(base.batch_shape, batch, "base")
             self.base = base if batch == base.batch_shape else base.expand(batch)
-        elif isinstance(energy, Tractable):
-            batch = torch.broadcast_shapes(batch, energy.log_normalizer().shape)
+        elif self._is_exact:
+            own = energy.log_normalizer().shape  # type: ignore[attr-defined]
+            batch = supports.broadcast_batch(own, batch, "energy")
         super().__init__(batch, event, validate_args=validate_args)
 
     # --- what the distribution is
@@ -116,17 +118,17 @@ class EnergyDistribution(TorchDistribution):
 
     def shares_support_with(self, other: Any) -> bool:
         """Whether another distribution lives on the same set."""
-        return _same_support(self._support, other.support)
+        return supports.same_support(self._support, other.support)
 
     @property
     def is_exact_energy(self) -> bool:
-        """Whether the energy itself knows log Z and how to sample."""
-        return self.base is None and isinstance(self._energy, Tractable)
+        """Whether the energy itself knows log Z and how to sample, on this support and without a base."""
+        return self._is_exact
 
     @property
     def is_normalized(self) -> bool:
         """Whether log Z is known and was not made at other parameters than today's."""
-        return self._log_normalizer_state() is None
+        return known_normalizer.problem_with(self.log_normalizer) is None
 
     @property
     def log_normalizer(self) -> LogNormalizerLike | None:
@@ -137,23 +139,7 @@ class EnergyDistribution(TorchDistribution):
 
     def log_normalizer_value(self) -> Tensor | None:
         """Log Z in nats as a tensor that broadcasts with ``batch_shape``; ``None`` if unknown or stale."""
-        given = self.log_normalizer
-        if given is None or (isinstance(given, LogNormalizer) and given.is_stale):
-            return None
-        if isinstance(given, LogNormalizer):
-            return given.value
-        if isinstance(given, Tensor):
-            return given
-        return given() if callable(given) else torch.as_tensor(given)
-
-    def _log_normalizer_state(self) -> str | None:
-        """``None`` if log Z is known, else how to say that it is not."""
-        given = self.log_normalizer
-        if given is None:
-            return "log Z is unknown"
-        if isinstance(given, LogNormalizer) and given.is_stale:
-            return "log Z is stale: parameters have changed since it was estimated"
-        return None
+        return known_normalizer.value_of(self.log_normalizer)
 
     # --- densities
 
@@ -166,16 +152,26 @@ class EnergyDistribution(TorchDistribution):
         return -self.unnormalized_log_prob(x)
 
     def score(self, x: Tensor) -> Tensor:
-        """Returns the score, minus the gradient of the potential in nats per unit, with the shape of ``x``.
+        """Returns the score, minus the gradient of the potential in nats per unit.
 
         Differentiable (in parameters and in ``x``) where grad mode is on.
+
+        Returns:
+            Shape ``sample + batch + event``, with the extra dims of batched parameters on the left.
         """
-        keep_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            at = x if x.requires_grad else x.detach().requires_grad_()
-            log_p = self.unnormalized_log_prob(at)
-            (score,) = torch.autograd.grad(log_p.sum(), at, create_graph=keep_graph)
-        return score
+        x = self.broadcast_value(x)
+        log_p, score = self._value_and_score(x)
+        if log_p.shape + self.event_shape == x.shape:
+            return score
+        return self._value_and_score(x.expand(log_p.shape + self.event_shape))[1]
+
+    def _value_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():
+            return grad_of(self.unnormalized_log_prob, x)
+        x = x.clone() if x.is_inference() else x
+        at = x if x.requires_grad else x.detach().requires_grad_()
+        log_p = self.unnormalized_log_prob(at)
+        return log_p, torch.autograd.grad(log_p.sum(), at, create_graph=True)[0]
 
     def unnormalized_log_prob(self, x: Tensor) -> Tensor:
         """Returns -U(x) in nats: the log density up to log Z. Never checked, never hooked."""
@@ -193,7 +189,7 @@ class EnergyDistribution(TorchDistribution):
         x, log_z = self.broadcast_value(x), self.log_normalizer_value()
         if normalizer_guard.is_due(self._energy, self.base, x, log_z):
             x = x.view_as(x)
-            state = self._log_normalizer_state()
+            state = known_normalizer.problem_with(self.log_normalizer)
             log_p, log_z = normalizer_guard.watch(
                 self._unnormalized(x),
                 x,
@@ -204,7 +200,11 @@ class EnergyDistribution(TorchDistribution):
             )
         else:
             log_p = self._unnormalized(x)
-        return log_p if log_z is None else log_p - log_z
+        return (
+            log_p
+            if log_z is None
+            else known_normalizer.subtract(log_p, log_z, self._log_normalizer)
+        )
 
     def _energy_of(self, x: Tensor) -> Tensor:
         return check_energy_shape(self._energy(x), x, len(self.event_shape), energy=self._energy)
@@ -214,11 +214,18 @@ class EnergyDistribution(TorchDistribution):
         return -energy if self.base is None else self.base.log_prob(x) - energy
 
     def broadcast_value(self, x: Tensor) -> Tensor:
-        """Returns ``x`` expanded so that its leading dims contain ``batch_shape``."""
-        event_dim = len(self.event_shape)
-        have = x.shape[: x.dim() - event_dim]
-        need = torch.broadcast_shapes(have, self.batch_shape)
-        return x if have == need else x.expand(need + x.shape[x.dim() - event_dim :])
+        """Returns ``x`` expanded so that its leading dims contain ``batch_shape``.
+
+        Raises:
+            ValueError: If ``x`` does not end in the event shape.
+        """
+        lead = x.dim() - len(self.event_shape)
+        if x.shape[max(lead, 0) :] != self.event_shape:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} does not end in the event shape {tuple(self.event_shape)}"
+            )
+        need = torch.broadcast_shapes(x.shape[:lead], self.batch_shape)
+        return x if x.shape[:lead] == need else x.expand(need + self.event_shape)
 
     # --- sampling
 
@@ -253,11 +260,13 @@ class EnergyDistribution(TorchDistribution):
         )
 
     def enumerate_support(self, expand: bool = True) -> Tensor:  # noqa: FBT001, FBT002
-        """Returns all values, shape ``(K,) + batch_shape``."""
+        """Returns all values, shape ``(K,) + batch_shape``, typed as the base's."""
         if not self.has_enumerate_support:
             raise NotImplementedError(
                 "enumerate_support needs a scalar event with finitely many values and a known log Z"
             )
+        if self.base is not None and self.base.has_enumerate_support:
+            return self.base.enumerate_support(expand=expand)
         values = finite_values(self._support).reshape((-1,) + (1,) * len(self.batch_shape))  # type: ignore[union-attr]
         return values.expand((-1,) + self.batch_shape) if expand else values
 
@@ -266,9 +275,20 @@ class EnergyDistribution(TorchDistribution):
     def expand(
         self, batch_shape: torch.Size | tuple[int, ...], _instance: EnergyDistribution | None = None
     ) -> EnergyDistribution:
-        """Returns the same kind of distribution with a larger batch shape (Pyro's plates call this)."""
+        """Returns the same kind of distribution with a larger batch shape (Pyro's plates call this).
+
+        Raises:
+            ValueError: If the present batch shape does not broadcast to ``batch_shape``.
+        """
         new = self._copy()
-        new._batch_shape = torch.Size(batch_shape)
+        new._batch_shape = supports.size_of("batch_shape", batch_shape)
+        if (
+            supports.broadcast_batch(self.batch_shape, batch_shape, "distribution")
+            != new._batch_shape
+        ):
+            raise ValueError(
+                f"cannot expand batch_shape {tuple(self.batch_shape)} to {tuple(new._batch_shape)}"
+            )
         if self.base is not None:
             new.base = self.base.expand(new._batch_shape)
         return new
@@ -302,13 +322,14 @@ class EnergyDistribution(TorchDistribution):
     def with_log_normalizer(self, log_normalizer: LogNormalizerLike | None) -> EnergyDistribution:
         """Returns the same law with this knowledge of log Z (see the class on what may be given)."""
         new = self._copy()
-        new._log_normalizer = _checked_log_normalizer(log_normalizer)
+        new._log_normalizer = known_normalizer.checked(log_normalizer)
         return new
 
     def _with_energy(self, energy: EnergyFn) -> EnergyDistribution:
         new = self._copy()
         new._energy = energy
         new._log_normalizer = None
+        new._is_exact = False
         return new
 
     def _copy(self) -> EnergyDistribution:
@@ -348,68 +369,10 @@ def _no_moment(name: str, recipe: str) -> str:
     )
 
 
-def _checked_log_normalizer(value: LogNormalizerLike | None) -> LogNormalizerLike | None:
-    if value is None or callable(value) or isinstance(value, (Tensor, LogNormalizer, Number)):
-        return value
-    raise TypeError(
-        "log_normalizer must be a number, a tensor, a LogNormalizer or a function without arguments, "
-        f"got {type(value).__name__}"
+def _is_exact(energy: EnergyFn, support: Constraint, event_shape: torch.Size) -> bool:
+    """Whether the energy knows log Z and how to sample *on this support*, not only on its own."""
+    return (
+        isinstance(energy, Tractable)
+        and energy.event_shape == event_shape
+        and supports.same_support(energy.support, support)
     )
-
-
-def _resolve_shapes(
-    energy: EnergyFn,
-    base: TorchDistribution | None,
-    support: Constraint | None,
-    event_shape: torch.Size | tuple[int, ...] | None,
-) -> tuple[Constraint, torch.Size]:
-    """Support and event shape from the base, from what was given, or from an exact energy."""
-    if base is not None:
-        return _shapes_of_base(base, support, event_shape)
-    if isinstance(energy, Tractable):
-        event_shape = energy.event_shape if event_shape is None else event_shape
-        support = energy.support if support is None else support
-    if event_shape is None and support is None:
-        raise ValueError(
-            "EnergyDistribution needs base=, or support= and event_shape=, for an energy that does not know its own: "
-            "for example EnergyDistribution(energy, event_shape=(2,)) for an energy on R^2"
-        )
-    event = torch.Size(() if event_shape is None else event_shape)
-    real = torch.distributions.constraints.real
-    return event_support(real if support is None else support, len(event)), event
-
-
-def _shapes_of_base(
-    base: Any,
-    support: Constraint | None,
-    event_shape: torch.Size | tuple[int, ...] | None,
-) -> tuple[Constraint, torch.Size]:
-    if not isinstance(base, torch.distributions.Distribution):
-        raise TypeError(f"base must be a Pyro distribution, got {type(base).__name__}")
-    if isinstance(base, EnergyDistribution) and not base.is_normalized:
-        raise ValueError(
-            "base must be normalized: use base.tilt(energy) to add an energy to an unnormalized law"
-        )
-    if event_shape is not None and torch.Size(event_shape) != base.event_shape:
-        raise ValueError(
-            f"event_shape {tuple(event_shape)} does not match the base's {tuple(base.event_shape)}"
-        )
-    own: Any = base.support
-    if support is not None and not _same_support(support, own):
-        raise ValueError(f"support {support} does not match the base's {own}")
-    return event_support(own, len(base.event_shape)), base.event_shape
-
-
-def _same_support(a: Constraint, b: Constraint) -> bool:
-    """Whether two supports are one kind of set with the same bounds."""
-    a, b = plain(a), plain(b)
-    if a is b:
-        return True
-    bounds_a, bounds_b = vars(a), vars(b)
-    return type(a) is type(b) and all(_equal(bounds_a[k], bounds_b.get(k)) for k in bounds_a)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-    return bool(a == b)

@@ -15,13 +15,14 @@ from collections.abc import Callable
 from numbers import Number
 from typing import Any
 
+import pyro.poutine
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_ebm.distributions.energy_distribution import EnergyDistribution, Sampler
 from pyro_ebm.distributions.pushforward import PushforwardDistribution
-from pyro_ebm.energies.base import Energy
+from pyro_ebm.energies.base import Energy, ScaledEnergy, SumEnergy
 from pyro_ebm.typing import BaseMeasure, EnergyFn
 
 
@@ -37,6 +38,10 @@ class GeneralizedEBM(EnergyDistribution):
         log_normalizer: What is known of log Z with respect to the generator's law, as for ``EnergyDistribution``.
         sampler: ``(distribution, sample_shape) -> draws``; by default the latent law is sampled.
         validate_args: As everywhere in torch.
+
+    Raises:
+        TypeError: If the generator or the energy is not callable, or the prior is not a distribution.
+        ValueError: If the prior is an EBM with unknown log Z, or the generator does not keep leading dims.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -58,6 +63,7 @@ class GeneralizedEBM(EnergyDistribution):
         sampler: Sampler | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        _check_normalized(prior)
         self.inverse_temperature = inverse_temperature
         base = PushforwardDistribution(generator, prior, event_shape=event_shape)
         super().__init__(
@@ -122,16 +128,44 @@ class GeneralizedEBM(EnergyDistribution):
         if self.sampler is not None:
             return super().sample(sample_shape)
         z = self.latent.sample(sample_shape)
-        with torch.no_grad():
+        with torch.no_grad(), pyro.poutine.block():
             return self.generator(z)
 
     def temper(self, inverse_temperature: float | Tensor) -> EnergyDistribution:
-        """Returns the law at another inverse temperature (multiplied into the present one)."""
+        """Returns the law at another inverse temperature (multiplied into the present one).
+
+        Log Z stays known at a factor of 1, and is 0 at a factor of 0.
+        """
         new = self._copy()
         new.inverse_temperature = inverse_temperature * self.inverse_temperature
-        same = isinstance(inverse_temperature, Number) and inverse_temperature == 1
-        new._log_normalizer = self._log_normalizer if same else None
+        if not (isinstance(inverse_temperature, Number) and inverse_temperature == 1):
+            off = isinstance(inverse_temperature, Number) and inverse_temperature == 0
+            new._log_normalizer = 0.0 if off else None
         return new
+
+    def tilt(self, energy: EnergyFn) -> EnergyDistribution:
+        """Returns the law with energy beta E + ``energy`` on the same base; beta becomes part of the energy."""
+        own = (
+            ScaledEnergy(self._energy, self.inverse_temperature)
+            if self.is_tempered
+            else self._energy
+        )
+        new = self._with_energy(SumEnergy(own, energy))
+        new.inverse_temperature = 1.0
+        return new
+
+    def as_base(self, energy: EnergyFn) -> EnergyDistribution:
+        """Raises: a base needs a density."""
+        raise NotImplementedError(
+            "a GeneralizedEBM has no density and cannot be a base: tilt(energy) is the same law, with unknown log Z"
+        )
+
+
+def _check_normalized(prior: Any) -> None:
+    if not getattr(prior, "is_normalized", True):
+        raise ValueError(
+            f"the prior of a GeneralizedEBM must be normalized, got {prior!r}: give it a log_normalizer"
+        )
 
 
 class LatentEnergy(Energy):

@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyro
 import torch
@@ -37,6 +37,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from pyro_ebm.distributions.call_stack import frame_of, site_being_scored
 from pyro_ebm.errors import MissingNormalizerError, MissingNormalizerWarning
 from pyro_ebm.settings import missing_normalizer_policy
+
+_Value = TypeVar("_Value", bound="Tensor | None")
 
 FIRST_CALLS = 16
 EVERY = 64
@@ -70,7 +72,7 @@ def is_due(energy: Any, base: Any, x: Tensor, log_z: Tensor | None) -> bool:
         x.shape,
         x.requires_grad,
         log_z is None,
-        bool(_PYRO_STACK),
+        _capture() is not None,
     )
     count = _calls.get(key, 0)
     _calls[key] = count + 1
@@ -124,7 +126,7 @@ def watch(
     stop = _node_of(x_cut)
     potential_roots = _children(unnormalized)
     if unnormalized.requires_grad and not covers:
-        allowed = set(_walk(_node_of(log_z), (), everything=True)) if log_z is not None else set()
+        allowed = _graph(_node_of(log_z)) if log_z is not None else set()
         check = partial(_check_covered, potential_roots, stop, allowed, where, why)
         if torch._C._get_tracing_state():
             check(None, everything=True)
@@ -147,8 +149,8 @@ def _check_covered(
     *,
     everything: bool = False,
 ) -> None:
-    hits = [n for n in _walk(roots, stop, everything=everything) if n not in allowed]
-    moved = captured_only([n.variable for n in hits])
+    reached = _leaves(_graph(roots, stop)) if everything else _walk(roots, stop)
+    moved = captured_only([_value_at(n) for n in reached if n not in allowed])
     if moved:
         names = names_of(moved, where.energy)
         report(f"{where}: {why}, but {names} would be inferred through it. {REMEDIES}")
@@ -161,8 +163,8 @@ def _check_free(
     where: _Place,
     _grad: Tensor,
 ) -> None:
-    known = set(_walk(potential_roots, stop, everything=True))
-    free = captured_only([n.variable for n in _walk(roots, ()) if n not in known])
+    known = _graph(potential_roots, stop)
+    free = captured_only([_value_at(n) for n in _walk(roots, ()) if n not in known])
     if free:
         names = names_of(free, where.energy)
         report(
@@ -181,14 +183,22 @@ def report(message: str) -> None:
         warnings.warn(message, MissingNormalizerWarning, stacklevel=2)
 
 
-def captured_only(tensors: list[Tensor]) -> list[Tensor]:
+def captured_only(tensors: list[_Value]) -> list[_Value]:
     """Keeps the tensors that the ``SVI.step`` in progress will move; all of them outside one."""
+    capture = _capture()
+    if capture is None:
+        return tensors
+    sites = capture.trace.nodes.values()
+    moved = {id(s["value"].unconstrained()) for s in sites if s["type"] == "param"}
+    return [t for t in tensors if id(t) in moved]
+
+
+def _capture() -> TraceMessenger | None:
+    """The handler by which an ``SVI.step`` in progress learns which parameters to move."""
     for handler in _PYRO_STACK:
         if isinstance(handler, TraceMessenger) and handler.param_only:
-            sites = handler.trace.nodes.values()
-            moved = {id(s["value"].unconstrained()) for s in sites if s["type"] == "param"}
-            return [t for t in tensors if id(t) in moved]
-    return tensors
+            return handler
+    return None
 
 
 # --- walking autograd graphs
@@ -207,44 +217,65 @@ def _children(tensor: Tensor) -> tuple[Any, ...]:
     """Parents in the computation; holding these and not the node itself makes no reference cycle."""
     if tensor.grad_fn is None:
         return ()
-    return tuple(n for n, _ in tensor.grad_fn.next_functions if n is not None)
+    return tuple(_next(tensor.grad_fn))
 
 
-def _walk(
-    roots: Iterable[Any],
-    stop: Collection[Any],
-    ends: Collection[Any] = (),
-    *,
-    everything: bool = False,
-) -> Iterator[Any]:
-    """Yields the gradient accumulators and ``ends`` reached from ``roots`` without passing a ``stop``.
-
-    Unless ``everything``, only along nodes that the backward pass in progress will run. A leaf named in
-    ``autograd.grad(inputs=...)`` makes that question raise: it is being asked for, so it counts.
-    """
+def _graph(roots: Iterable[Any], stop: Collection[Any] = ()) -> set[Any]:
+    """All nodes reached from ``roots`` without passing a ``stop``."""
     seen: set[Any] = set()
     todo = list(roots)
     while todo:
         node = todo.pop()
-        if node in stop or node in seen or not (everything or _will_run(node)):
+        if node not in seen and node not in stop:
+            seen.add(node)
+            todo += _next(node)
+    return seen
+
+
+def _walk(roots: Iterable[Any], stop: Collection[Any], ends: Collection[Any] = ()) -> Iterator[Any]:
+    """Yields where the backward pass in progress delivers gradient, reached without passing a ``stop``.
+
+    These are leaves, ``ends``, and intermediate values that ``autograd.grad(inputs=...)`` asks for: a node that runs
+    although nothing behind it does.
+    """
+    seen: set[Any] = set()
+    todo = [n for n in roots if _will_run(n)]
+    while todo:
+        node = todo.pop()
+        if node in stop or node in seen:
             continue
         seen.add(node)
-        if node in ends or hasattr(node, "variable"):
+        behind = [n for n in _next(node) if _will_run(n)]
+        if node in ends or not behind:
             yield node
         else:
-            todo += [n for n, _ in node.next_functions if n is not None]
+            todo += behind
+
+
+def _next(node: Any) -> list[Any]:
+    return [n for n, _ in node.next_functions if n is not None]
 
 
 def _will_run(node: Any) -> bool:
+    """Whether the pass in progress runs a node; a leaf named in ``inputs=`` makes that question raise, so it counts."""
     try:
         return _engine_will_run(node)  # type: ignore[misc]
     except RuntimeError:
         return True
 
 
+def _leaves(nodes: Iterable[Any]) -> list[Any]:
+    return [n for n in nodes if hasattr(n, "variable")]
+
+
+def _value_at(node: Any) -> Tensor | None:
+    """The leaf whose gradient a node accumulates; ``None`` for an intermediate value."""
+    return getattr(node, "variable", None)
+
+
 def leaves_of(tensor: Tensor) -> list[Tensor]:
     """Returns every leaf that ``tensor`` depends on and that requires grad."""
-    return [n.variable for n in _walk(_node_of(tensor), (), everything=True)]
+    return [n.variable for n in _leaves(_graph(_node_of(tensor)))]
 
 
 # --- naming things for the message
@@ -260,7 +291,7 @@ class _Place(NamedTuple):
         return f"EBM site {self.site!r}" if self.site else "an EnergyDistribution"
 
 
-def names_of(tensors: list[Tensor], energy: Any) -> str:
+def names_of(tensors: Sequence[Tensor | None], energy: Any) -> str:
     """Names tensors by the parameter store, the energy's module or the latents of an MCMC kernel."""
     known = {id(p): f"param {n!r}" for n, p in pyro.get_param_store().named_parameters()}
     if isinstance(energy, torch.nn.Module):
@@ -268,9 +299,13 @@ def names_of(tensors: list[Tensor], energy: Any) -> str:
     frame = frame_of(("potential_grad",))
     if frame is not None and isinstance(frame.f_locals.get("z"), dict):
         known |= {id(v): f"latent {n!r}" for n, v in frame.f_locals["z"].items()}
-    names = [known.get(id(t)) or f"a value of shape {tuple(t.shape)}" for t in tensors]
+    names = [known.get(id(t)) or _describe(t) for t in tensors]
     unique = list(dict.fromkeys(names))
     return ", ".join(unique[:4]) + (f" and {len(unique) - 4} more" if len(unique) > 4 else "")
+
+
+def _describe(value: Tensor | None) -> str:
+    return "an intermediate value" if value is None else f"a value of shape {tuple(value.shape)}"
 
 
 # --- factors
@@ -300,7 +335,7 @@ def _check_factor(
     _grad: Tensor,
 ) -> None:
     hits = list(_walk(roots, stop, ends))
-    moved = captured_only([n.variable for n in hits if n not in ends])
+    moved = captured_only([_value_at(n) for n in hits if n not in ends])
     sites = [f"latent {ends[n]!r}" for n in hits if n in ends]
     names = sites if not stop else []
     if moved:

@@ -29,6 +29,7 @@ class PushforwardDistribution(TorchDistribution):
         validate_args: As everywhere in torch.
 
     Raises:
+        TypeError: If the generator is not callable or the prior is not a distribution.
         ValueError: If the generator does not keep the leading dims of its input.
         NotImplementedError: From :meth:`log_prob`.
 
@@ -52,6 +53,11 @@ class PushforwardDistribution(TorchDistribution):
     ) -> None:
         if not callable(generator):
             raise TypeError(f"generator must be callable, z -> x, got {type(generator).__name__}")
+        if not isinstance(prior, torch.distributions.Distribution):
+            raise TypeError(
+                "prior must be a Pyro distribution, for example dist.Normal(0, 1).expand([2]).to_event(1), "
+                f"got {type(prior).__name__}"
+            )
         self.generator = generator
         self.prior = prior
         event = _event_shape(generator, prior) if event_shape is None else torch.Size(event_shape)
@@ -83,7 +89,8 @@ class PushforwardDistribution(TorchDistribution):
         raise NotImplementedError(
             "a PushforwardDistribution has no density: as a contrast (guide site under KALE or EnergyDiscrepancy) it "
             "needs none; for a likelihood put one after it, e.g. pyro.sample('obs', dist.Normal(x, sigma), obs=data); "
-            "an invertible generator is dist.TransformedDistribution"
+            "an invertible generator is dist.TransformedDistribution; an energy on top of one is "
+            "GeneralizedEBM(generator, prior, energy)"
         )
 
     def expand(

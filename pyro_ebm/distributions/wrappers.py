@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from torch.distributions import Independent
 
 from pyro_ebm.distributions.energy_distribution import EnergyDistribution
 
+_WRAPPERS = (ExpandedDistribution, MaskedDistribution, Independent)
+
 
 def unwrap(fn: Any) -> EnergyDistribution | None:
     """Returns the :class:`EnergyDistribution` inside ``fn``, or ``None`` if there is none.
+
+    A distribution *transformed* from an EBM is not that EBM: its values are others.
 
     Args:
         fn: A distribution, possibly wrapped by ``expand``, ``to_event`` or ``mask``.
@@ -22,9 +26,9 @@ def unwrap(fn: Any) -> EnergyDistribution | None:
         >>> unwrap(ebm.expand([3]).to_event(1).mask(True)) is not None
         True
     """
-    while fn is not None and not isinstance(fn, EnergyDistribution):
-        fn = getattr(fn, "base_dist", None)
-    return fn
+    while isinstance(fn, _WRAPPERS):
+        fn = fn.base_dist
+    return fn if isinstance(fn, EnergyDistribution) else None
 
 
 def rewrap(fn: Any, replace: Callable[[EnergyDistribution], Any]) -> Any:

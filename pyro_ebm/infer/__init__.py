@@ -5,6 +5,7 @@ from pyro_ebm.infer.fit import FitResult, fit
 from pyro_ebm.infer.kale import KALE, DonskerVaradhan
 from pyro_ebm.infer.nce import NCE, RankingNCE
 from pyro_ebm.infer.objective import Objective
+from pyro_ebm.infer.per_site import PerSite
 
 __all__ = [
     "KALE",
@@ -13,6 +14,7 @@ __all__ = [
     "EnergyDiscrepancy",
     "FitResult",
     "Objective",
+    "PerSite",
     "RankingNCE",
     "fit",
 ]

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import pyro
 import torch
-from torch import nn
-
-if TYPE_CHECKING:
-    from pyro_ebm.infer.fit import _Run
+from torch import Tensor, nn
 
 
-def save_checkpoint(path: Path, run: _Run) -> None:
+class Run(Protocol):
+    """A fit in progress, as far as it is saved."""
+
+    model: Any
+    guide: Any
+    objective: Any
+    batches: Any
+    optimizer: torch.optim.Optimizer | None
+    parameters: dict[str, Tensor]
+    result: Any
+
+    def materialize(self) -> None:
+        """Runs the model once so that every parameter exists."""
+
+
+def save_checkpoint(path: Path, run: Run) -> None:
     """Writes parameters, optimizer, objective, curves and random state; the old file survives a failure."""
     result = run.result
     state: dict[str, Any] = {
         "parameters": {name: p.detach() for name, p in run.parameters.items()},
         "buffers": {name: dict(m.named_buffers()) for name, m in _modules(run).items()},
+        "objective": _objective_state(run),
         "optimizer": run.optimizer.state_dict() if run.optimizer else None,
         "curves": {name: getattr(result, name) for name in _CURVES},
         "rows_left": run.batches.rows_left,
@@ -32,7 +45,7 @@ def save_checkpoint(path: Path, run: _Run) -> None:
 
 
 @torch.no_grad()
-def load_checkpoint(path: Path, run: _Run) -> None:
+def load_checkpoint(path: Path, run: Run) -> None:
     """Restores what :func:`save_checkpoint` wrote.
 
     The model is run once so that every parameter exists; values are then copied in place.
@@ -51,6 +64,8 @@ def load_checkpoint(path: Path, run: _Run) -> None:
     for name, module in _modules(run).items():
         for key, buffer in module.named_buffers():
             buffer.copy_(state["buffers"][name][key])
+    if isinstance(run.objective, nn.Module):
+        run.objective.load_state_dict(state["objective"])
     for name, curve in state["curves"].items():
         setattr(run.result, name, curve)
     if run.optimizer is not None and state["optimizer"] is not None:
@@ -62,6 +77,13 @@ def load_checkpoint(path: Path, run: _Run) -> None:
 _CURVES = ("losses", "diagnostics", "validation", "averaged", "num_steps")
 
 
-def _modules(run: _Run) -> dict[str, nn.Module]:
-    candidates = {"model": run.model, "guide": run.guide, "objective": run.objective}
+def _objective_state(run: Run) -> dict[str, Any]:
+    return run.objective.state_dict() if isinstance(run.objective, nn.Module) else {}
+
+
+def _modules(run: Run) -> dict[str, nn.Module]:
+    """Modules whose buffers are part of the state: model, guide and the sites' energies."""
+    sites = getattr(run.objective, "_sites", {})
+    energies = {f"energy of {name}": p.energy_function for name, p in sites.items()}
+    candidates = {"model": run.model, "guide": run.guide} | energies
     return {name: m for name, m in candidates.items() if isinstance(m, nn.Module)}

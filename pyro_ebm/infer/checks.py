@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
@@ -15,18 +17,26 @@ from pyro_ebm.distributions.normalizer_guard import captured_only, leaves_of, na
 from pyro_ebm.errors import NonFiniteEnergyError, UnregisteredParameterError
 from pyro_ebm.ops.autograd import grad_of
 
-if TYPE_CHECKING:
-    from pyro_ebm.infer.objective import Objective
+
+class Traits(Protocol):
+    """What is asked of an objective here."""
+
+    needs_density: bool
+    has_second_player: bool
 
 
-def schedule(value: tuple[int, int] | None) -> tuple[int, int] | None:
+def schedule(value: tuple[int, int] | None, objective: Traits) -> tuple[int, int] | None:
     """Returns a valid schedule of two players.
 
     Raises:
-        ValueError: If it is not two non-negative integers with a positive sum.
+        ValueError: If it is not two non-negative integers with a positive sum, or there is no second player.
     """
     if value is None:
         return None
+    if not objective.has_second_player:
+        raise ValueError(
+            f"{type(objective).__name__} has no second player, so it takes no schedule"
+        )
     if len(value) != 2 or min(value) < 0 or sum(value) == 0:
         raise ValueError(
             f"schedule must be (energy steps, generator steps), two counts, got {value!r}"
@@ -43,9 +53,7 @@ def has_sites(used: Collection[str]) -> None:
         )
 
 
-def site(
-    name: str, p: EnergyDistribution, x: Tensor, *, observed: bool, objective: Objective
-) -> None:
+def site(name: str, p: EnergyDistribution, x: Tensor, *, observed: bool, objective: Traits) -> None:
     """Raises ``ValueError`` if the objective cannot serve this site (checked once per site)."""
     who = type(objective).__name__
     if isinstance(p, GeneralizedEBM) and not observed:
@@ -92,6 +100,17 @@ def _depends_on_rows(p: EnergyDistribution, x: Tensor) -> bool:
     return False
 
 
+def full_data(name: str, site: Any) -> None:
+    """Raises ``ValueError`` if a site that is to be frozen sees a subsample: the next one would be other rows."""
+    for frame in site["cond_indep_stack"]:
+        full = getattr(frame, "full_size", None)
+        if full is not None and full != frame.size:
+            raise ValueError(
+                f"EBM site {name!r} is in the subsampling plate {frame.name!r} ({frame.size} of {full} rows): a frozen "
+                "objective needs the full data, take subsample_size away"
+            )
+
+
 def traces(model_trace: Any, guide_trace: Any, used: Collection[str]) -> None:
     """Raises if the traces of an objective's step hold something it would get wrong."""
     has_sites(used)
@@ -109,6 +128,21 @@ def traces(model_trace: Any, guide_trace: Any, used: Collection[str]) -> None:
                 f"guide site {name!r} is an EnergyDistribution with unknown log Z: a variational factor must be "
                 "normalized. Use a normal or a flow, or sample the latent by MCMC"
             )
+
+
+def is_power_of_two(count: int) -> bool:
+    """Whether a check that is made ever more rarely is due; an energy may become conditional while it learns."""
+    return count & (count - 1) == 0
+
+
+def shapes(model_trace: Any, guide_trace: Any, max_plate_nesting: float) -> None:
+    """Raises ``ValueError`` where a site has batch dims that no plate declares, as Pyro's own ELBOs do."""
+    if not is_validation_enabled():
+        return
+    for trace in (model_trace, guide_trace):
+        for node in trace.nodes.values():
+            if node["type"] == "sample":
+                check_site_shape(node, max_plate_nesting)
 
 
 def finite(model_trace: Any, used: Collection[str], step: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro.distributions import MaskedDistribution, MultivariateNormal
 from torch import Tensor
+from torch.distributions import Independent
 
 from pyro_ebm.distributions import EnergyDistribution, unwrap
 
@@ -18,11 +19,13 @@ class Contrast(NamedTuple):
         points: Shape ``(M,) + sample + batch + event``: M draws beside every datum.
         log_noise: Their log density under the contrast in nats, shape ``(M,) + sample + batch``, where it has one.
         log_noise_data: The data's log density under the contrast, shape ``sample + batch``.
+        between: Points between data and contrast, shaped as the data, where an objective penalizes slopes.
     """
 
     points: Tensor
     log_noise: Tensor | None = None
     log_noise_data: Tensor | None = None
+    between: Tensor | None = None
 
 
 def rows_of(p: EnergyDistribution, x: Tensor) -> torch.Size:
@@ -51,13 +54,21 @@ def contrast_law(
             f"{who} has no contrast for {p!r}: give the distribution a base=, let the guide hold one (a sample site "
             "of the same name), or pass it to the objective"
         )
-    while isinstance(law, MaskedDistribution):
-        law = law.base_dist
+    law = _elementwise(law, len(p.event_shape))
     _check_events(law, p, who)
     ebm = unwrap(law)
     if needs_density and ebm is not None and not ebm.is_normalized:
         raise ValueError(f"{who} needs a normalized contrast, got {ebm!r}")
     return law.expand(rows_of(p, x))
+
+
+def _elementwise(law: Any, event_dim: int) -> Any:
+    """Strips masks, and what ``to_event`` puts around an EBM and its contrast alike."""
+    while isinstance(law, MaskedDistribution) or (
+        isinstance(law, Independent) and len(law.event_shape) > event_dim
+    ):
+        law = law.base_dist
+    return law
 
 
 def _check_events(law: Any, p: EnergyDistribution, who: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_ebm.infer import checks
 from pyro_ebm.infer.checkpoint import load_checkpoint, save_checkpoint
 from pyro_ebm.infer.objective import Objective
 
@@ -132,7 +132,7 @@ def fit(
         pyro.set_rng_seed(seed)
     batches = _Batches(_as_tuple(data), batch_size)
     if schedule is not None and isinstance(objective, Objective):
-        objective.schedule = schedule
+        objective.schedule = checks.schedule(schedule, objective)
     run = _Run(model, guide or _no_guide, objective, batches, optim, lr)
     if checkpoint is not None and Path(checkpoint).exists():
         load_checkpoint(Path(checkpoint), run)
@@ -151,7 +151,7 @@ def fit(
         run.result.interrupted = True
     finally:
         run.result.seconds = time.perf_counter() - started
-        if checkpoint is not None:
+        if checkpoint is not None and run.result.num_steps:
             save_checkpoint(Path(checkpoint), run)
     return run.result
 
@@ -172,6 +172,7 @@ class _Run:
         self.make_optimizer, self.lr = optim, lr
         self.optimizer: torch.optim.Optimizer | None = None
         self.parameters: dict[str, Tensor] = {}
+        self.recorded: dict[tuple[str, str], Tensor] = {}
         self.result = FitResult()
 
     def loop(self, num_steps: int, *, disable_progbar: bool, **options: Any) -> None:
@@ -199,6 +200,7 @@ class _Run:
                 self.objective.differentiable_loss(self.model, self.guide, *batch)
                 / self.batches.num_rows
             )
+        scaling.check()
         self._collect(capture.trace)
         for p in self.parameters.values():
             p.grad = None
@@ -220,10 +222,12 @@ class _Run:
         self._collect(capture.trace)
 
     def evaluate(self, data: tuple[Tensor, ...]) -> float:
+        kept = dict(getattr(self.objective, "diagnostics", {}))
         with torch.no_grad():
-            return float(self.objective.differentiable_loss(self.model, self.guide, *data)) / len(
-                data[0]
-            )
+            loss = self.objective.differentiable_loss(self.model, self.guide, *data)
+        if kept:
+            self.objective.diagnostics = kept
+        return float(loss) / len(data[0])
 
     def describe(self, loss: float) -> str:
         found = getattr(self.objective, "diagnostics", {})
@@ -265,8 +269,10 @@ class _Run:
 
     def _local(self, name: str) -> str:
         """The objective's own parameters under names that do not depend on how many objectives there were."""
-        prefix = getattr(self.objective, "parameter_prefix", None)
-        return _OWN + name.removeprefix(prefix) if prefix and name.startswith(prefix) else name
+        for prefix in getattr(self.objective, "parameter_prefixes", ()):
+            if name.startswith(prefix):
+                return _OWN + name.removeprefix(prefix)
+        return name
 
     def _boost(self, name: str) -> float:
         return 10.0 if name.startswith(_OWN) else 1.0
@@ -278,7 +284,9 @@ class _Run:
         result.losses.append(loss)
         for site, values in getattr(self.objective, "diagnostics", {}).items():
             for name, value in values.items():
-                result.diagnostics.setdefault(f"{site}/{name}", []).append(float(value))
+                if value is not self.recorded.get((site, name)):  # not of an earlier player's step
+                    result.diagnostics.setdefault(f"{site}/{name}", []).append(float(value))
+                    self.recorded[site, name] = value
         if ema is not None:
             for name, p in self.parameters.items():
                 if name in result.averaged:
@@ -302,7 +310,7 @@ class _Batches(Iterator[tuple[tuple[Tensor, ...], Any]]):
 
     def __next__(self) -> tuple[tuple[Tensor, ...], Any]:
         if self.batch_size is None:
-            return self.data, _unscaled()
+            return self.data, _PlateScale(self.num_rows, 1.0)
         if len(self.rows_left) < self.batch_size:
             self.rows_left = torch.randperm(self.num_rows)
         rows, self.rows_left = self.rows_left[: self.batch_size], self.rows_left[self.batch_size :]
@@ -316,15 +324,20 @@ class _PlateScale(Messenger):
     def __init__(self, size: int, scale: float) -> None:
         super().__init__()
         self.size, self.scale = size, scale
+        self.applied = False
 
     def _pyro_sample(self, msg: Any) -> None:
-        if any(frame.vectorized and frame.size == self.size for frame in msg["cond_indep_stack"]):
+        if any(frame.size == self.size for frame in msg["cond_indep_stack"]):
             msg["scale"] = msg["scale"] * self.scale
+            self.applied = True
 
-
-@contextmanager
-def _unscaled() -> Iterator[None]:
-    yield
+    def check(self) -> None:
+        """Raises ``ValueError`` if no site was in such a plate: data and priors would have the wrong weights."""
+        if not self.applied and self.scale != 1:
+            raise ValueError(
+                f"batch_size={self.size}: the model has no site in a plate of that size, so nothing was scaled to the "
+                "whole data set. Use pyro.plate(name, len(x)), or batch_size=None where the model subsamples for itself"
+            )
 
 
 def _as_tuple(data: Data) -> tuple[Tensor, ...]:

@@ -10,21 +10,33 @@ width is that of the objective, not of the likelihood (they agree as the number 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_ebm.distributions import EnergyDistribution, unwrap
+from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer import checks
-from pyro_ebm.poutine.surrogate import SurrogateMessenger
-
-if TYPE_CHECKING:
-    from pyro_ebm.infer.objective import Objective
+from pyro_ebm.infer.known import covers_parameters
+from pyro_ebm.poutine.surrogate import SurrogateDistribution, SurrogateMessenger
 
 PRIOR_SCALE = 10.0
+
+
+class Freezable(checks.Traits, Protocol):
+    """What freezing asks of an objective."""
+
+    learns_log_normalizer: bool
+    _mask: Tensor | None
+    _probes: list[Tensor]
+
+    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Any: ...  # noqa: D102
+    def per_datum(self, p: Any, x: Tensor, contrast: Any, log_z: Tensor) -> Tensor: ...  # noqa: D102
+    def initial_log_normalizer(self, p: Any, x: Tensor, contrast: Any) -> Tensor: ...  # noqa: D102
+    def check_unconditional(self, name: str, p: Any, x: Tensor, known: Any) -> None: ...  # noqa: D102
 
 
 class FrozenObjective:
@@ -40,7 +52,7 @@ class FrozenObjective:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Freezable,
         contrasts: Mapping[str, Any],
         log_normalizers: Mapping[str, Tensor],
     ) -> None:
@@ -63,6 +75,7 @@ class FrozenObjective:
         noise: Any = None,
         observed: bool = True,
         log_z: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Returns minus the loss per datum, with the stored contrast.
 
@@ -73,7 +86,20 @@ class FrozenObjective:
             raise KeyError(f"EBM site {name!r} was not in the model when the objective was frozen")
         known = p.log_normalizer_value() if log_z is None else log_z
         log_z = torch.zeros(()) if known is None else known
-        return -self.objective.per_datum(p, p.broadcast_value(x), self.contrasts[name], log_z)
+        self.objective._mask = mask
+        loss = self.objective.per_datum(p, p.broadcast_value(x), self.contrasts[name], log_z)
+        self.objective._probes.clear()
+        self.objective._mask = None
+        return -loss
+
+
+class _LatentsAsLeaves(Messenger):
+    """Lets latents require gradients, so that a log Z computed from them can be told from a constant."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if not msg["is_observed"] and isinstance(value, Tensor) and value.is_floating_point():
+            msg["value"] = value.detach().requires_grad_()
 
 
 class _Unscored:
@@ -89,7 +115,7 @@ class _Unscored:
 
 
 def freeze(
-    objective: Objective,
+    objective: Freezable,
     model: Callable[..., Any],
     guide: Any,
     args: tuple[Any, ...],
@@ -98,29 +124,29 @@ def freeze(
     """Runs the model once and draws one contrast for every observed EBM site (see ``Objective.freeze``)."""
     held = poutine.trace(guide).get_trace(*args, **kwargs).nodes if guide is not None else {}
     handler = SurrogateMessenger(_Unscored())
-    with torch.no_grad():
+    with torch.enable_grad(), _LatentsAsLeaves():
         trace = poutine.trace(handler(model)).get_trace(*args, **kwargs)
     checks.has_sites(handler.used)
     contrasts, log_normalizers = {}, {}
     for name in handler.used:
         site = trace.nodes[name]
-        p, x = _ebm_of(site["fn"]), site["value"]
-        if not site["is_observed"]:
-            continue
-        x = p.broadcast_value(x)
+        checks.full_data(name, site)
+        p, mask = _ebm_of(site["fn"])
+        x = p.broadcast_value(site["value"].detach())
         checks.site(name, p, x, observed=True, objective=objective)
-        noise = held[name]["fn"] if name in held else None
+        own = p.log_normalizer_value() if covers_parameters(p) else None
+        objective.check_unconditional(name, p, x, own)
+        objective._mask = mask
         with torch.no_grad():
-            contrasts[name] = objective.draw(p, x, noise)
-            if objective.learns_log_normalizer and p.log_normalizer is None:
-                checks.not_conditional(name, p, x, type(objective).__name__)
-                log_normalizers[name] = objective.initial_log_normalizer(
-                    p, x, contrasts[name]
-                ).reshape(())
+            contrasts[name] = objective.draw(p, x, held[name]["fn"] if name in held else None)
+            if objective.learns_log_normalizer and own is None:
+                first = objective.initial_log_normalizer(p, x, contrasts[name])
+                log_normalizers[name] = first.reshape(())
+        objective._mask = None
     return FrozenObjective(objective, contrasts, log_normalizers)
 
 
-def _ebm_of(fn: Any) -> EnergyDistribution:
-    while not hasattr(fn, "p"):
+def _ebm_of(fn: Any) -> tuple[EnergyDistribution, Tensor | None]:
+    while not isinstance(fn, SurrogateDistribution):
         fn = fn.base_dist
-    return fn.p
+    return fn.p, fn.mask

@@ -28,7 +28,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyro_ebm.distributions import EnergyDistribution, PushforwardDistribution
+from pyro_ebm.distributions import (
+    EnergyDistribution,
+    GeneralizedEBM,
+    PushforwardDistribution,
+)
 from pyro_ebm.infer.contrast import Contrast, contrast_law, rows_of
 from pyro_ebm.infer.held import hold_parameters
 from pyro_ebm.infer.objective import Objective
@@ -41,6 +45,7 @@ class BaseContrast(Objective):
     """What KALE and Donsker–Varadhan share: base draws, the gradient penalty and the generator's step."""
 
     needs_density = False
+    has_second_player = True
 
     def __init__(
         self,
@@ -63,12 +68,25 @@ class BaseContrast(Objective):
         """Draws from the base, as many points as rows or more, pooled over the rows."""
         law = self._law(p, x, noise)
         points = law.sample(torch.Size((self._draws_per_row(p, x),)))
+        between = self._between(p, x, points[0]) if self.gradient_penalty else None
         if noise is None or not _has_density(law):
-            return Contrast(points)
-        return Contrast(points, law.log_prob(points), law.log_prob(x))
+            return Contrast(points, between=between)
+        return Contrast(points, law.log_prob(points), between=between)
 
     def _law(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Any:
-        return contrast_law(noise, p, x, needs_density=False, who=type(self).__name__)
+        has_density = noise is not None and _has_density(noise)
+        if has_density and isinstance(p, GeneralizedEBM):
+            raise ValueError(
+                f"the guide holds {type(noise).__name__} for {p!r}, whose energy refers to its generator's law: "
+                "take the site out of the guide, or let it hold a PushforwardDistribution"
+            )
+        return contrast_law(noise, p, x, needs_density=has_density, who=type(self).__name__)
+
+    @staticmethod
+    def _between(p: EnergyDistribution, x: Tensor, points: Tensor) -> Tensor:
+        share = torch.rand(rows_of(p, x), dtype=x.dtype, device=x.device)
+        share = share.reshape(share.shape + (1,) * len(p.event_shape))
+        return torch.lerp(x, points.to(x.dtype), share)
 
     def _draws_per_row(self, p: EnergyDistribution, x: Tensor) -> int:
         rows = max(1, rows_of(p, x).numel())
@@ -77,25 +95,22 @@ class BaseContrast(Objective):
     def log_ratios(
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast
     ) -> tuple[Tensor, Tensor]:
-        """Returns minus the energy relative to the base, at the data and at the base draws (flat), in one call."""
+        """Returns minus the energy relative to the base, at data and base draws ``(M,) + rows``, in one call."""
         points = torch.cat([x.unsqueeze(0), contrast.points])
         if contrast.log_noise is None:
             values = -p.energy(points)
         else:
             noise = torch.cat([torch.zeros_like(contrast.log_noise[:1]), contrast.log_noise])
             values = p.unnormalized_log_prob(points) - noise
-        self._note(
-            weight_ess=effective_sample_size(values[1:].detach().flatten()) / values[1:].numel()
-        )
-        return values[0], values[1:].flatten()
+        base = self.counting(values[1:].detach())
+        self._note(weight_ess=effective_sample_size(base) / base.numel())
+        return values[0], values[1:]
 
     def penalty(self, p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor | float:
         """Returns the penalty per datum on the energy's squared gradient between data and base draws."""
         if not self.gradient_penalty:
             return 0.0
-        share = torch.rand(rows_of(p, x), dtype=x.dtype, device=x.device)
-        share = share.reshape(share.shape + (1,) * len(p.event_shape))
-        between = self._probe(torch.lerp(x, contrast.points[0].to(x.dtype), share))
+        between = self._probe(contrast.between)  # type: ignore[arg-type]
         with torch.enable_grad():
             energy = p.energy(between).sum()
             (slope,) = torch.autograd.grad(energy, between, create_graph=True)
@@ -114,7 +129,7 @@ class BaseContrast(Objective):
             )
         points = law.rsample(torch.Size((self._draws_per_row(p, x),)))
         values = hold_parameters(lambda y: -p.energy(y), points, len(p.event_shape))
-        loss = -log_mean_exp(values.flatten())
+        loss = -log_mean_exp(self.counting(values))
         self._note(generator_loss=loss)
         return loss.expand(rows_of(p, x))
 
@@ -180,7 +195,7 @@ class KALE(BaseContrast):
     ) -> Tensor:
         """Returns minus the bound's terms for one datum, plus its penalty, in nats."""
         data, base = self.log_ratios(p, x, contrast)
-        log_mass = log_mean_exp(base) - log_z
+        log_mass = log_mean_exp(self.counting(base - log_z))
         loss = -data + log_z + log_mass.exp() - 1.0
         self._note(bound=-loss, log_z=log_z, log_z_gap=-log_mass)
         return loss + self.penalty(p, x, contrast)
@@ -189,13 +204,13 @@ class KALE(BaseContrast):
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast
     ) -> Tensor:
         """Returns the batch estimate of log Z."""
-        return log_mean_exp(self.log_ratios(p, x, contrast)[1])
+        return log_mean_exp(self.counting(self.log_ratios(p, x, contrast)[1]))
 
     def update_log_normalizer(
         self, log_z: Tensor, p: EnergyDistribution, x: Tensor, contrast: Contrast
     ) -> None:
         """Moves log Z by one step of the chosen rule."""
-        log_mass = log_mean_exp(self.log_ratios(p, x, contrast)[1]) - log_z
+        log_mass = log_mean_exp(self.counting(self.log_ratios(p, x, contrast)[1])) - log_z
         if self.c_update == "newton":
             log_z += self.c_rate * (1.0 - torch.exp(-log_mass))
         else:
@@ -218,6 +233,8 @@ class DonskerVaradhan(BaseContrast):
         False
     """
 
+    pools_rows = True
+
     def __init__(
         self,
         num_base: int | None = None,
@@ -233,6 +250,7 @@ class DonskerVaradhan(BaseContrast):
     ) -> Tensor:
         """Returns minus the bound's terms for one datum, plus its penalty, in nats."""
         data, base = self.log_ratios(p, x, contrast)
-        loss = -data + log_mean_exp(base)
-        self._note(bound=-loss, log_z=log_mean_exp(base))
+        log_z = log_mean_exp(self.counting(base))
+        loss = log_z - data
+        self._note(bound=-loss, log_z=log_z)
         return loss + self.penalty(p, x, contrast)

@@ -20,11 +20,12 @@ import math
 from typing import Any, Literal
 
 import torch
+from pyro.distributions import MultivariateNormal
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer.contrast import Contrast, contrast_law, fitted_gaussian
+from pyro_ebm.infer.contrast import Contrast, contrast_law, fitted_gaussian, rows_of
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.ops.log_space import bennett, effective_sample_size, log_mean_exp
 
@@ -42,6 +43,17 @@ class NoiseContrast(Objective):
             raise ValueError(f"noise must be a distribution, 'gaussian' or None, got {noise!r}")
         self.num_noise = num_noise
         self.noise = noise
+        self._fits_noise = isinstance(noise, str)
+
+    def get_extra_state(self) -> Any:
+        """Returns the moments of fitted noise, which belong to the state as the parameters do."""
+        fitted = self._fits_noise and not isinstance(self.noise, str)
+        return (self.noise.loc, self.noise.covariance_matrix) if fitted else None
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restores fitted noise."""
+        if state is not None:
+            self.noise = MultivariateNormal(*state)
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
         """Draws noise beside every datum, from the guide's site, this objective's noise, or the base."""
@@ -53,7 +65,8 @@ class NoiseContrast(Objective):
 
     def _own_noise(self, p: EnergyDistribution, x: Tensor) -> Any:
         if isinstance(self.noise, str):
-            self.noise = fitted_gaussian(x, len(p.event_shape))
+            rows = x if self._mask is None else x[self._mask.expand(rows_of(p, x))]
+            self.noise = fitted_gaussian(rows, len(p.event_shape))
         return self.noise
 
 
@@ -123,33 +136,32 @@ class NCE(NoiseContrast):
         ratios = log_ratios(p, x, contrast)
         logits = ratios - log_z - math.log(self.num_noise)
         data, noise = logits[0], logits[1:]
-        self._diagnose(data, noise, ratios[1:], log_z)
+        self._diagnose(data, noise, self.counting(ratios[1:].detach()), log_z)
         return softplus(-data) + self.num_noise * softplus(noise).mean(0)
 
     @torch.no_grad()
-    def _diagnose(
-        self, data: Tensor, noise: Tensor, noise_ratios: Tensor, log_z: Tensor
-    ) -> None:
-        correct = (data > 0).double().mean() + self.num_noise * (noise < 0).double().mean()
+    def _diagnose(self, data: Tensor, noise: Tensor, noise_ratios: Tensor, log_z: Tensor) -> None:
+        correct = (data > 0).double() + self.num_noise * (noise < 0).double().mean(0)
         self._note(
             accuracy=correct / (1 + self.num_noise),
-            noise_ess=effective_sample_size(noise_ratios.flatten()) / noise_ratios.numel(),
+            noise_ess=effective_sample_size(noise_ratios) / noise_ratios.numel(),
             log_z=log_z,
-            log_z_gap=log_z - log_mean_exp(noise_ratios.flatten()),
+            log_z_gap=log_z - log_mean_exp(noise_ratios),
         )
 
     def initial_log_normalizer(
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast
     ) -> Tensor:
         """Returns the importance sampling estimate of log Z from the noise."""
-        return log_mean_exp(log_ratios(p, x, contrast)[1:].flatten())
+        return log_mean_exp(self.counting(log_ratios(p, x, contrast)[1:]))
 
     def update_log_normalizer(
         self, log_z: Tensor, p: EnergyDistribution, x: Tensor, contrast: Contrast
     ) -> None:
         """Moves log Z towards the root of Bennett's equation on this batch."""
         ratios = log_ratios(p, x, contrast) - math.log(self.num_noise)
-        root = bennett(ratios[0].flatten(), ratios[1:].flatten(), ratio=self.num_noise)
+        data, noise = self.counting(ratios[0]), self.counting(ratios[1:])
+        root = bennett(data, noise, ratio=self.num_noise)
         log_z.lerp_(root, self.c_rate)
 
 

@@ -19,8 +19,8 @@ To write an objective, subclass :class:`Objective` and define ``draw`` (random, 
 from __future__ import annotations
 
 import itertools
-import warnings
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,12 +35,12 @@ from pyro.util import check_model_guide_match
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.distributions.normalizer_guard import leaves_of
-from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer import checks
 from pyro_ebm.infer.contrast import Contrast
 from pyro_ebm.infer.frozen import FrozenObjective, freeze
 from pyro_ebm.infer.held import hold_parameters
+from pyro_ebm.infer.known import covers_parameters, parameters_of, shared_with_store
+from pyro_ebm.infer.objective_module import ObjectiveModule
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.poutine.surrogate import SurrogateMessenger
 
@@ -62,13 +62,15 @@ class Objective(Trace_ELBO, nn.Module):
     """
 
     learns_log_normalizer = False
+    pools_rows = False  # one log Z, learned or implied, for all rows of a site
     needs_density = True
+    has_second_player = False
     is_frozen = False
 
     def __init__(self, *, schedule: tuple[int, int] | None = None, **elbo: Any) -> None:
         nn.Module.__init__(self)
         Trace_ELBO.__init__(self, **elbo)
-        self.schedule = checks.schedule(schedule)
+        self.schedule = checks.schedule(schedule, self)
         self.log_normalizers = nn.ParameterDict()
         self.diagnostics: dict[str, dict[str, Tensor]] = {}
         self.num_steps_taken: Tensor
@@ -77,6 +79,8 @@ class Objective(Trace_ELBO, nn.Module):
         self._name = f"{type(self).__name__}_{next(_instances)}"
         self._examples: dict[str, Tensor] = {}
         self._notes: dict[str, Tensor] = {}
+        self._mask: Tensor | None = None
+        self._evaluations: Counter[str] = Counter()
         self._probes: list[Tensor] = []
         self._optimized: frozenset[int] = frozenset()
 
@@ -87,9 +91,7 @@ class Objective(Trace_ELBO, nn.Module):
         return None
 
     @abstractmethod
-    def per_datum(
-        self, p: EnergyDistribution, x: Tensor, contrast: Any, log_z: Tensor
-    ) -> Tensor:
+    def per_datum(self, p: EnergyDistribution, x: Tensor, contrast: Any, log_z: Tensor) -> Tensor:
         """Returns the loss in nats, one value per datum, shape ``sample + batch`` of ``x``.
 
         ``log_z`` is zero where log Z is neither known nor learned.
@@ -116,49 +118,60 @@ class Objective(Trace_ELBO, nn.Module):
         It goes stale as soon as a parameter of the energy moves.
 
         Raises:
-            KeyError: If nothing was learned for this site.
+            KeyError: If nothing was learned for this site, or it was not evaluated since a copy or a load.
         """
-        if _key(site) not in self.log_normalizers:
-            known = sorted(self.log_normalizers) or "none"
-            raise KeyError(f"no log Z was learned for site {site!r}; known sites: {known}")
+        if _key(site) not in self.log_normalizers or site not in self._sites:
+            known = sorted(self._sites) or "none"
+            raise KeyError(
+                f"no log Z was learned for site {site!r}; sites evaluated so far: {known}"
+            )
         value = self.log_normalizers[_key(site)].detach().clone()
-        return LogNormalizer(
-            value, method=type(self).__name__, parameters=self._parameters_of(site)
-        )
-
-    def _parameters_of(self, site: str) -> tuple[Tensor, ...]:
-        p = self._sites[site]
-        if isinstance(p.energy_function, nn.Module):
-            return tuple(p.energy_function.parameters())
-        return tuple(leaves_of(p.unnormalized_log_prob(self._examples[site])))
+        moves = parameters_of(self._sites[site], self._examples[site])
+        return LogNormalizer(value, method=type(self).__name__, parameters=moves)
 
     def _log_normalizer(
         self, name: str, p: EnergyDistribution, x: Tensor, contrast: Any
     ) -> Tensor | None:
-        """The site's own log Z if it has one, else the one this objective keeps."""
-        known = p.log_normalizer_value()
+        """The site's own log Z where it holds for all parameters, else the one this objective keeps."""
+        learned = _key(name) in self.log_normalizers
+        known = p.log_normalizer_value() if covers_parameters(p, learned=learned) else None
+        self._evaluations[name] += 1
+        if checks.is_power_of_two(self._evaluations[name]):
+            self.check_unconditional(name, p, x, known)
         if known is not None or not self.learns_log_normalizer:
             return known
         key = _key(name)
         if key not in self.log_normalizers:
-            checks.not_conditional(name, p, x, type(self).__name__)
             with torch.no_grad():
                 first = self.initial_log_normalizer(p, x, contrast).reshape(()).clone()
-            learned = nn.Parameter(first, requires_grad=self.learns_by_gradient)
-            self.log_normalizers[key] = learned
+            self.log_normalizers[key] = self._new_log_normalizer(first)
         value = self.log_normalizers[key]
         if value.requires_grad:
-            value = pyro.param(self.parameter_prefix + key, value)
-        elif torch.is_grad_enabled():
+            return shared_with_store(self.parameter_prefix + key, value)
+        if torch.is_grad_enabled():
             with torch.no_grad():
                 self.update_log_normalizer(value, p, x, contrast)
-            value = value.clone()
-        return value
+        return value.clone()
+
+    def check_unconditional(
+        self, name: str, p: EnergyDistribution, x: Tensor, known: Tensor | None
+    ) -> None:
+        """Raises ``ValueError`` if rows need a log Z each and this objective has one for all."""
+        if self.pools_rows or (self.learns_log_normalizer and known is None):
+            checks.not_conditional(name, p, x, type(self).__name__)
+
+    def _new_log_normalizer(self, value: Tensor) -> nn.Parameter:
+        return nn.Parameter(value, requires_grad=self.learns_by_gradient)
 
     @property
     def parameter_prefix(self) -> str:
         """What the names of this objective's own parameters begin with in Pyro's parameter store."""
         return f"{self._name}."
+
+    @property
+    def parameter_prefixes(self) -> tuple[str, ...]:
+        """The prefixes of all parameters that belong to the objective rather than to the model."""
+        return (self.parameter_prefix,)
 
     @property
     def learns_by_gradient(self) -> bool:
@@ -180,13 +193,19 @@ class Objective(Trace_ELBO, nn.Module):
         noise: Any = None,
         observed: bool = True,
         log_z: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Returns minus the loss per datum of an EBM site at ``x``, shape ``sample + batch``."""
+        """Returns minus the loss per datum of an EBM site at ``x``, shape ``sample + batch``.
+
+        Rows where ``mask`` is false take no part in anything that is pooled over rows.
+        """
         data = p.broadcast_value(x.detach())
+        self._mask = mask
         if name not in self._sites:
             checks.site(name, p, data, observed=observed, objective=self)
         self._sites[name], self._examples[name] = p, data
         loss = self._loss(name, p, data, noise, log_z)
+        self._mask = None
         if observed and not x.requires_grad:
             return -loss
         held = hold_parameters(p.unnormalized_log_prob, p.broadcast_value(x), len(p.event_shape))
@@ -208,8 +227,17 @@ class Objective(Trace_ELBO, nn.Module):
         return loss
 
     def _note(self, **values: Tensor) -> None:
-        """Keeps 0-d diagnostics of the evaluation in progress."""
-        self._notes |= {name: value.detach().mean() for name, value in values.items()}
+        """Keeps 0-d diagnostics of the evaluation in progress, means over the rows that count."""
+        for name, value in values.items():
+            kept = value.detach()
+            self._notes[name] = self.counting(kept).mean() if kept.dim() else kept
+
+    def counting(self, values: Tensor) -> Tensor:
+        """Returns ``(...) + rows`` without the masked rows, flat."""
+        if self._mask is None:
+            return values.flatten()
+        values, mask = torch.broadcast_tensors(values, self._mask)
+        return values[mask]
 
     def _probe(self, x: Tensor) -> Tensor:
         """Returns ``x`` as a leaf for a derivative inside the loss, known not to be anybody's parameter."""
@@ -217,6 +245,11 @@ class Objective(Trace_ELBO, nn.Module):
         return self._probes[-1]
 
     # --- the ELBO
+
+    def _guess_max_plate_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+        """Counts plates without scoring: neither a contrast nor an EBM site need have a density."""
+        with pyro.validation_enabled(False):
+            super()._guess_max_plate_nesting(model, guide, args, kwargs)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """A guide trace without its contrast sites, and the model scored by surrogates."""
@@ -243,6 +276,7 @@ class Objective(Trace_ELBO, nn.Module):
         )
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
+        checks.shapes(model_trace, guide_trace, self.max_plate_nesting)  # type: ignore[arg-type]
         checks.finite(model_trace, handler.used, int(self.num_steps_taken))
         expected = {*self._optimized, *map(id, self._probes)}
         checks.registered(model_trace, handler.used, self._sites, expected)
@@ -288,33 +322,30 @@ class Objective(Trace_ELBO, nn.Module):
         """
         return freeze(self, model, guide, args, kwargs)
 
+    # --- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was seen of the model stays behind: energies may be closures over graphs."""
+        seen: dict[str, Any] = {"_sites": {}, "_examples": {}, "_notes": {}, "_probes": []}
+        return {**self.__dict__, **seen, "_mask": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has parameters of its own, so it needs a name of its own in the parameter store."""
+        super().__setstate__(state)
+        self._name = f"{type(self).__name__}_{next(_instances)}"
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Makes room for the log Z of sites that this objective has not met yet."""
+        prefix_of_values = f"{prefix}log_normalizers."
+        for name, value in state_dict.items():
+            key = name.removeprefix(prefix_of_values)
+            if name.startswith(prefix_of_values) and key not in self.log_normalizers:
+                self.log_normalizers[key] = self._new_log_normalizer(torch.zeros_like(value))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __call__(self, model: Any, guide: Any) -> ELBOModule:
         """Returns the loss as a module for a torch loop; call it on data once before asking for ``parameters()``."""
         return ObjectiveModule(model, guide, self)
-
-
-class ObjectiveModule(ELBOModule):
-    """An objective bound to a model and a guide, as ``ELBO.__call__`` returns."""
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        """Yields the parameters of model, guide and objective.
-
-        Warns:
-            SurrogateWarning: Before the first call, while log Z does not exist yet and would be left out.
-        """
-        objective = self.elbo
-        if (
-            objective.learns_log_normalizer
-            and objective.learns_by_gradient
-            and not objective._sites
-        ):
-            warnings.warn(
-                f"{type(objective).__name__} creates its log Z at the first batch: call it on data once before "
-                "parameters(), or log Z is never optimized",
-                SurrogateWarning,
-                stacklevel=2,
-            )
-        return super().named_parameters(*args, **kwargs)
 
 
 def _or_zero(log_z: Tensor | None) -> Tensor:

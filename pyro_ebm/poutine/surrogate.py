@@ -15,9 +15,11 @@ from typing import Any, Protocol
 
 import pyro
 import pyro.poutine
-from pyro.distributions import TorchDistribution
+import torch
+from pyro.distributions import MaskedDistribution, TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import Independent
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.distributions import EnergyDistribution, unwrap
@@ -39,6 +41,7 @@ class SurrogateObjective(Protocol):
         noise: Any,
         observed: bool,
         log_z: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
         """Returns minus the loss per datum in nats, with the batch shape of ``x``."""
 
@@ -53,10 +56,14 @@ class SurrogateDistribution(TorchDistribution):
     has_rsample = False
 
     def __init__(
-        self, p: EnergyDistribution, score: Callable[[EnergyDistribution, Tensor], Tensor]
+        self,
+        p: EnergyDistribution,
+        score: Callable[[EnergyDistribution, Tensor], Tensor],
+        mask: Tensor | None = None,
     ) -> None:
         self.p = p
         self._score = score
+        self.mask = mask
         super().__init__(p.batch_shape, p.event_shape, validate_args=p._validate_args)
 
     @property
@@ -75,13 +82,15 @@ class SurrogateDistribution(TorchDistribution):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Returns minus the surrogate loss per datum."""
+        if self.mask is not None and not x.requires_grad:
+            x = _without_padding(x, self.mask, len(self.event_shape))
         if self._validate_args:
             self._validate_sample(x)
         return self._score(self.p, x)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> SurrogateDistribution:
         """Returns the surrogate of the expanded EBM."""
-        return SurrogateDistribution(self.p.expand(batch_shape), self._score)
+        return SurrogateDistribution(self.p.expand(batch_shape), self._score, self.mask)
 
 
 class SurrogateMessenger(Messenger):
@@ -119,12 +128,10 @@ class SurrogateMessenger(Messenger):
 
     def _free(self) -> dict[str, Any]:
         given = self.objectives
-        members = given.values() if isinstance(given, Mapping) else [given]
-        return {
-            site: prior
-            for member in members
-            for site, prior in member.free_log_normalizers().items()
-        }
+        if not isinstance(given, Mapping):
+            return dict(given.free_log_normalizers())
+        priors = {site: member.free_log_normalizers() for site, member in given.items()}
+        return {site: own[site] for site, own in priors.items() if site in own}
 
     def _pyro_sample(self, msg: Any) -> None:
         if unwrap(msg["fn"]) is None:
@@ -133,12 +140,12 @@ class SurrogateMessenger(Messenger):
         if not observed and self._objective(name).is_frozen:
             return  # MCMC samples a latent through its own energy
         self.used.append(name)
-        msg["fn"] = rewrap(
-            msg["fn"], lambda p: SurrogateDistribution(p, self._scorer(name, observed=observed))
-        )
+        mask = _mask_of(msg["fn"], msg["mask"])
+        score = self._scorer(name, mask, observed=observed)
+        msg["fn"] = rewrap(msg["fn"], lambda p: SurrogateDistribution(p, score, mask))
 
     def _scorer(
-        self, name: str, *, observed: bool
+        self, name: str, mask: Tensor | None, *, observed: bool
     ) -> Callable[[EnergyDistribution, Tensor], Tensor]:
         objective = self._objective(name)
         noise = self.noise_of(name) if observed else None
@@ -150,7 +157,9 @@ class SurrogateMessenger(Messenger):
                     "a fixed target: freeze it first, objective.freeze(model, *args)"
                 )
             log_z = self.log_normalizers.get(name)
-            return objective.site_log_prob(name, p, x, noise=noise, observed=observed, log_z=log_z)
+            return objective.site_log_prob(
+                name, p, x, noise=noise, observed=observed, log_z=log_z, mask=mask
+            )
 
         return score
 
@@ -162,6 +171,33 @@ class SurrogateMessenger(Messenger):
                 f"no objective for EBM site {name!r}; the given ones are for {sorted(self.objectives)}"
             )
         return self.objectives[name]
+
+
+def _mask_of(fn: Any, mask: Any) -> Tensor | None:
+    """Returns which elements of the EBM inside ``fn`` count, ``None`` if all or none do.
+
+    Args:
+        fn: The site's distribution with its wrappers.
+        mask: What ``poutine.mask`` says of the site: ``None``, a bool, or a tensor over ``fn.batch_shape``.
+    """
+    while fn is not None and not isinstance(fn, EnergyDistribution):
+        if isinstance(fn, MaskedDistribution):
+            mask = fn._mask if mask is None else mask & fn._mask
+        if isinstance(fn, Independent) and isinstance(mask, Tensor):
+            mask = mask.reshape(mask.shape + (1,) * fn.reinterpreted_batch_ndims)
+        fn = fn.base_dist
+    return mask.bool() if isinstance(mask, Tensor) and bool(mask.any()) else None
+
+
+def _without_padding(x: Tensor, mask: Tensor, event_dim: int) -> Tensor:
+    """Puts a row that counts wherever ``mask`` is false.
+
+    Whatever stands there may be NaN or off the support, and zero times the gradient of NaN is NaN.
+    """
+    rows = torch.broadcast_shapes(x.shape[: x.dim() - event_dim], mask.shape)
+    x = x.expand(rows + x.shape[x.dim() - event_dim :])
+    counts = mask.expand(rows)
+    return torch.where(counts.reshape(rows + (1,) * event_dim), x, x[counts][0])
 
 
 def _inside_elbo() -> bool:

@@ -1,0 +1,113 @@
+r"""What a user may say of log Z, and the tensor that it comes to.
+
+A number, a tensor or a :class:`LogNormalizer` is a value at one set of parameters; a function
+without arguments is an assertion for all of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.errors import EnergyShapeError
+from pyro_ebm.ops.log_normalizer import LogNormalizer
+
+LogNormalizerLike = float | Tensor | LogNormalizer | Callable[[], Tensor]
+
+
+def checked(value: Any) -> LogNormalizerLike | None:
+    """Returns ``value`` if it is one of the kinds that ``log_normalizer=`` takes.
+
+    Raises:
+        TypeError: If it is of another kind.
+        ValueError: If it is a number that is not finite.
+    """
+    if isinstance(value, Real) and not math.isfinite(value):
+        raise ValueError(
+            f"log_normalizer must be finite, got {value}: leave it out if log Z is unknown"
+        )
+    if value is None or callable(value) or isinstance(value, (Tensor, LogNormalizer, Real)):
+        return value
+    raise TypeError(
+        "log_normalizer must be a number, a tensor, a LogNormalizer or a function without "
+        f"arguments, got {type(value).__name__}"
+    )
+
+
+def problem_with(given: LogNormalizerLike | None) -> str | None:
+    """Returns ``None`` if log Z is known, else how to say that it is not."""
+    if given is None:
+        return "log Z is unknown"
+    if isinstance(given, LogNormalizer) and given.is_stale:
+        return "log Z is stale: parameters have changed since it was estimated"
+    return None
+
+
+def value_of(given: LogNormalizerLike | None) -> Tensor | None:
+    """Returns log Z in nats; ``None`` if it is unknown or stale.
+
+    Raises:
+        TypeError: If a function needs arguments or returns neither a tensor nor a number.
+    """
+    if given is None or problem_with(given) is not None:
+        return None
+    value = _call(given) if callable(given) else given
+    if isinstance(value, LogNormalizer):
+        return value.value
+    if isinstance(value, (Tensor, Real)):
+        return torch.as_tensor(value)
+    raise TypeError(
+        f"log_normalizer returned {type(value).__name__}; expected a tensor, log Z in nats"
+    )
+
+
+def subtract(log_p: Tensor, log_z: Tensor, given: LogNormalizerLike | None) -> Tensor:
+    """Returns ``log_p - log_z`` in the dtype and the shape of ``log_p``.
+
+    Raises:
+        EnergyShapeError: If log Z has dims that the energy does not have.
+    """
+    if isinstance(given, Real):  # the tensor may have lost digits to the default dtype
+        return log_p - float(given)
+    if log_z.shape != log_p.shape[log_p.dim() - log_z.dim() :]:
+        _check_broadcasts(log_z.shape, log_p.shape)
+    return log_p - log_z.to(log_p.dtype)
+
+
+def _check_broadcasts(shape: torch.Size, energies: torch.Size) -> None:
+    pairs = zip(reversed(shape), reversed(energies), strict=False)
+    if len(shape) <= len(energies) and all(have in (1, want) for have, want in pairs):
+        return
+    raise EnergyShapeError(
+        f"log_normalizer has shape {tuple(shape)} where the energy has {tuple(energies)}; expected "
+        "one value per batch element or a shape that broadcasts to it. Did you forget .squeeze(-1)?"
+    )
+
+
+def _call(function: Any) -> Any:
+    try:
+        return function()
+    except TypeError as error:
+        if _needs_arguments(function):
+            raise TypeError(
+                "log_normalizer must be callable without arguments: close over what it needs, "
+                f"log_normalizer=lambda: f(theta). Calling it said: {error}"
+            ) from error
+        raise
+
+
+def _needs_arguments(function: Any) -> bool:
+    try:
+        signature = inspect.signature(getattr(function, "forward", function))
+        signature.bind()
+    except TypeError:
+        return True
+    except ValueError:  # built-ins may have no signature
+        return False
+    return False

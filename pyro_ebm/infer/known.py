@@ -1,0 +1,43 @@
+"""What an objective may take for log Z of a site, and what that log Z depends on."""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
+from pyro_ebm.distributions.normalizer_guard import leaves_of
+
+
+def covers_parameters(p: EnergyDistribution, *, learned: bool = False) -> bool:
+    """Whether the site's own log Z holds for all parameters: a function, or a tensor with a graph.
+
+    A constant is log Z at one set of parameters; learning with it would bend the energy until it fits. Without grad
+    mode no tensor has a graph: it is then believed unless log Z was ``learned`` before.
+    """
+    given = p.log_normalizer
+    if not isinstance(given, Tensor):
+        return callable(given)
+    return given.requires_grad or not (torch.is_grad_enabled() or learned)
+
+
+def parameters_of(p: EnergyDistribution, x: Tensor) -> tuple[Tensor, ...]:
+    """Returns the tensors whose change makes a log Z of ``p`` stale, frozen ones included."""
+    parts = [p.energy_function, getattr(p, "generator", None)]
+    own = [t for part in parts if isinstance(part, nn.Module) for t in part.parameters()]
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        reached = leaves_of(p.unnormalized_log_prob(x))
+        if isinstance(p, GeneralizedEBM) and p.base.has_rsample:  # type: ignore[union-attr]
+            reached += leaves_of(p.base.rsample())  # type: ignore[union-attr]
+    return tuple({id(t): t for t in (*own, *reached)}.values())
+
+
+def shared_with_store(name: str, value: nn.Parameter) -> Tensor:
+    """Registers ``value``; where the store was loaded from a file, takes over what it says."""
+    store = pyro.get_param_store()
+    if name in store and store[name] is not value:
+        with torch.no_grad():
+            value.copy_(store[name])
+        store[name] = value
+    return pyro.param(name, value)

@@ -1,0 +1,45 @@
+"""Double precision, and draws that belong to the rows of the data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyro_ebm.infer.contrast import Contrast
+
+
+@pytest.fixture(autouse=True)
+def double_precision(fresh_state):
+    """Identities are checked to 1e-10; ``fresh_state`` puts the old dtype back."""
+    torch.set_default_dtype(torch.float64)
+
+
+def rows_in(x, data):
+    """Returns for every event of ``x`` which row of ``data`` it is."""
+    event_dim = data.dim() - 1
+    rows = x.dim() - event_dim
+    same = x.unsqueeze(rows) == data
+    return same.flatten(rows + 1).all(-1).to(torch.int8).argmax(-1)
+
+
+@pytest.fixture
+def attach():
+    """Returns a function that draws an objective's contrast once and ties it to the data's rows.
+
+    Every later evaluation finds the same draws beside the same row, in whatever shape or order the rows come.
+    """
+
+    def tie(objective, p, data, noise=None):
+        with torch.no_grad():
+            whole = objective.draw(p, data, noise)
+
+        def draw(p, x, noise):
+            rows = rows_in(x, data)
+            per_draw = [t if t is None else t[:, rows] for t in whole[:2]]
+            per_row = [t if t is None else t[rows] for t in whole[2:]]
+            return Contrast(*per_draw, *per_row)
+
+        objective.draw = draw
+        return whole
+
+    return tie
