@@ -31,7 +31,7 @@ from pyro_ebm.errors import (
 )
 from pyro_ebm.infer import fit
 from pyro_ebm.ops.log_normalizer import LogNormalizer
-from pyro_ebm.poutine import LatentReparam
+from pyro_ebm.poutine import LatentReparam, check_model
 
 __version__ = "0.1.0.dev0"
 
@@ -45,6 +45,7 @@ __all__ = [
     "NonFiniteEnergyError",
     "PushforwardDistribution",
     "chains",
+    "check_model",
     "datasets",
     "diagnose",
     "distributions",

@@ -112,8 +112,8 @@ def plot_training(
         'loss per datum (nats)'
     """
     values = _curve(result, curve)
-    # A diagnostic that turned up late ends with the run and does not begin with it.
-    steps = np.arange(result.num_steps or len(values))[-len(values) :] + 1
+    # A diagnostic may turn up late, or only in the steps of one of two players.
+    steps = np.asarray(result.diagnostic_steps.get(curve, _last_steps(result, len(values))))
     window = max(1, min(smooth, len(values)))
     average = np.convolve(values, np.full(window, 1.0 / window), mode="valid")
     ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.6)
@@ -123,6 +123,11 @@ def plot_training(
         ax.plot(at, losses, "o", color=PALETTE[1], markersize=3, label="validation")
     ax.set(xlabel="step", ylabel="loss per datum (nats)" if curve == "loss" else curve)
     return ax
+
+
+def _last_steps(result: FitResult, count: int) -> NDArray[Any]:
+    """Numbers of the last ``count`` steps of the run."""
+    return np.arange(result.num_steps or count)[-count:] + 1
 
 
 def _curve(result: FitResult, curve: str) -> NDArray[Any]:

@@ -99,6 +99,13 @@ def test_late_diagnostic_is_drawn_at_the_end_of_the_run(ax):
     assert ax.get_ylabel() == "x/bound"
 
 
+def test_diagnostic_of_one_player_is_drawn_at_its_own_steps(ax):
+    result = curves(**{"x/bound": [0.5] * 4})
+    result.diagnostic_steps["x/bound"] = [1, 2, 4, 5]
+    plots.plot_training(ax, result, curve="x/bound", smooth=1)
+    assert list(ax.lines[0].get_xdata()) == [1, 2, 4, 5]
+
+
 def test_curves_of_a_real_fit_with_its_validation_points(ax):
     def model(x):
         precision = pyro.param("precision", torch.tensor(2.0))

@@ -32,7 +32,7 @@ RANKS = (
     ("testing",),
 )
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}
-LAZY_MODULES = {f"{ROOT}.chains.arviz", f"{ROOT}.plots"}
+LAZY_MODULES = {f"{ROOT}.chains.arviz", f"{ROOT}.plots", f"{ROOT}.datasets"}
 ONLY_IMPORTER = {"arviz": f"{ROOT}.chains.arviz", "matplotlib": f"{ROOT}.plots"}
 MAX_MODULE_LINES = 500
 MAX_BARE_FUNCTION_LINES = 60

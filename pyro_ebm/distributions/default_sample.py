@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributions.constraints import Constraint
 
 from pyro_ebm.distributions.call_stack import is_prototype_run, is_sequential_predictive
 from pyro_ebm.errors import ApproximateSampleWarning
 from pyro_ebm.ops.initial_points import initial_points
 from pyro_ebm.ops.short_chain import short_chain
-
-if TYPE_CHECKING:
-    from pyro_ebm.distributions.energy_distribution import EnergyDistribution
 
 MIN_CHAINS = 16
 MAX_RHAT = 1.2
@@ -28,7 +26,20 @@ _MAX_ROWS = 1024
 _sequential_calls: dict[tuple[int, ...], int] = {}
 
 
-def draw(target: EnergyDistribution, shape: torch.Size) -> Tensor:
+class Target(Protocol):
+    """What is asked of the distribution that is to be drawn."""
+
+    base: Any
+    energy_function: Any
+    support: Constraint
+    batch_shape: torch.Size
+    event_shape: torch.Size
+
+    def potential(self, x: Tensor) -> Tensor:
+        """Returns U(x) in nats."""
+
+
+def draw(target: Target, shape: torch.Size) -> Tensor:
     """Returns approximate draws of shape ``shape + batch_shape + event_shape``.
 
     Warns:
@@ -60,13 +71,13 @@ def _without_validation(law: Any) -> Any:
     return unchecked
 
 
-def draw_exactly(target: EnergyDistribution, shape: torch.Size) -> Tensor:
+def draw_exactly(target: Target, shape: torch.Size) -> Tensor:
     """Returns draws of an energy that samples itself, independent also along expanded batch dims."""
     energy = target.energy_function
-    own, batch = energy.log_normalizer().shape, target.batch_shape  # type: ignore[attr-defined]
+    own, batch = energy.log_normalizer().shape, target.batch_shape
     lead, tail = batch[: len(batch) - len(own)], batch[len(batch) - len(own) :]
     wide = [i for i, (have, want) in enumerate(zip(own, tail, strict=True)) if have != want]
-    draws = energy.sample(shape + lead + torch.Size(tail[i] for i in wide))  # type: ignore[attr-defined]
+    draws = energy.sample(shape + lead + torch.Size(tail[i] for i in wide))
     start = len(shape) + len(lead)
     for k, i in enumerate(wide):
         draws = draws.transpose(start + k, start + len(wide) + i)
@@ -78,14 +89,14 @@ def _num_chains(wanted: int, batch: int) -> int:
     return max(wanted, min(MIN_CHAINS, max(2, _MAX_ROWS // max(batch, 1))))
 
 
-def _full_batch(target: EnergyDistribution) -> torch.Size:
+def _full_batch(target: Target) -> torch.Size:
     """The batch shape with the dims that batched parameters of the energy add on its left."""
     with torch.random.fork_rng(devices=[]):
         probe = _start(target, 1, target.batch_shape)[0]
     return target.potential(probe).shape
 
 
-def _start(target: EnergyDistribution, chains: int, batch: torch.Size) -> Tensor:
+def _start(target: Target, chains: int, batch: torch.Size) -> Tensor:
     extra = batch[: len(batch) - len(target.batch_shape)]
     if target.base is not None:
         return target.base.sample(torch.Size((chains,)) + extra)
@@ -98,7 +109,7 @@ def _start(target: EnergyDistribution, chains: int, batch: torch.Size) -> Tensor
     )
 
 
-def _like(target: EnergyDistribution) -> Tensor:
+def _like(target: Target) -> Tensor:
     """A tensor whose dtype and device the draws take: a parameter of the energy, else torch's default."""
     energy = target.energy_function
     if isinstance(energy, torch.nn.Module):

@@ -22,6 +22,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_ebm.distributions import default_sample, known_normalizer, normalizer_guard, supports
 from pyro_ebm.distributions.known_normalizer import LogNormalizerLike
+from pyro_ebm.distributions.random_weights import FixedWeights, draw_weights
 from pyro_ebm.energies.base import ScaledEnergy, SumEnergy
 from pyro_ebm.energies.checks import check_energy_shape
 from pyro_ebm.ops.autograd import grad_of
@@ -34,7 +35,8 @@ Sampler = Callable[["EnergyDistribution", torch.Size], Tensor]
 class EnergyDistribution(TorchDistribution):
     r"""The law proportional to :math:`e^{-E(x)}` with respect to a base distribution or a support's measure.
 
-    The distribution is a cheap view: it owns no weights. Register a network with ``pyro.module`` (or use a
+    The distribution is a cheap view: it owns no weights. Random weights (``PyroSample`` attributes) are drawn where the
+    distribution is made. Register a network with ``pyro.module`` (or use a
     ``PyroModule``), or freeze it.
 
     Args:
@@ -88,6 +90,7 @@ class EnergyDistribution(TorchDistribution):
         self.sampler = sampler
         self.conditional = conditional
         self._log_normalizer = known_normalizer.checked(log_normalizer)
+        self._weights = draw_weights(energy, getattr(base, "generator", None))
         self._support, event = supports.resolve(energy, base, support, event_shape)
         self._is_exact = base is None and _is_exact(energy, self._support, event)
         batch = supports.size_of("batch_shape", batch_shape)
@@ -139,7 +142,8 @@ class EnergyDistribution(TorchDistribution):
 
     def log_normalizer_value(self) -> Tensor | None:
         """Log Z in nats as a tensor that broadcasts with ``batch_shape``; ``None`` if unknown or stale."""
-        return known_normalizer.value_of(self.log_normalizer)
+        with self.fixed_weights():
+            return known_normalizer.value_of(self.log_normalizer)
 
     # --- densities
 
@@ -207,7 +211,13 @@ class EnergyDistribution(TorchDistribution):
         )
 
     def _energy_of(self, x: Tensor) -> Tensor:
-        return check_energy_shape(self._energy(x), x, len(self.event_shape), energy=self._energy)
+        with self.fixed_weights():
+            energy, event_dim = self._energy(x), len(self.event_shape)
+            return check_energy_shape(energy, x, event_dim, energy=self._energy)
+
+    def fixed_weights(self) -> FixedWeights:
+        """Returns the handler under which random weights have the values drawn with the distribution."""
+        return FixedWeights(self._weights)
 
     def _unnormalized(self, x: Tensor) -> Tensor:
         energy = self._energy_of(x)
@@ -295,7 +305,7 @@ class EnergyDistribution(TorchDistribution):
 
     def tilt(self, energy: EnergyFn) -> EnergyDistribution:
         """Returns the law with energy E + ``energy`` on the same base; log Z becomes unknown."""
-        return self._with_energy(SumEnergy(self._energy, energy))
+        return self._with_energy(SumEnergy(self._energy, energy), energy)
 
     def temper(self, inverse_temperature: float | Tensor) -> EnergyDistribution:
         """Returns the law with energy beta E on the same base; log Z stays known at beta 0 (with a base) and 1 only."""
@@ -325,9 +335,10 @@ class EnergyDistribution(TorchDistribution):
         new._log_normalizer = known_normalizer.checked(log_normalizer)
         return new
 
-    def _with_energy(self, energy: EnergyFn) -> EnergyDistribution:
+    def _with_energy(self, energy: EnergyFn, *added: EnergyFn) -> EnergyDistribution:
         new = self._copy()
         new._energy = energy
+        new._weights = self._weights | draw_weights(*added)
         new._log_normalizer = None
         new._is_exact = False
         return new

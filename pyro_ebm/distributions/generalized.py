@@ -101,12 +101,14 @@ class GeneralizedEBM(EnergyDistribution):
     @property
     def latent(self) -> EnergyDistribution:
         """The latent law: base ``prior``, energy ``beta * E(generator(z))``, the same log Z."""
-        return EnergyDistribution(
-            LatentEnergy(self._energy, self.generator, self.inverse_temperature),
-            self.prior,
-            log_normalizer=self.log_normalizer,
-            validate_args=self._validate_args,
-        )
+        energy = LatentEnergy(self._energy, self.generator, self.inverse_temperature)
+        with self.fixed_weights():
+            return EnergyDistribution(
+                energy,
+                self.prior,
+                log_normalizer=self.log_normalizer,
+                validate_args=self._validate_args,
+            )
 
     def _energy_of(self, x: Tensor) -> Tensor:
         energy = super()._energy_of(x)
@@ -128,7 +130,7 @@ class GeneralizedEBM(EnergyDistribution):
         if self.sampler is not None:
             return super().sample(sample_shape)
         z = self.latent.sample(sample_shape)
-        with torch.no_grad(), pyro.poutine.block():
+        with torch.no_grad(), pyro.poutine.block(), self.fixed_weights():
             return self.generator(z)
 
     def temper(self, inverse_temperature: float | Tensor) -> EnergyDistribution:
@@ -150,7 +152,7 @@ class GeneralizedEBM(EnergyDistribution):
             if self.is_tempered
             else self._energy
         )
-        new = self._with_energy(SumEnergy(own, energy))
+        new = self._with_energy(SumEnergy(own, energy), energy)
         new.inverse_temperature = 1.0
         return new
 

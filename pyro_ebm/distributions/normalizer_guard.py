@@ -1,28 +1,36 @@
 r"""The gradient hook that notices when an unknown :math:`\log Z` would bend an answer.
 
-For :math:`p(x\mid\theta) = e^{-U(x,\theta)}/Z(\theta)` every gradient with respect to anything but :math:`x` needs
-:math:`\nabla_\theta \log Z(\theta)`. Whether such a gradient is *wanted* cannot be seen when ``log_prob`` is computed:
-NUTS over :math:`x` and SVI over a network's weights build the same graph. It is seen in the backward pass. ``log_prob``
-therefore cuts :math:`x` out of the graph and hooks its result; when autograd arrives there, the hook walks to the leaves
-that *this* backward pass really reaches other than through :math:`x`, and raises if log Z does not account for them.
+For :math:`p(x\mid\theta) = e^{-U(x,\theta)}/Z(\theta)` every gradient with respect to anything but
+:math:`x` needs :math:`\nabla_\theta \log Z(\theta)`. Whether such a gradient is *wanted* cannot be
+seen when ``log_prob`` is computed: NUTS over :math:`x` and SVI over a network's weights build the
+same graph. It is seen in the backward pass. ``log_prob`` therefore cuts :math:`x` out of the graph
+and hooks its result; when autograd arrives there, the hook walks to where *this* backward pass
+really delivers gradient other than through :math:`x`, and raises if log Z does not account for it.
 
 Three findings, one error:
 
 * *missing*: log Z is unknown (or stale) and a leaf receives gradient through the potential;
-* *not covering*: log Z was given as a constant, and a leaf that moves the potential is not a leaf of log Z's own graph;
-* *free*: log Z has a leaf that the potential does not have, so that a likelihood would push it to minus infinity.
+* *not covering*: log Z was given as a constant, and a leaf that moves the potential is not a leaf
+  of log Z's own graph;
+* *free*: log Z has a leaf that the potential does not have, so that a likelihood would push it to
+  minus infinity.
 
-Inside ``SVI.step`` only the parameters that the step will move are counted: a fixed pretrained prior is legitimate even
-if its weights were left at ``requires_grad=True``. Not seen: dependences without an autograd path (discrete or
-score-function parents), forward-mode differentiation, user-compiled loops; ``check_model`` sees the first kind.
+Inside ``SVI.step`` only the parameters that the step will move are counted: a fixed pretrained
+prior is legitimate even if its weights were left at ``requires_grad=True``. Not seen: dependences
+without an autograd path (discrete or score-function parents, weights of particles), forward-mode
+differentiation, user-compiled loops; ``check_model`` sees the first kind.
 
-The hook costs about a tenth of a Pyro gradient, so it runs on the first 16 calls of each use and every 64th after that.
+The hook costs a tenth to a fifth of a Pyro gradient, so it runs on the first 16 calls of each use
+and every 64th after that. What tells one use from another is cheap and not perfect; a change that
+it does not see is caught within 64 calls.
 """
 
 from __future__ import annotations
 
+import itertools
 import types
 import warnings
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -45,11 +53,14 @@ EVERY = 64
 
 _engine_will_run = getattr(torch._C, "_will_engine_execute_node", None)
 _calls: dict[tuple[Any, ...], int] = {}
+_numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_next_number = itertools.count()
 
 REMEDIES = (
-    "Give log Z as a function of these values (log_normalizer=callable, or an energy that knows its own); learn the "
-    "energy with an objective made for unnormalized models (pyro_ebm.infer.NCE, KALE, EnergyDiscrepancy); or, if the "
-    "energy is meant to be fixed, freeze it with requires_grad_(False)."
+    "Give log Z as a function of these values (log_normalizer=callable, or an energy that knows "
+    "its own); learn the energy with an objective made for unnormalized models "
+    "(pyro_ebm.infer.NCE, KALE, EnergyDiscrepancy); or, if the energy is meant to be fixed, "
+    "freeze it with requires_grad_(False)."
 )
 
 
@@ -59,16 +70,16 @@ def is_available() -> bool:
 
 
 def is_due(energy: Any, base: Any, x: Tensor, log_z: Tensor | None) -> bool:
-    """Whether this call should be hooked: grad mode is on, nothing is being captured, and its turn has come."""
+    """Whether this call should be hooked: there will be a graph to walk, and its turn has come."""
     if _engine_will_run is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if get_proxy_mode() is not None or missing_normalizer_policy() == "ignore":
+    if missing_normalizer_policy() == "ignore":
         return False
     if len(_calls) > 4096:
         _calls.clear()
     key = (
         _use_of(energy),
-        _use_of(base),
+        _use_of_base(base),
         x.shape,
         x.requires_grad,
         log_z is None,
@@ -76,16 +87,54 @@ def is_due(energy: Any, base: Any, x: Tensor, log_z: Tensor | None) -> bool:
     )
     count = _calls.get(key, 0)
     _calls[key] = count + 1
-    return count < FIRST_CALLS or count % EVERY == 0
+    return (count < FIRST_CALLS or count % EVERY == 0) and get_proxy_mode() is None
 
 
 def _use_of(fn: Any) -> tuple[Any, ...]:
-    """A cheap signature of a callable or distribution and of what in it could receive gradients."""
+    """A cheap signature of an energy and of what in it could receive gradients."""
     if type(fn) is types.FunctionType:
         cells = fn.__closure__ or ()
-        return (fn.__code__, *(_wants_grad(c.cell_contents) for c in cells if _is_filled(c)))
-    held = fn.__dict__.get("_buffers", fn.__dict__) if hasattr(fn, "__dict__") else {}
-    return (id(fn), *(v.requires_grad for v in held.values() if isinstance(v, Tensor)))
+        return (fn.__code__, *(_mark(c.cell_contents) for c in cells if _is_filled(c)))
+    if isinstance(fn, torch.nn.Module):
+        return (_identity(fn), *map(_mark, fn._buffers.values()))
+    if isinstance(fn, types.MethodType):
+        return (*_use_of(fn.__func__), _identity(fn.__self__))
+    if isinstance(fn, partial):
+        return (_use_of(fn.func), *map(_mark, fn.args), *map(_mark, fn.keywords.values()))
+    return (_identity(fn), *map(_mark, getattr(fn, "__dict__", {}).values()))
+
+
+def _use_of_base(base: Any) -> tuple[Any, ...]:
+    """The kind of a base and what in it wants gradients; models build bases at every call."""
+    if base is None or isinstance(base, str):
+        return (base,)
+    held = base.__dict__
+    flags = tuple([v.requires_grad for v in held.values() if isinstance(v, Tensor)])
+    inner = held.get("base_dist")
+    return (type(base), flags) if inner is None else (type(base), flags, _use_of_base(inner))
+
+
+def _mark(value: Any) -> Any:
+    """Whether a tensor wants gradients; which module it is; nothing of other values."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return _identity(value) if isinstance(value, torch.nn.Module) else None
+
+
+def _identity(thing: Any) -> Any:
+    """A number for what was seen before, the type of what is new.
+
+    Many models build an energy at every call: these share the schedule of their type. Unlike an
+    address, a number is never given to another object.
+    """
+    try:
+        number = _numbers.get(thing)
+        if number is not None:
+            return number
+        _numbers[thing] = next(_next_number)
+    except TypeError:  # unhashable, or without weak references
+        pass
+    return type(thing)
 
 
 def _is_filled(cell: types.CellType) -> bool:
@@ -94,10 +143,6 @@ def _is_filled(cell: types.CellType) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _wants_grad(value: object) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def watch(
@@ -122,7 +167,7 @@ def watch(
     Returns:
         ``unnormalized`` and ``log_z`` (a view where it is hooked).
     """
-    where = _Place(energy, site_being_scored())
+    where = Place(energy, site_being_scored())
     stop = _node_of(x_cut)
     potential_roots = _children(unnormalized)
     if unnormalized.requires_grad and not covers:
@@ -143,7 +188,7 @@ def _check_covered(
     roots: tuple[Any, ...],
     stop: tuple[Any, ...],
     allowed: set[Any],
-    where: _Place,
+    where: Place,
     why: str,
     _grad: Tensor | None,
     *,
@@ -160,7 +205,7 @@ def _check_free(
     roots: tuple[Any, ...],
     potential_roots: tuple[Any, ...],
     stop: tuple[Any, ...],
-    where: _Place,
+    where: Place,
     _grad: Tensor,
 ) -> None:
     known = _graph(potential_roots, stop)
@@ -168,9 +213,9 @@ def _check_free(
     if free:
         names = names_of(free, where.energy)
         report(
-            f"{where}: log_normalizer depends on {names} but the energy does not: a likelihood would "
-            "push a free log Z to minus infinity. Learn it with an objective that identifies it "
-            "(pyro_ebm.infer.NCE, KALE), or hold it fixed."
+            f"{where}: log_normalizer depends on {names} but the energy does not: a likelihood "
+            "would push a free log Z to minus infinity. Learn it with an objective that identifies "
+            "it (pyro_ebm.infer.NCE, KALE), or hold it fixed."
         )
 
 
@@ -214,7 +259,7 @@ def _node_of(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _children(tensor: Tensor) -> tuple[Any, ...]:
-    """Parents in the computation; holding these and not the node itself makes no reference cycle."""
+    """Parents in the computation; holding these and not the node makes no reference cycle."""
     if tensor.grad_fn is None:
         return ()
     return tuple(_next(tensor.grad_fn))
@@ -233,10 +278,10 @@ def _graph(roots: Iterable[Any], stop: Collection[Any] = ()) -> set[Any]:
 
 
 def _walk(roots: Iterable[Any], stop: Collection[Any], ends: Collection[Any] = ()) -> Iterator[Any]:
-    """Yields where the backward pass in progress delivers gradient, reached without passing a ``stop``.
+    """Yields where the backward pass in progress delivers gradient without passing a ``stop``.
 
-    These are leaves, ``ends``, and intermediate values that ``autograd.grad(inputs=...)`` asks for: a node that runs
-    although nothing behind it does.
+    These are leaves, ``ends``, and intermediate values that ``autograd.grad(inputs=...)`` asks for:
+    a node that runs although nothing behind it does.
     """
     seen: set[Any] = set()
     todo = [n for n in roots if _will_run(n)]
@@ -257,7 +302,7 @@ def _next(node: Any) -> list[Any]:
 
 
 def _will_run(node: Any) -> bool:
-    """Whether the pass in progress runs a node; a leaf named in ``inputs=`` makes that question raise, so it counts."""
+    """Whether the pass in progress runs a node; asked of a leaf in ``inputs=`` torch raises."""
     try:
         return _engine_will_run(node)  # type: ignore[misc]
     except RuntimeError:
@@ -281,7 +326,7 @@ def leaves_of(tensor: Tensor) -> list[Tensor]:
 # --- naming things for the message
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Which energy, at which sample site, an error is about."""
 
     energy: Any
@@ -292,7 +337,7 @@ class _Place(NamedTuple):
 
 
 def names_of(tensors: Sequence[Tensor | None], energy: Any) -> str:
-    """Names tensors by the parameter store, the energy's module or the latents of an MCMC kernel."""
+    """Names tensors by parameter store, the energy's module or the latents of an MCMC kernel."""
     known = {id(p): f"param {n!r}" for n, p in pyro.get_param_store().named_parameters()}
     if isinstance(energy, torch.nn.Module):
         known |= {id(p): f"parameter {n!r} of the energy" for n, p in energy.named_parameters()}
@@ -312,38 +357,48 @@ def _describe(value: Tensor | None) -> str:
 
 
 def watch_factor(
-    value: Tensor, inputs: tuple[Tensor, ...], name: str, latents: dict[str, Tensor], energy: Any
+    value: Tensor,
+    inputs: tuple[Tensor, ...],
+    where: Place,
+    latents: dict[str, Tensor],
+    *,
+    of_latents: bool,
 ) -> None:
-    """Hooks the value of an energy factor whose ``inputs`` are cut views; call only when :func:`is_due`.
+    """Hooks the value of an energy factor whose ``inputs`` are cut views; only when :func:`is_due`.
 
-    A factor is normalized globally, over its inputs. It may not train a parameter, and where no input is latent it may
-    not move a latent either: both would need the log Z that a factor does not have.
+    A factor is normalized globally, over its inputs. It may not train a parameter, and unless it is
+    ``of_latents`` it may not move a latent either: both would need the log Z that a factor does not
+    have.
     """
     ends = {node: site for site, latent in latents.items() for node in _node_of(latent)}
     stop = tuple(node for x in inputs for node in _node_of(x))
+    check = partial(_check_factor, _children(value), stop, ends, where, of_latents)
     if value.requires_grad:
-        value.register_hook(
-            partial(_check_factor, _children(value), stop, ends, _Place(energy, name))
-        )
+        value.register_hook(check)
 
 
 def _check_factor(
     roots: tuple[Any, ...],
     stop: tuple[Any, ...],
     ends: dict[Any, str],
-    where: _Place,
+    where: Place,
+    of_latents: bool,  # noqa: FBT001
     _grad: Tensor,
 ) -> None:
     hits = list(_walk(roots, stop, ends))
     moved = captured_only([_value_at(n) for n in hits if n not in ends])
-    sites = [f"latent {ends[n]!r}" for n in hits if n in ends]
-    names = sites if not stop else []
+    names = [] if of_latents else [f"latent {ends[n]!r}" for n in hits if n in ends]
     if moved:
         names = [*names, names_of(moved, where.energy)]
     if names:
-        report(
-            f"energy_factor {where.site!r}: {', '.join(names)} would be inferred through an energy of "
-            "values that are not latent, without its log Z. Use "
-            f"pyro.sample({where.site!r}, EnergyDistribution(...), obs=...) with a log_normalizer or an objective, or "
-            "say joint=True if the unnormalized joint density is what you mean"
-        )
+        report(factor_problem(where.site, ", ".join(names)))
+
+
+def factor_problem(site: str | None, names: str) -> str:
+    """Returns what is wrong if ``names`` are inferred through an energy factor."""
+    return (
+        f"energy_factor {site!r}: {names} would be inferred through an energy without its log Z, "
+        "since a factor is normalized over its latent inputs only. Use "
+        f"pyro.sample({site!r}, EnergyDistribution(...), obs=...) with a log_normalizer or an "
+        "objective, or say joint=True if the unnormalized joint density is what you mean"
+    )

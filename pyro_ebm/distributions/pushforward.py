@@ -110,7 +110,7 @@ def _event_shape(generator: Callable[[Tensor], Tensor], prior: Any) -> torch.Siz
     """Runs the generator on one latent, without touching the random state or the enclosing trace."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.poutine.block():
         z = prior.sample()
-        x = generator(z)
+        x = _output(generator, z)
     batch = z.shape[: z.dim() - len(prior.event_shape)]
     if x.shape[: len(batch)] != batch:
         raise ValueError(
@@ -118,3 +118,16 @@ def _event_shape(generator: Callable[[Tensor], Tensor], prior: Any) -> torch.Siz
             f"dims {tuple(batch)} to be kept"
         )
     return x.shape[len(batch) :]
+
+
+def _output(generator: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    try:
+        x = generator(z)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"generator failed on one latent of shape {tuple(z.shape)}: {error}. It must take any "
+            "leading dims; give event_shape= if it needs rows"
+        ) from error
+    if not isinstance(x, Tensor):
+        raise TypeError(f"generator must return a tensor, got {type(x).__name__}")
+    return x

@@ -15,12 +15,14 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
 from pyro_ebm.distributions import normalizer_guard
 from pyro_ebm.distributions.call_stack import frame_of
+from pyro_ebm.errors import EnergyShapeError
 
 _warned: set[str] = set()
 
@@ -39,7 +41,8 @@ def energy_factor(
     Raises:
         MissingNormalizerError: In the backward pass, unless ``joint``: if a trained parameter would be learned through
             the factor, or if no input is latent and a latent would be inferred through it.
-        TypeError: If an input is not a tensor.
+        TypeError: If the energy is not callable, or an input or the result is not a tensor.
+        EnergyShapeError: If the result has one dim more than the enclosing plates.
 
     Warns:
         UserWarning: Once, if ``Predictive`` draws an input of the factor from the prior: a simulation ignores factors.
@@ -53,25 +56,63 @@ def energy_factor(
         >>> trace.nodes["close"]["infer"]["energy_factor"]
         True
     """
-    for x in inputs:
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"energy_factor {name!r}: inputs must be tensors, got {type(x).__name__}"
-            )
+    _check_kinds(name, energy, inputs)
     cut = tuple(x.view_as(x) if x.requires_grad else x for x in inputs)
     value = energy(*cut)
     if not isinstance(value, Tensor):
         raise TypeError(
             f"energy_factor {name!r}: energy returned {type(value).__name__}, expected a tensor of nats"
         )
+    _check_shape(name, value)
     values = _values_so_far()
     if not joint and normalizer_guard.is_due(energy, name, value, None):
-        # MCMC conditions the model on its latents: what tells them from data is that they carry gradients
+        # MCMC conditions the model on its latents: what tells them from data is that they carry
+        # gradients; enumerated ones carry none, but are not observed either
         latents = {site: v for site, (v, _) in values.items() if v.requires_grad}
-        normalizer_guard.watch_factor(value, cut, name, latents, energy)
+        free = [v for v, observed in values.values() if not observed]
+        of_latents = any(x.requires_grad or any(x is v for v in free) for x in inputs)
+        normalizer_guard.watch_factor(
+            value, cut, normalizer_guard.Place(energy, name), latents, of_latents=of_latents
+        )
     _warn_if_simulating(name, [site for site, (_, observed) in values.items() if not observed])
     unit = dist.Unit(-value)
-    pyro.sample(name, unit, obs=unit.sample(), infer={"is_auxiliary": True, "energy_factor": True})
+    about = {"energy_factor": True, "factor_inputs": inputs, "joint": joint}
+    pyro.sample(name, unit, obs=unit.sample(), infer={"is_auxiliary": True, **about})
+
+
+def _check_kinds(name: str, energy: Any, inputs: tuple[Any, ...]) -> None:
+    if not callable(energy):
+        raise TypeError(
+            f"energy_factor {name!r}: energy must be callable, (*inputs) -> nats, "
+            f"got {type(energy).__name__}"
+        )
+    for x in inputs:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"energy_factor {name!r}: inputs must be tensors, got {type(x).__name__}"
+            )
+
+
+def _check_shape(name: str, value: Tensor) -> None:
+    """Raises where a trailing 1 would be broadcast over a plate whose elements stand to its left.
+
+    Such a value has dims that no plate accounts for; Pyro notices under an ELBO, not under MCMC.
+    """
+    plates = _plate_shape()
+    if plates.numel() > 1 and value.shape == plates + (1,) and plates[-1] > 1:
+        raise EnergyShapeError(
+            f"energy_factor {name!r}: energy returned shape {tuple(value.shape)} inside plates of "
+            f"shape {tuple(plates)}; expected one value per element. Did you forget .squeeze(-1)?"
+        )
+
+
+def _plate_shape() -> torch.Size:
+    """The shape of the vectorized plates around this statement."""
+    plates = [h for h in _PYRO_STACK if isinstance(h, IndepMessenger) and h.dim is not None]
+    shape = [1] * -min((h.dim for h in plates), default=0)
+    for plate in plates:
+        shape[plate.dim] = getattr(plate, "subsample_size", plate.size)
+    return torch.Size(shape)
 
 
 def _values_so_far() -> dict[str, tuple[Tensor, bool]]:

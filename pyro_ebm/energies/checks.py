@@ -136,5 +136,8 @@ def _hint(shape: torch.Size, x_shape: torch.Size, event_dim: int) -> str:
         dims = "-1" if event_dim == 1 else str(tuple(range(-event_dim, 0)))
         return f"Did you forget .sum({dims})?"
     if len(shape) < len(expected):
-        return "Does it sum or average over the batch? Reduce the event dims only."
+        return (
+            "Does it sum or average over the batch? Reduce the event dims only; dims become part "
+            "of the event by event_shape= or base.to_event(1)."
+        )
     return "Extra dims, of particles or batched parameters, belong on the left."

@@ -74,7 +74,7 @@ def load_checkpoint(path: Path, run: Run) -> None:
     pyro.util.set_rng_state(state["rng"])
 
 
-_CURVES = ("losses", "diagnostics", "validation", "averaged", "num_steps")
+_CURVES = ("losses", "diagnostics", "diagnostic_steps", "validation", "averaged", "num_steps")
 
 
 def _objective_state(run: Run) -> dict[str, Any]:

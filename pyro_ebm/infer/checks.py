@@ -6,7 +6,9 @@ from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import torch
+from pyro import poutine
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.util import check_site_shape
@@ -64,7 +66,7 @@ def site(name: str, p: EnergyDistribution, x: Tensor, *, observed: bool, objecti
         raise ValueError(
             f"{who} needs a density, and GeneralizedEBM site {name!r} has none: use KALE or DonskerVaradhan"
         )
-    if x.is_floating_point():
+    if x.is_floating_point() and p.base_measure != "counting":
         try:
             grad_of(p.energy, x)
         except ValueError as error:
@@ -111,6 +113,15 @@ def full_data(name: str, site: Any) -> None:
             )
 
 
+def guide(given: Any, who: str) -> None:
+    """Raises ``TypeError`` for a guide that runs the model itself: its sites would be taken for contrasts."""
+    if isinstance(poutine.unwrap(given), Messenger):
+        raise TypeError(
+            f"{type(given).__name__} is an effect-style guide, which runs the model by itself: build it on "
+            f"poutine.surrogate(model, {who}()) and use it with pyro.infer.Trace_ELBO"
+        )
+
+
 def traces(model_trace: Any, guide_trace: Any, used: Collection[str]) -> None:
     """Raises if the traces of an objective's step hold something it would get wrong."""
     has_sites(used)
@@ -128,11 +139,6 @@ def traces(model_trace: Any, guide_trace: Any, used: Collection[str]) -> None:
                 f"guide site {name!r} is an EnergyDistribution with unknown log Z: a variational factor must be "
                 "normalized. Use a normal or a flow, or sample the latent by MCMC"
             )
-
-
-def is_power_of_two(count: int) -> bool:
-    """Whether a check that is made ever more rarely is due; an energy may become conditional while it learns."""
-    return count & (count - 1) == 0
 
 
 def shapes(model_trace: Any, guide_trace: Any, max_plate_nesting: float) -> None:

@@ -54,7 +54,7 @@ def contrast_law(
             f"{who} has no contrast for {p!r}: give the distribution a base=, let the guide hold one (a sample site "
             "of the same name), or pass it to the objective"
         )
-    law = _elementwise(law, len(p.event_shape))
+    law = elementwise(law, len(p.event_shape))
     _check_events(law, p, who)
     ebm = unwrap(law)
     if needs_density and ebm is not None and not ebm.is_normalized:
@@ -62,7 +62,7 @@ def contrast_law(
     return law.expand(rows_of(p, x))
 
 
-def _elementwise(law: Any, event_dim: int) -> Any:
+def elementwise(law: Any, event_dim: int) -> Any:
     """Strips masks, and what ``to_event`` puts around an EBM and its contrast alike."""
     while isinstance(law, MaskedDistribution) or (
         isinstance(law, Independent) and len(law.event_shape) > event_dim

@@ -26,7 +26,7 @@ from torch.distributions import Transform
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
-from pyro_ebm.infer.contrast import Contrast, rows_of
+from pyro_ebm.infer.contrast import Contrast, elementwise, rows_of
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.ops.constraints import base_measure
 from pyro_ebm.ops.spaces import bijection
@@ -101,7 +101,7 @@ class EnergyDiscrepancy(Objective):
         u = self._space(p).inv(x)
         rows = torch.Size((self.num_negatives,))
         if noise is not None:
-            law = noise.expand(rows_of(p, x))
+            law = self._perturbation(noise, p, u)
             return Contrast(u + law.sample() - law.sample(rows))
         scale = self._scales(p, x).sqrt()
         there, back = (
@@ -109,6 +109,20 @@ class EnergyDiscrepancy(Objective):
             torch.randn(rows + u.shape, dtype=u.dtype, device=u.device),
         )
         return Contrast(u + scale * (there + back))
+
+    @staticmethod
+    def _perturbation(noise: Any, p: EnergyDistribution, u: Tensor) -> Any:
+        law = elementwise(noise, len(p.event_shape))
+        rows, event = (
+            u.shape[: u.dim() - len(p.event_shape)],
+            u.shape[u.dim() - len(p.event_shape) :],
+        )
+        if law.event_shape != event:
+            raise ValueError(
+                f"the guide's law of the perturbation has event_shape {tuple(law.event_shape)}; the unconstrained "
+                f"coordinates of an event have {tuple(event)}"
+            )
+        return law.expand(rows)
 
     def _scales(self, p: EnergyDistribution, x: Tensor) -> Tensor:
         low, high = (math.log(t) for t in self.times)

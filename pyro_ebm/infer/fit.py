@@ -36,6 +36,7 @@ class FitResult:
     Args:
         losses: Loss per datum in nats, one per step. A surrogate's value, not a likelihood.
         diagnostics: ``{"site/name": values}``, one value per step in which it was computed.
+        diagnostic_steps: The steps, from 1, that these values belong to: not all where two players take turns.
         validation: ``(step, loss per datum)`` pairs on the validation data.
         averaged: Exponential moving averages of the parameters by name, if asked for.
         num_steps: Steps done, over all runs that a checkpoint joins.
@@ -45,6 +46,7 @@ class FitResult:
 
     losses: list[float] = field(default_factory=list)
     diagnostics: dict[str, list[float]] = field(default_factory=dict)
+    diagnostic_steps: dict[str, list[int]] = field(default_factory=dict)
     validation: list[tuple[int, float]] = field(default_factory=list)
     averaged: dict[str, Tensor] = field(default_factory=dict)
     num_steps: int = 0
@@ -285,7 +287,9 @@ class _Run:
         for site, values in getattr(self.objective, "diagnostics", {}).items():
             for name, value in values.items():
                 if value is not self.recorded.get((site, name)):  # not of an earlier player's step
-                    result.diagnostics.setdefault(f"{site}/{name}", []).append(float(value))
+                    curve = f"{site}/{name}"
+                    result.diagnostics.setdefault(curve, []).append(float(value))
+                    result.diagnostic_steps.setdefault(curve, []).append(result.num_steps)
                     self.recorded[site, name] = value
         if ema is not None:
             for name, p in self.parameters.items():

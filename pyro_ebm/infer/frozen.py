@@ -131,8 +131,9 @@ def freeze(
     for name in handler.used:
         site = trace.nodes[name]
         checks.full_data(name, site)
-        p, mask = _ebm_of(site["fn"])
-        x = p.broadcast_value(site["value"].detach())
+        fn = _surrogate_in(site["fn"])
+        p, mask = fn.p, fn.mask
+        x = p.broadcast_value(fn.without_padding(site["value"].detach()))
         checks.site(name, p, x, observed=True, objective=objective)
         own = p.log_normalizer_value() if covers_parameters(p) else None
         objective.check_unconditional(name, p, x, own)
@@ -146,7 +147,7 @@ def freeze(
     return FrozenObjective(objective, contrasts, log_normalizers)
 
 
-def _ebm_of(fn: Any) -> tuple[EnergyDistribution, Tensor | None]:
+def _surrogate_in(fn: Any) -> SurrogateDistribution:
     while not isinstance(fn, SurrogateDistribution):
         fn = fn.base_dist
-    return fn.p, fn.mask
+    return fn

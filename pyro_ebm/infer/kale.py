@@ -36,7 +36,7 @@ from pyro_ebm.distributions import (
 from pyro_ebm.infer.contrast import Contrast, contrast_law, rows_of
 from pyro_ebm.infer.held import hold_parameters
 from pyro_ebm.infer.objective import Objective
-from pyro_ebm.ops.log_space import effective_sample_size, log_mean_exp
+from pyro_ebm.ops.log_space import effective_sample_size
 
 CUpdate = Literal["gradient", "newton", "closed_form"]
 
@@ -102,18 +102,15 @@ class BaseContrast(Objective):
         else:
             noise = torch.cat([torch.zeros_like(contrast.log_noise[:1]), contrast.log_noise])
             values = p.unnormalized_log_prob(points) - noise
-        base = self.counting(values[1:].detach())
-        self._note(weight_ess=effective_sample_size(base) / base.numel())
+        base = self.weights(values[1:].detach())
+        self._note(weight_ess=effective_sample_size(base) / (base > -math.inf).sum())
         return values[0], values[1:]
 
     def penalty(self, p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor | float:
         """Returns the penalty per datum on the energy's squared gradient between data and base draws."""
         if not self.gradient_penalty:
             return 0.0
-        between = self._probe(contrast.between)  # type: ignore[arg-type]
-        with torch.enable_grad():
-            energy = p.energy(between).sum()
-            (slope,) = torch.autograd.grad(energy, between, create_graph=True)
+        slope = torch.func.grad(lambda at: p.energy(at).sum())(contrast.between)
         squared = slope.square()
         squared = squared.sum(tuple(range(-len(p.event_shape), 0))) if p.event_shape else squared
         self._note(gradient_norm=squared.sqrt())
@@ -129,7 +126,7 @@ class BaseContrast(Objective):
             )
         points = law.rsample(torch.Size((self._draws_per_row(p, x),)))
         values = hold_parameters(lambda y: -p.energy(y), points, len(p.event_shape))
-        loss = -log_mean_exp(self.counting(values))
+        loss = -self.log_mean_exp(values)
         self._note(generator_loss=loss)
         return loss.expand(rows_of(p, x))
 
@@ -195,7 +192,7 @@ class KALE(BaseContrast):
     ) -> Tensor:
         """Returns minus the bound's terms for one datum, plus its penalty, in nats."""
         data, base = self.log_ratios(p, x, contrast)
-        log_mass = log_mean_exp(self.counting(base - log_z))
+        log_mass = self.log_mean_exp(base - log_z)
         loss = -data + log_z + log_mass.exp() - 1.0
         self._note(bound=-loss, log_z=log_z, log_z_gap=-log_mass)
         return loss + self.penalty(p, x, contrast)
@@ -204,13 +201,13 @@ class KALE(BaseContrast):
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast
     ) -> Tensor:
         """Returns the batch estimate of log Z."""
-        return log_mean_exp(self.counting(self.log_ratios(p, x, contrast)[1]))
+        return self.log_mean_exp(self.log_ratios(p, x, contrast)[1])
 
     def update_log_normalizer(
         self, log_z: Tensor, p: EnergyDistribution, x: Tensor, contrast: Contrast
     ) -> None:
         """Moves log Z by one step of the chosen rule."""
-        log_mass = log_mean_exp(self.counting(self.log_ratios(p, x, contrast)[1])) - log_z
+        log_mass = self.log_mean_exp(self.log_ratios(p, x, contrast)[1]) - log_z
         if self.c_update == "newton":
             log_z += self.c_rate * (1.0 - torch.exp(-log_mass))
         else:
@@ -250,7 +247,7 @@ class DonskerVaradhan(BaseContrast):
     ) -> Tensor:
         """Returns minus the bound's terms for one datum, plus its penalty, in nats."""
         data, base = self.log_ratios(p, x, contrast)
-        log_z = log_mean_exp(self.counting(base))
+        log_z = self.log_mean_exp(base)
         loss = log_z - data
         self._note(bound=-loss, log_z=log_z)
         return loss + self.penalty(p, x, contrast)

@@ -27,7 +27,7 @@ from torch.nn.functional import softplus
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.contrast import Contrast, contrast_law, fitted_gaussian, rows_of
 from pyro_ebm.infer.objective import Objective
-from pyro_ebm.ops.log_space import bennett, effective_sample_size, log_mean_exp
+from pyro_ebm.ops.log_space import bennett, effective_sample_size
 
 CUpdate = Literal["gradient", "closed_form"]
 
@@ -136,32 +136,34 @@ class NCE(NoiseContrast):
         ratios = log_ratios(p, x, contrast)
         logits = ratios - log_z - math.log(self.num_noise)
         data, noise = logits[0], logits[1:]
-        self._diagnose(data, noise, self.counting(ratios[1:].detach()), log_z)
+        self._diagnose(data, noise, ratios[1:], log_z)
         return softplus(-data) + self.num_noise * softplus(noise).mean(0)
 
     @torch.no_grad()
     def _diagnose(self, data: Tensor, noise: Tensor, noise_ratios: Tensor, log_z: Tensor) -> None:
+        weights = self.weights(noise_ratios)
         correct = (data > 0).double() + self.num_noise * (noise < 0).double().mean(0)
         self._note(
             accuracy=correct / (1 + self.num_noise),
-            noise_ess=effective_sample_size(noise_ratios) / noise_ratios.numel(),
+            noise_ess=effective_sample_size(weights) / (weights > -math.inf).sum(),
             log_z=log_z,
-            log_z_gap=log_z - log_mean_exp(noise_ratios),
+            log_z_gap=log_z - self.log_mean_exp(noise_ratios),
         )
 
     def initial_log_normalizer(
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast
     ) -> Tensor:
         """Returns the importance sampling estimate of log Z from the noise."""
-        return log_mean_exp(self.counting(log_ratios(p, x, contrast)[1:]))
+        return self.log_mean_exp(log_ratios(p, x, contrast)[1:])
 
     def update_log_normalizer(
         self, log_z: Tensor, p: EnergyDistribution, x: Tensor, contrast: Contrast
     ) -> None:
         """Moves log Z towards the root of Bennett's equation on this batch."""
         ratios = log_ratios(p, x, contrast) - math.log(self.num_noise)
-        data, noise = self.counting(ratios[0]), self.counting(ratios[1:])
-        root = bennett(data, noise, ratio=self.num_noise)
+        if self._mask is not None:
+            ratios = ratios[:, self._mask.expand(ratios.shape[1:])]
+        root = bennett(ratios[0].flatten(), ratios[1:].flatten(), ratio=self.num_noise)
         log_z.lerp_(root, self.c_rate)
 
 

@@ -19,8 +19,8 @@ To write an objective, subclass :class:`Objective` and define ``draw`` (random, 
 from __future__ import annotations
 
 import itertools
+import math
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,6 +42,7 @@ from pyro_ebm.infer.held import hold_parameters
 from pyro_ebm.infer.known import covers_parameters, parameters_of, shared_with_store
 from pyro_ebm.infer.objective_module import ObjectiveModule
 from pyro_ebm.ops.log_normalizer import LogNormalizer
+from pyro_ebm.ops.log_space import log_mean_exp
 from pyro_ebm.poutine.surrogate import SurrogateMessenger
 
 _instances = itertools.count()
@@ -80,7 +81,7 @@ class Objective(Trace_ELBO, nn.Module):
         self._examples: dict[str, Tensor] = {}
         self._notes: dict[str, Tensor] = {}
         self._mask: Tensor | None = None
-        self._evaluations: Counter[str] = Counter()
+        self._checked: dict[str, int] = {}
         self._probes: list[Tensor] = []
         self._optimized: frozenset[int] = frozenset()
 
@@ -135,8 +136,7 @@ class Objective(Trace_ELBO, nn.Module):
         """The site's own log Z where it holds for all parameters, else the one this objective keeps."""
         learned = _key(name) in self.log_normalizers
         known = p.log_normalizer_value() if covers_parameters(p, learned=learned) else None
-        self._evaluations[name] += 1
-        if checks.is_power_of_two(self._evaluations[name]):
+        if self._is_check_due(name):
             self.check_unconditional(name, p, x, known)
         if known is not None or not self.learns_log_normalizer:
             return known
@@ -152,6 +152,19 @@ class Objective(Trace_ELBO, nn.Module):
             with torch.no_grad():
                 self.update_log_normalizer(value, p, x, contrast)
         return value.clone()
+
+    def _is_check_due(self, name: str) -> bool:
+        """At first sight, and ever more rarely while training: an energy may become conditional as it learns.
+
+        Counted in steps, which are saved: energies with a state of their own see the same calls after a resume.
+        """
+        steps = int(self.num_steps_taken)
+        first = name not in self._checked
+        later = torch.is_grad_enabled() and steps & (steps - 1) == 0
+        due = first or (later and self._checked[name] != steps)
+        if due:
+            self._checked[name] = steps
+        return due
 
     def check_unconditional(
         self, name: str, p: EnergyDistribution, x: Tensor, known: Tensor | None
@@ -230,14 +243,23 @@ class Objective(Trace_ELBO, nn.Module):
         """Keeps 0-d diagnostics of the evaluation in progress, means over the rows that count."""
         for name, value in values.items():
             kept = value.detach()
-            self._notes[name] = self.counting(kept).mean() if kept.dim() else kept
+            if self._mask is not None and kept.dim():
+                kept, mask = torch.broadcast_tensors(kept, self._mask)
+                kept = torch.where(mask, kept, 0).sum() / mask.sum()
+            self._notes[name] = kept.mean()
 
-    def counting(self, values: Tensor) -> Tensor:
-        """Returns ``(...) + rows`` without the masked rows, flat."""
+    def weights(self, values: Tensor) -> Tensor:
+        """Returns log weights ``(...) + rows`` flat, minus infinity for masked rows."""
+        if self._mask is not None:
+            values = torch.where(self._mask, values, -math.inf)
+        return values.flatten()
+
+    def log_mean_exp(self, values: Tensor) -> Tensor:
+        """Returns the log of the mean of ``exp(values)`` over all rows ``(...) + rows`` that are not masked."""
+        mean = log_mean_exp(self.weights(values))
         if self._mask is None:
-            return values.flatten()
-        values, mask = torch.broadcast_tensors(values, self._mask)
-        return values[mask]
+            return mean
+        return mean - self._mask.expand(values.shape).to(values.dtype).mean().log()
 
     def _probe(self, x: Tensor) -> Tensor:
         """Returns ``x`` as a leaf for a derivative inside the loss, known not to be anybody's parameter."""
@@ -254,6 +276,7 @@ class Objective(Trace_ELBO, nn.Module):
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """A guide trace without its contrast sites, and the model scored by surrogates."""
         self._probes.clear()
+        checks.guide(guide, type(self).__name__)
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         contrasts = guide_trace.nodes
         handler = SurrogateMessenger(

@@ -6,80 +6,37 @@ send no gradient: enumerated and other discrete parents, score functions, weight
 forward mode. This check needs none. It runs the model on tensors that remember which sample sites
 they were computed from (Pyro's provenance), and names the parents.
 
-It cannot see a value that leaves torch on its way (``float(theta)``, ``if theta > 0``). A dependence
-on *observed* values is harmless: log Z is then constant. Trained parameters are only listed, since
-learning them is legitimate under an objective made for unnormalized models.
+It cannot see a value that leaves torch on its way (``float(theta)``, ``if theta > 0``). A
+dependence on *observed* values is harmless: log Z is then constant. Trained parameters are only
+listed, since learning them is legitimate under an objective made for unnormalized models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
-from pyro.poutine.util import site_is_subsample
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
 from pyro_ebm.distributions.known_normalizer import problem_with
-from pyro_ebm.distributions.normalizer_guard import REMEDIES, leaves_of, names_of, report
-from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.distributions.normalizer_guard import (
+    REMEDIES,
+    factor_problem,
+    leaves_of,
+    names_of,
+    report,
+)
 from pyro_ebm.ops.autograd import grad_of
 from pyro_ebm.poutine.gradient_check import GradientCheck, check_gradients
-
-Model = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class SiteCheck:
-    """What is known of one EBM site or energy factor.
-
-    Attributes:
-        kind: ``"EBM site"`` or ``"energy_factor"``.
-        log_normalizer: How log Z was given, in words.
-        latents: The latent sites that its energy or base depends on.
-        uncovered: Those among them that log Z does not account for.
-        parameters: Trained parameters that log Z does not account for.
-        gradients: Comparisons of the slope of log Z with draws.
-        notes: Anything else worth knowing.
-        problem: What :func:`check_model` reports, or ``None``.
-    """
-
-    kind: str
-    log_normalizer: str
-    latents: tuple[str, ...] = ()
-    uncovered: tuple[str, ...] = ()
-    parameters: tuple[str, ...] = ()
-    gradients: tuple[GradientCheck, ...] = ()
-    notes: tuple[str, ...] = ()
-    problem: str | None = None
-
-
-@dataclass(frozen=True)
-class ModelCheck:
-    """What :func:`check_model` found, by site; ``str()`` of it is a report to read."""
-
-    sites: Mapping[str, SiteCheck] = field(default_factory=dict)
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether no site has a problem."""
-        return all(site.problem is None for site in self.sites.values())
-
-    def __str__(self) -> str:
-        if not self.sites:
-            return "no EnergyDistribution site and no energy_factor"
-        return "\n".join(line for name, site in self.sites.items() for line in _lines(name, site))
+from pyro_ebm.poutine.paired_runs import Pair, paired_runs, undisturbed, unvalidated
+from pyro_ebm.poutine.site_check import ModelCheck, SiteCheck, listed
 
 
 def check_model(
-    model: Model,
+    model: Callable[..., Any],
     *args: Any,
     at: Mapping[str, Tensor] | None = None,
     num_samples: int = 2048,
@@ -88,9 +45,9 @@ def check_model(
 ) -> ModelCheck:
     """Checks that every EBM site's log Z covers the latents that its energy and base depend on.
 
-    The model is run three times, without gradients to its parameters; random state and parameter
-    store are left as they were. Where log Z is a function or a tensor with a graph, its slope is
-    compared with draws of the distribution (two percent and five standard errors are allowed).
+    The model is run three times; random state and parameter store are left as they were. Where
+    log Z is a function or a tensor with a graph, its slope is compared with draws of the
+    distribution (five standard errors plus two percent are allowed).
 
     Args:
         model: A Pyro model, with or without ``poutine.reparam`` and other handlers around it.
@@ -113,28 +70,237 @@ def check_model(
     Example:
         >>> def model(x):
         ...     theta = pyro.sample("theta", dist.Gamma(2.0, 1.0))
-        ...     log_z = lambda: 0.5 * (2 * torch.pi / theta).log()
-        ...     p = EnergyDistribution(lambda x: theta * x**2 / 2, event_shape=(), log_normalizer=log_z)
+        ...     p = EnergyDistribution(
+        ...         lambda x: theta * x**2 / 2,
+        ...         event_shape=(),
+        ...         log_normalizer=lambda: 0.5 * (2 * torch.pi / theta).log(),
+        ...     )
         ...     with pyro.plate("n", len(x)):
         ...         pyro.sample("x", p, obs=x)
         >>> check_model(model, torch.randn(20)).is_sound
         True
     """
-    with _undisturbed():
-        run = _Run(model, args, kwargs)
-        values = run.prior_values(dict(at or {}))
-        tracked = run.trace({k: ProvenanceTensor(v, frozenset({k})) for k, v in values.items()})
-        leaves = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in values.items()}
-        trace = run.scored_trace(leaves)
+    with undisturbed():
         sites = {}
-        for name in _checked_sites(trace):
-            pair = _Pair(name, tracked.nodes[name], trace.nodes[name], leaves)
-            is_factor = pair.site["infer"].get("energy_factor")
-            wanted = num_samples if not is_factor else 0
-            sites[name] = (
-                _check_factor(pair) if is_factor else _check_ebm(pair, wanted, exact_energies)
-            )
+        for pair in paired_runs(model, args, kwargs, dict(at or {})):
+            if pair.is_factor:
+                sites[pair.name] = _check_factor(pair)
+            elif _is_masked_out(pair.site):
+                sites[pair.name] = SiteCheck("EBM site", "not used", notes=("masked out",))
+            else:
+                sites[pair.name] = _check_ebm(pair, num_samples, exact=exact_energies)
     problems = [site.problem for site in sites.values() if site.problem is not None]
     if problems:
         report("\n".join(problems))
     return ModelCheck(sites)
+
+
+# --- judging a site
+
+
+def _is_masked_out(site: Any) -> bool:
+    fn, off = site["fn"], site["mask"] is False
+    while fn is not None and not off:
+        off, fn = getattr(fn, "_mask", None) is False, getattr(fn, "base_dist", None)
+    return off
+
+
+def _target(site: Any) -> tuple[EnergyDistribution, Tensor]:
+    """The distribution whose Z is in question, and a point without a history."""
+    p = unwrap(site["fn"])
+    if isinstance(p, GeneralizedEBM):
+        with torch.no_grad():
+            return p.latent, detach_provenance(p.prior.sample())
+    return p, detach_provenance(site["value"]).detach()  # type: ignore[return-value]
+
+
+class _Known(NamedTuple):
+    """What a site's log Z is, and what it and the potential depend on."""
+
+    p: EnergyDistribution
+    x: Tensor
+    gap: str | None
+    latents: tuple[str, ...]
+    latents_of_log_z: tuple[str, ...]
+    parameters: tuple[Tensor, ...]
+    parameters_of_log_z: tuple[Tensor, ...]
+
+    @property
+    def is_function(self) -> bool:
+        return self.gap is None and callable(self.p.log_normalizer)
+
+    @property
+    def is_exact(self) -> bool:
+        own = getattr(self.p.energy_function, "log_normalizer", None)
+        return self.p.is_exact_energy and self.p.log_normalizer == own
+
+    @property
+    def is_learned(self) -> bool:
+        return any(all(t is not u for u in self.parameters) for t in self.parameters_of_log_z)
+
+    @property
+    def has_graph(self) -> bool:
+        return bool(self.latents_of_log_z or self.parameters_of_log_z)
+
+    @property
+    def uncovered(self) -> tuple[str, ...]:
+        covered = self.latents if self.is_function else self.latents_of_log_z
+        return tuple(n for n in self.latents if n not in covered)
+
+    @property
+    def uncovered_parameters(self) -> list[Tensor]:
+        if self.is_function and not self.is_learned:
+            return []
+        return [t for t in self.parameters if all(t is not u for u in self.parameters_of_log_z)]
+
+    def __str__(self) -> str:
+        if self.gap is not None:
+            return self.gap.removeprefix("log Z is ")
+        if self.is_exact:
+            return "known by the energy"
+        if self.is_function:
+            return "given as a function"
+        return "given as a tensor with a graph" if self.has_graph else "given as a constant"
+
+
+def _known(pair: Pair) -> _Known:
+    p, x = _target(pair.tracked)
+    with torch.no_grad(), unvalidated():
+        latents = _latents_in(p.unnormalized_log_prob(x), pair)
+        of_log_z = _latents_in(p.log_normalizer_value(), pair)
+    p, x = _target(pair.site)
+    with torch.enable_grad():
+        parameters = _parameters_in(p.unnormalized_log_prob(x), pair)
+        log_z = p.log_normalizer_value()
+    own = _parameters_in(log_z, pair)
+    of_log_z = tuple(n for n in of_log_z if _is_attached(pair.leaves[n], log_z))
+    return _Known(p, x, problem_with(p.log_normalizer), latents, of_log_z, parameters, own)
+
+
+def _is_attached(latent: Tensor, log_z: Tensor | None) -> bool:
+    """Whether gradients reach a latent from log Z, if any can: detached values are constants."""
+    reached = leaves_of(log_z) if log_z is not None else []
+    return not latent.requires_grad or any(t is latent for t in reached)
+
+
+def _latents_in(value: Any, pair: Pair) -> tuple[str, ...]:
+    found = get_provenance(value)
+    return tuple(name for name in pair.leaves if name in found)
+
+
+def _parameters_in(value: Tensor | None, pair: Pair) -> tuple[Tensor, ...]:
+    leaves = leaves_of(value) if value is not None else []
+    return tuple(t for t in leaves if all(t is not v for v in pair.leaves.values()))
+
+
+def _check_ebm(pair: Pair, num_samples: int, *, exact: bool) -> SiteCheck:
+    known = _known(pair)
+    notes = [*_notes_on_energy(pair, known), *_notes_on_log_z(pair, known)]
+    checks: tuple[GradientCheck, ...] | None = ()
+    leaves = _leaves_to_check(pair, known)
+    if num_samples and leaves and (exact or not known.is_exact):
+        checks = check_gradients(known.p, leaves, num_samples)
+        if checks is None:
+            notes.append("the slope of log Z was not compared: sample() gave no trustworthy draws")
+    return SiteCheck(
+        "EBM site",
+        str(known),
+        latents=known.latents,
+        uncovered=known.uncovered,
+        parameters=_named(known.uncovered_parameters, known.p.energy_function),
+        gradients=checks or (),
+        notes=tuple(notes),
+        problem=_problem(f"EBM site {pair.name!r}", known, checks or ()),
+    )
+
+
+def _leaves_to_check(pair: Pair, known: _Known) -> dict[str, Tensor]:
+    """The leaves for which log Z claims to hold; none for a constant."""
+    if known.gap is not None or not (known.is_function or known.has_graph):
+        return {}
+    names = known.latents if known.is_function else known.latents_of_log_z
+    latents = {n: pair.leaves[n] for n in names if pair.leaves[n].requires_grad}
+    parameters = known.parameters if known.is_function else known.parameters_of_log_z
+    parameters = () if known.is_learned else parameters
+    energy = known.p.energy_function
+    return latents | {_named([t], energy)[0]: t for t in parameters}
+
+
+def _problem(where: str, known: _Known, checks: Sequence[GradientCheck]) -> str | None:
+    if known.uncovered:
+        why = known.gap or "log Z was given as a constant"
+        names = listed(known.uncovered)
+        return f"{where}: {why}, but latent {names} would be inferred through it. {REMEDIES}"
+    if free := [n for n in known.latents_of_log_z if n not in known.latents]:
+        return (
+            f"{where}: log_normalizer depends on latent {listed(free)} but the energy does not, so "
+            "inference would push it to where log Z is smallest"
+        )
+    if wrong := [str(check) for check in checks if not check.agrees]:
+        return f"{where}: log_normalizer is not the log Z of this energy: {'; '.join(wrong)}"
+    return None
+
+
+def _check_factor(pair: Pair) -> SiteCheck:
+    infer, value = pair.site["infer"], pair.site["fn"].log_factor
+    latents = _latents_in(pair.tracked["fn"].log_factor, pair)
+    inputs = _latents_in(pair.tracked["infer"]["factor_inputs"], pair)
+    uncovered = () if infer["joint"] or inputs else latents
+    behind = {id(t) for x in infer["factor_inputs"] for t in leaves_of(x)}
+    trained = [t for t in _parameters_in(value, pair) if id(t) not in behind]
+    problem = factor_problem(pair.name, f"latent {listed(uncovered)}")
+    return SiteCheck(
+        "energy_factor",
+        "of the joint density",
+        latents=latents,
+        uncovered=uncovered,
+        parameters=_named([] if infer["joint"] else trained, None),
+        problem=problem if uncovered else None,
+    )
+
+
+# --- notes and words
+
+
+@torch.no_grad()
+def _notes_on_energy(pair: Pair, known: _Known) -> Iterator[str]:
+    p, x = known.p, known.x
+    if not torch.allclose(p.energy(x), p.energy(x), equal_nan=True):
+        yield "the energy is random: two evaluations at one point differ (dropout, PyroSample)"
+    try:
+        if not _depends_on_x(p, x):
+            yield "the energy ignores x"
+    except RuntimeError as error:
+        yield f"the energy has no gradient in x: {error}"
+    if p.base_measure in ("counting", "mixed") and pair.name in pair.leaves:
+        yield "the support is discrete: NUTS and HMC cannot sample it"
+
+
+def _depends_on_x(p: EnergyDistribution, x: Tensor) -> bool:
+    if not x.is_floating_point() or p.base_measure in ("counting", "mixed"):
+        with unvalidated():
+            return "x" in get_provenance(p.energy(ProvenanceTensor(x, frozenset({"x"}))))
+    try:
+        grad_of(p.energy, x)
+    except ValueError:
+        return False
+    return True
+
+
+def _notes_on_log_z(pair: Pair, known: _Known) -> Iterator[str]:
+    if known.is_learned:
+        yield "log Z has parameters of its own: only an objective such as NCE identifies them"
+    constant = [
+        n
+        for n in known.latents
+        if n not in known.latents_of_log_z and not pair.leaves[n].requires_grad
+    ]
+    if known.is_function and constant and not known.is_exact:
+        yield (
+            f"log Z does not depend on {listed(constant)}: right only if it moves the energy "
+            "without changing its integral"
+        )
+
+
+def _named(tensors: Sequence[Tensor], energy: Any) -> tuple[str, ...]:
+    return tuple(names_of([t], energy) for t in tensors)

@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.reparam.reparam import Reparam
 from torch import Tensor
-from torch.distributions import TransformedDistribution
+from torch.distributions import Independent, TransformedDistribution
 from torch.distributions.transforms import ComposeTransform
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
@@ -53,7 +53,8 @@ class LatentReparam(Reparam):
             return _observed(msg, ebm)
         latent, push = _latent_of(name, ebm)
         z = pyro.sample(f"{name}_latent", rewrap(fn, lambda _: latent))
-        x = push(z)
+        with ebm.fixed_weights():
+            x = push(z)
         return {
             "fn": PushforwardDelta(x, event_dim=fn.event_dim, site=name),
             "value": x,
@@ -115,12 +116,22 @@ def _latent_of(
 ) -> tuple[EnergyDistribution, Callable[[Tensor], Tensor]]:
     if isinstance(ebm, GeneralizedEBM):
         return ebm.latent, ebm.generator
-    if not isinstance(ebm.base, TransformedDistribution):
-        raise ValueError(
-            f"LatentReparam: the base of EBM site {name!r} is {type(ebm.base).__name__}; it must be a generator "
-            "(GeneralizedEBM) or a flow (TransformedDistribution)"
-        )
-    flow = ComposeTransform(ebm.base.transforms)
+    prior, flow = _flow_of(name, ebm.base)
     energy = LatentEnergy(ebm.energy_function, flow, 1.0)
-    latent = EnergyDistribution(energy, ebm.base.base_dist, log_normalizer=ebm.log_normalizer)
-    return latent, flow
+    with ebm.fixed_weights():
+        return EnergyDistribution(energy, prior, log_normalizer=ebm.log_normalizer), flow
+
+
+def _flow_of(name: str, base: Any) -> tuple[Any, ComposeTransform]:
+    """Returns the law before a flow and the flow; ``to_event`` after the flow is put before it."""
+    num_dims, flow = 0, base
+    while isinstance(flow, Independent):
+        num_dims, flow = num_dims + flow.reinterpreted_batch_ndims, flow.base_dist
+    if not isinstance(flow, TransformedDistribution):
+        raise ValueError(
+            f"LatentReparam: the base of EBM site {name!r} is {type(flow).__name__}; it must be a "
+            "generator (GeneralizedEBM) or a flow (TransformedDistribution). Other sites need no "
+            "reparametrization"
+        )
+    prior = dist.Independent(flow.base_dist, num_dims) if num_dims else flow.base_dist
+    return prior, ComposeTransform(flow.transforms)

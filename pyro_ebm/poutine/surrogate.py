@@ -82,11 +82,24 @@ class SurrogateDistribution(TorchDistribution):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Returns minus the surrogate loss per datum."""
-        if self.mask is not None and not x.requires_grad:
-            x = _without_padding(x, self.mask, len(self.event_shape))
+        x = self.without_padding(x)
         if self._validate_args:
             self._validate_sample(x)
         return self._score(self.p, x)
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """Puts a row that counts wherever the mask is false, unless gradients flow to ``x``.
+
+        Whatever stands there may be NaN or off the support, and zero times the gradient of NaN is NaN.
+        """
+        if self.mask is None or x.requires_grad:
+            return x
+        event = x.shape[x.dim() - len(self.event_shape) :]
+        rows = torch.broadcast_shapes(x.shape[: x.dim() - len(event)], self.mask.shape)
+        counts = self.mask.expand(rows)
+        first = counts.flatten().to(torch.uint8).argmax(0, keepdim=True)
+        row = x.expand(rows + event).reshape((-1, *event)).index_select(0, first)[0]
+        return torch.where(counts.reshape(rows + (1,) * len(event)), x, row)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> SurrogateDistribution:
         """Returns the surrogate of the expanded EBM."""
@@ -174,7 +187,7 @@ class SurrogateMessenger(Messenger):
 
 
 def _mask_of(fn: Any, mask: Any) -> Tensor | None:
-    """Returns which elements of the EBM inside ``fn`` count, ``None`` if all or none do.
+    """Returns which elements of the EBM inside ``fn`` count; all of them where none does, ``None`` where all do.
 
     Args:
         fn: The site's distribution with its wrappers.
@@ -186,18 +199,7 @@ def _mask_of(fn: Any, mask: Any) -> Tensor | None:
         if isinstance(fn, Independent) and isinstance(mask, Tensor):
             mask = mask.reshape(mask.shape + (1,) * fn.reinterpreted_batch_ndims)
         fn = fn.base_dist
-    return mask.bool() if isinstance(mask, Tensor) and bool(mask.any()) else None
-
-
-def _without_padding(x: Tensor, mask: Tensor, event_dim: int) -> Tensor:
-    """Puts a row that counts wherever ``mask`` is false.
-
-    Whatever stands there may be NaN or off the support, and zero times the gradient of NaN is NaN.
-    """
-    rows = torch.broadcast_shapes(x.shape[: x.dim() - event_dim], mask.shape)
-    x = x.expand(rows + x.shape[x.dim() - event_dim :])
-    counts = mask.expand(rows)
-    return torch.where(counts.reshape(rows + (1,) * event_dim), x, x[counts][0])
+    return (mask | ~mask.any()).bool() if isinstance(mask, Tensor) else None
 
 
 def _inside_elbo() -> bool:

@@ -462,14 +462,26 @@ def half_covered() -> Setup:
     return Setup(model, (X,), at={**THETA, "s": torch.tensor(0.6)}, uncovered=("s",))
 
 
+def _covering(log_z: Callable[[Tensor], Any]) -> Setup:
+    def make(t: Tensor) -> EnergyDistribution:
+        return EnergyDistribution(
+            lambda x: t * half_square(x),
+            event_shape=(),
+            log_normalizer=log_z(t),
+            sampler=lambda d, shape: torch.randn(shape + d.batch_shape) * t.rsqrt(),
+        )
+
+    return _latent(make, uncovered=())
+
+
 def covering_tensor() -> Setup:
     """A latent, and log Z given as a tensor computed from it."""
-    return _given(lambda t: 0.5 * (2.0 * torch.pi / t).log(), uncovered=())
+    return _covering(lambda t: 0.5 * (2.0 * torch.pi / t).log())
 
 
 def covering_callable() -> Setup:
     """A latent, and log Z given as a function that returns it."""
-    return _given(lambda t: lambda: 0.5 * (2.0 * torch.pi / t).log(), uncovered=())
+    return _covering(lambda t: lambda: 0.5 * (2.0 * torch.pi / t).log())
 
 
 def exact_gaussian() -> Setup:
@@ -854,6 +866,18 @@ def factor_with_coupling() -> Setup:
         energy_factor("tilt", lambda x: t * half_square(x), x)
 
     return Setup(model)
+
+
+def factor_of_enumerated() -> Setup:
+    """An ``energy_factor`` of an enumerated latent with another latent as its coupling."""
+
+    @config_enumerate
+    def model() -> None:
+        t = _theta()
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        energy_factor("tilt", lambda k: t * k, k)
+
+    return Setup(model, guide=_guide_of_theta)
 
 
 # --- dependences that gradients do not show

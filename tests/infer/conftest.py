@@ -18,15 +18,16 @@ def rows_in(x, data):
     """Returns for every event of ``x`` which row of ``data`` it is."""
     event_dim = data.dim() - 1
     rows = x.dim() - event_dim
-    same = x.unsqueeze(rows) == data
-    return same.flatten(rows + 1).all(-1).to(torch.int8).argmax(-1)
+    same = (x.unsqueeze(rows) == data).reshape(x.shape[:rows] + (len(data), -1))
+    return same.all(-1).to(torch.int8).argmax(-1)
 
 
 @pytest.fixture
 def attach():
     """Returns a function that draws an objective's contrast once and ties it to the data's rows.
 
-    Every later evaluation finds the same draws beside the same row, in whatever shape or order the rows come.
+    Every later evaluation finds the same draws beside the same row, in whatever shape or order the
+    rows come.
     """
 
     def tie(objective, p, data, noise=None):

@@ -1,9 +1,10 @@
 """One loss in many guises: the ways to write a model do not change what is minimized.
 
-With draws tied to rows, the loss and its gradient on the full data equal the mean over all subsamples, the padded and
-masked data, nested plates, two half sites, a torch module, a fit's first step and the formula written out by hand.
-Donsker-Varadhan takes the log of a mean over the draws of all rows together: whatever keeps that pool together keeps
-the equality, splitting it can only lower the loss.
+With draws tied to rows, the loss and its gradient on the full data equal the mean over all
+subsamples, the padded and masked data, nested plates, two half sites, a torch module, a fit's first
+step and the formula written out by hand. Donsker-Varadhan takes the log of a mean over the draws of
+all rows together: whatever keeps that pool together keeps the equality, splitting it can only lower
+the loss.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def no_guide(*args, **kwargs):
 
 
 class Setup:
-    """A net, data, an objective with draws tied to rows, and the loss on full data to compare with."""
+    """A net, data, an objective with draws tied to rows, and the loss on full data."""
 
     def __init__(self, make, attach):
         self.net = Net()
@@ -67,7 +68,7 @@ class Setup:
                 self.objective.log_normalizers[site] = nn.Parameter(torch.tensor(C))
 
     def evaluate(self, model, *args, guide=no_guide, sites=("x",)):
-        """Returns the loss and the gradients to the net and to log Z, that of several sites summed."""
+        """Returns the loss and the gradients to the net and to log Z, summed over sites."""
         self.hold_c(*sites)
         loss = self.objective.differentiable_loss(model, guide, *(args or (self.data,)))
         return loss.item(), self.gradients(loss, sites)
@@ -363,7 +364,9 @@ def test_scale_multiplies_the_loss(additive):
 
 @pytest.mark.parametrize("name", POOLED)
 def test_splitting_the_pool_lowers_the_bound_on_log_z(name, attach):
-    """Jensen: a mean of logs of parts is below the log of the mean. So subsamples are biased, by design."""
+    """Jensen: a mean of logs of parts is below the log of the mean. So subsamples are biased, by
+    design.
+    """
     setup = Setup(POOLED[name], attach)
 
     def model(x, rows):

@@ -1,0 +1,489 @@
+"""The mechanism of the guard: what it names, when it looks, what it spares, what it keeps."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import weakref
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import infer
+from pyro.infer import autoguide
+from pyro.optim import Adam
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_ebm import EnergyDistribution, MissingNormalizerError, energy_factor
+from pyro_ebm.distributions import normalizer_guard as guard
+from pyro_ebm.energies import GaussianEnergy, MLPEnergy, ScaledEnergy
+from pyro_ebm.errors import MissingNormalizerWarning
+
+X = torch.linspace(-1.0, 1.0, 5)
+
+
+@pytest.fixture(autouse=True)
+def first_use(monkeypatch):
+    monkeypatch.setattr(guard, "_calls", {})
+
+
+def scaled(theta, **kwargs):
+    """The density proportional to exp(-theta x^2 / 2)."""
+    return EnergyDistribution(lambda x: theta * x**2 / 2, event_shape=(), **kwargs)
+
+
+def leaf(value=2.0):
+    return torch.tensor(value, requires_grad=True)
+
+
+def nuts(model, *args):
+    infer.MCMC(infer.NUTS(model), 1, 1, disable_progbar=True).run(*args)
+
+
+def model_with(make):
+    def model(x):
+        p = make()
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", p, obs=x)
+
+    return model
+
+
+def step(model, guide=None):
+    guide = guide or (lambda x: None)
+    return infer.SVI(model, guide, Adam({}), infer.Trace_ELBO()).step(X)
+
+
+# --- what the message says
+
+
+def test_message_names_site_latent_and_remedy():
+    model = model_with(lambda: scaled(pyro.sample("theta", dist.Gamma(2.0, 1.0))))
+    with pytest.raises(MissingNormalizerError) as caught:
+        nuts(model, X)
+    text = str(caught.value)
+    assert text.startswith("EBM site 'x': log Z is unknown, but latent 'theta' would be inferred")
+    for remedy in ("log_normalizer=", "NCE", "requires_grad_(False)"):
+        assert remedy in text
+
+
+@pytest.mark.parametrize("wrap", [lambda p: p.mask(X > 0).to_event(1), lambda p: p.to_event(1)])
+def test_message_names_a_wrapped_site(wrap):
+    def model(x):
+        theta = pyro.param("theta", leaf)
+        pyro.sample("inside", wrap(scaled(theta).expand([5])), obs=x)
+
+    with pytest.raises(MissingNormalizerError, match="EBM site 'inside'.* param 'theta'"):
+        step(model)
+
+
+def test_message_names_parameters_of_the_energy():
+    net = MLPEnergy((), (4,))
+    log_p = EnergyDistribution(net, event_shape=()).log_prob(X)
+    with pytest.raises(MissingNormalizerError, match=r"parameter 'net\.0\.weight' of the energy"):
+        log_p.sum().backward()
+
+
+def test_message_counts_what_it_does_not_name():
+    net = MLPEnergy((), (4, 4, 4))
+    log_p = EnergyDistribution(net, event_shape=()).log_prob(X)
+    with pytest.raises(MissingNormalizerError, match=" and 4 more would be"):
+        log_p.sum().backward()
+
+
+def test_message_without_a_site():
+    theta = torch.ones(5, requires_grad=True)
+    with pytest.raises(MissingNormalizerError, match=r"^an Energy.* a value of shape \(5,\)"):
+        scaled(theta).log_prob(X).sum().backward()
+
+
+def test_message_of_an_intermediate_value():
+    theta = 2.0 * leaf()
+    with pytest.raises(MissingNormalizerError, match="an intermediate value"):
+        torch.autograd.grad(scaled(theta).log_prob(X).sum(), theta)
+
+
+def test_error_survives_pyro_and_pickle():
+    """Pyro rewraps ValueErrors, swallows errors on singular matrices, and pickles for workers."""
+    error = MissingNormalizerError(guard.REMEDIES)
+    assert isinstance(error, RuntimeError)
+    assert not isinstance(error, ValueError)
+    assert "singular" not in str(error)
+    assert "positive-definite" not in str(error)
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is MissingNormalizerError
+    assert str(again) == str(error)
+
+
+# --- which gradients count
+
+
+def test_gradient_in_x_alone_is_fine():
+    theta, x = leaf(), X.clone().requires_grad_()
+    (g,) = torch.autograd.grad(scaled(theta).log_prob(x).sum(), x)
+    assert torch.allclose(g, -2.0 * X)
+
+
+def test_one_graph_is_silent_in_x_and_raises_in_theta():
+    theta, x = leaf(), X.clone().requires_grad_()
+    total = scaled(theta).log_prob(x).sum()
+    torch.autograd.grad(total, x, retain_graph=True)
+    with pytest.raises(MissingNormalizerError):
+        torch.autograd.grad(total, theta)
+
+
+def test_gradient_through_x_into_what_made_it_is_fine():
+    z = leaf()
+    scaled(torch.tensor(3.0)).log_prob(z.sinh()).backward()
+    assert z.grad is not None
+
+
+def test_gradient_through_x_and_past_it_raises():
+    z = leaf()
+    with pytest.raises(MissingNormalizerError):
+        scaled(1.0 + z**2).log_prob(z.sinh()).backward()
+
+
+def test_x_that_is_not_a_leaf_is_fine():
+    x = 2.0 * X.clone().requires_grad_()
+    (g,) = torch.autograd.grad(scaled(leaf()).log_prob(x).sum(), x)
+    assert torch.allclose(g, -2.0 * x)
+
+
+def test_double_backward_raises_for_theta_only():
+    theta, x = leaf(), X.clone().requires_grad_()
+    log_p = scaled(theta).log_prob(x).sum()
+    (score,) = torch.autograd.grad(log_p, x, create_graph=True)
+    score.sum().backward()  # the score needs no log Z: its gradient in theta is legitimate
+    assert theta.grad is not None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_graph_no_hook(mode):
+    with mode():
+        assert not guard.is_due(None, None, X, None)
+        scaled(leaf()).log_prob(X)
+
+
+def test_covering_tensor_is_fine_at_leaves_and_intermediate_values():
+    u = leaf()
+    theta = u.exp()
+    log_z = 0.5 * (2.0 * torch.pi / theta).log()
+    total = scaled(theta, log_normalizer=log_z).log_prob(X).sum()
+    torch.autograd.grad(total, theta, retain_graph=True)
+    torch.autograd.grad(total, u)
+
+
+def test_constant_is_named_as_such():
+    theta = leaf()
+    with pytest.raises(MissingNormalizerError, match="log Z was given as a constant, but"):
+        scaled(theta, log_normalizer=0.3).log_prob(X).sum().backward()
+
+
+def test_free_log_z_raises_but_not_for_x():
+    c, x = leaf(), X.clone().requires_grad_()
+    total = scaled(torch.tensor(1.0), log_normalizer=c).log_prob(x).sum()
+    torch.autograd.grad(total, x, retain_graph=True)
+    with pytest.raises(MissingNormalizerError, match="minus infinity"):
+        total.backward()
+
+
+def test_exact_energy_is_fine_whatever_log_z_does_not_depend_on():
+    """Log Z of a Gaussian does not contain its mean; the energy's word is taken for that."""
+    loc = leaf()
+    EnergyDistribution(GaussianEnergy(loc, 2.0)).log_prob(X).sum().backward()
+    assert loc.grad is not None
+
+
+def test_svi_counts_only_the_parameters_that_it_moves():
+    net = MLPEnergy((), (4,))
+    prior = EnergyDistribution(net, base=dist.Normal(0.0, 1.0), sampler=lambda d, s: torch.zeros(s))
+
+    def model(x, registered):
+        if registered:
+            pyro.module("net", net)
+        z = pyro.sample("z", prior)
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def svi(registered):
+        guide = autoguide.AutoNormal(model)
+        infer.SVI(model, guide, Adam({}), infer.Trace_ELBO()).step(X, registered)
+
+    svi(False)
+    with pytest.raises(MissingNormalizerError):
+        svi(True)
+
+
+# --- the setting
+
+
+def test_warn_warns_and_goes_on():
+    theta = leaf()
+    total = scaled(theta).log_prob(X).sum()
+    warns = pytest.warns(MissingNormalizerWarning, match="log Z is unknown")
+    with pyro.settings.context(ebm_missing_normalizer="warn"), warns:
+        total.backward()
+    assert torch.allclose(theta.grad, -0.5 * (X**2).sum())
+
+
+def test_ignore_ignores():
+    with pyro.settings.context(ebm_missing_normalizer="ignore"):
+        scaled(leaf()).log_prob(X).sum().backward()
+
+
+def test_setting_is_read_in_the_backward_pass_too():
+    log_p = scaled(leaf()).log_prob(X).sum()
+    with pyro.settings.context(ebm_missing_normalizer="ignore"):
+        log_p.backward()
+
+
+def test_setting_is_validated():
+    with pytest.raises(ValueError, match="'error', 'warn' or 'ignore', got 'raise'"):
+        pyro.settings.set(ebm_missing_normalizer="raise")
+
+
+# --- the schedule
+
+
+def square(x):
+    return x**2
+
+
+def cube(x):
+    return x**3
+
+
+def due(times, energy=square, x=X, log_z=None):
+    return [i for i in range(times) if guard.is_due(energy, None, x, log_z)]
+
+
+def test_first_calls_and_every_64th_are_due():
+    assert due(200) == [*range(16), 64, 128, 192]
+
+
+def test_another_use_starts_anew():
+    due(100)
+    assert due(1, x=X[:3]) == [0]
+    assert due(1, x=X.clone().requires_grad_()) == [0]
+    assert due(1, log_z=torch.tensor(0.0)) == [0]
+    assert due(1, energy=cube) == [0]
+    with pyro.poutine.trace(param_only=True):
+        assert due(1) == [0]
+    assert due(1) == []
+
+
+def test_a_buffer_that_starts_to_want_gradients_starts_anew():
+    energy = ScaledEnergy(square, torch.tensor(1.0))
+    assert len(due(100, energy=energy)) == 18
+    energy.scale = leaf()
+    assert guard.is_due(energy, None, X, None)
+
+
+def test_energies_built_at_every_call_share_a_schedule():
+    """The first call of an energy counts for its kind; from the second on it has its own."""
+    new = [guard.is_due(ScaledEnergy(square, 2.0), None, X, None) for _ in range(130)]
+    assert [i for i, is_due in enumerate(new) if is_due] == [*range(16), 64, 128]
+    assert due(20, energy=ScaledEnergy(square, 2.0)) == [*range(1, 17)]
+
+
+def test_bases_built_at_every_call_share_a_schedule():
+    def base(scale):
+        return dist.Normal(torch.zeros(2), scale).to_event(1)
+
+    new = [guard.is_due(square, base(1.0), X, None) for _ in range(100)]
+    assert sum(new) == 17
+    assert guard.is_due(square, base(leaf()), X, None)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda net: net, lambda net: lambda x: net(x), lambda net: net.forward]
+)
+def test_another_energy_of_the_same_kind_starts_anew(wrap):
+    for _ in range(3):  # each may get the address of the one before
+        assert len(due(40, energy=wrap(ScaledEnergy(square, 2.0)))) >= 15
+
+
+@pytest.mark.parametrize("kind", ["closure", "partial", "attribute"])
+def test_a_bound_tensor_that_starts_to_want_gradients_starts_anew(kind):
+    class Energy:
+        def __call__(self, x):
+            return self.t * x
+
+    one = Energy()
+
+    def energy(t):
+        one.t = t
+        bound = {"closure": lambda x: t * x, "partial": partial(torch.mul, t), "attribute": one}
+        return bound[kind]
+
+    assert len(due(100, energy=energy(torch.tensor(1.0)))) <= 18
+    assert guard.is_due(energy(leaf()), None, X, None)
+
+
+def test_change_from_nuts_over_x_to_training_is_caught_at_once():
+    net = MLPEnergy((), (4,), confinement=1.0)
+
+    def model(x=None):
+        pyro.sample("x", EnergyDistribution(pyro.module("net", net), event_shape=()), obs=x)
+
+    infer.MCMC(infer.NUTS(model), 20, 20, disable_progbar=True).run()
+    assert max(guard._calls.values()) > 64
+    with pytest.raises(MissingNormalizerError):
+        infer.SVI(model, lambda x: None, Adam({}), infer.Trace_ELBO()).step(X[0])
+
+
+def test_change_from_nuts_to_training_of_a_factor_is_caught_at_once():
+    def model():
+        a = pyro.param("a", leaf)
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        energy_factor("f", lambda z: a * z**2, z)
+
+    infer.MCMC(infer.NUTS(model), 20, 20, disable_progbar=True).run()
+    assert max(guard._calls.values()) > 64
+    svi = infer.SVI(model, autoguide.AutoNormal(model), Adam({}), infer.Trace_ELBO())
+    with pytest.raises(MissingNormalizerError):
+        svi.step()
+
+
+def test_a_change_that_the_key_cannot_see_is_caught_within_64_calls():
+    """The weights are neither cells nor buffers of the energy, so thawing them is no new use."""
+    weight = nn.Parameter(torch.tensor(1.0), requires_grad=False)
+    holder = [weight]
+    p = EnergyDistribution(lambda x: holder[0] * x**2, event_shape=())
+    for _ in range(100):
+        p.log_prob(X.clone().requires_grad_()).sum().backward()
+    weight.requires_grad_(True)
+
+    def train():
+        for _ in range(64):
+            p.log_prob(X.clone().requires_grad_()).sum().backward()
+
+    with pytest.raises(MissingNormalizerError):
+        train()
+
+
+def test_memory_of_the_schedule_is_bounded():
+    for i in range(5000):
+        guard.is_due(abs, None, torch.empty(i, 0), None)
+    assert len(guard._calls) <= 4097
+
+
+# --- memory
+
+
+class _Token:
+    """Something that a graph holds."""
+
+
+class _HoldToken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, token):
+        ctx.token = token
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+@pytest.mark.parametrize("covered", [False, True])
+def test_graph_is_freed_with_its_result(covered):
+    token = _Token()
+    alive, theta = weakref.ref(token), leaf()
+    theta_held = _HoldToken.apply(theta, token)
+    log_z = -0.5 * theta_held.log() if covered else None
+    x = X.clone().requires_grad_()
+    gc.disable()
+    try:
+        log_p = scaled(theta_held, log_normalizer=log_z).log_prob(x)
+        del token, theta_held, log_z
+        assert alive() is not None
+        del log_p
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+# --- the one private function of torch
+
+
+def seen_in_backward(inputs):
+    """What the engine says of three nodes while it computes the gradients of ``inputs``."""
+    a, b = leaf(), leaf()
+    middle = a * 2.0
+    y = middle * b
+    leaf_a, leaf_b = (t.expand_as(t).grad_fn.next_functions[0][0] for t in (a, b))
+    seen = {}
+
+    def ask(_):
+        for name, node in (("a", leaf_a), ("b", leaf_b), ("middle", middle.grad_fn)):
+            try:
+                seen[name] = guard._engine_will_run(node)
+            except RuntimeError:
+                seen[name] = "asked for"
+
+    y.register_hook(ask)
+    if inputs is None:
+        y.backward()
+    else:
+        torch.autograd.grad(y, {"a": a, "b": b, "middle": middle}[inputs])
+    return seen
+
+
+def test_canary_engine_tells_which_nodes_will_run():
+    assert guard.is_available()
+    assert seen_in_backward(None) == {"a": True, "b": True, "middle": True}
+    assert seen_in_backward("a") == {"a": "asked for", "b": False, "middle": True}
+    assert seen_in_backward("b") == {"a": False, "b": "asked for", "middle": False}
+    assert seen_in_backward("middle") == {"a": False, "b": False, "middle": True}
+
+
+def test_without_it_the_guard_is_off_and_nothing_breaks(monkeypatch):
+    monkeypatch.setattr(guard, "_engine_will_run", None)
+    assert not guard.is_available()
+    scaled(leaf()).log_prob(X).sum().backward()
+
+
+# --- transforms of functions
+
+
+def density(theta, x):
+    return scaled(theta).log_prob(x).sum()
+
+
+def test_func_grad_and_vmap_are_silent_in_x_and_raise_in_theta():
+    xs, thetas = X.expand(3, 5).clone(), torch.ones(3)
+    with pyro.validation_enabled(False):
+        torch.func.vmap(torch.func.grad(density, argnums=1), (None, 0))(leaf(), xs)
+        with pytest.raises(MissingNormalizerError):
+            torch.func.vmap(torch.func.grad(density))(thetas, xs)
+
+
+def test_captured_graph_holds_no_hook():
+    def score(x):
+        return torch.func.grad(density, argnums=1)(torch.tensor(2.0), x)
+
+    with pyro.validation_enabled(False):
+        graph = make_fx(score)(X)
+        with pyro.settings.context(ebm_missing_normalizer="ignore"):
+            plain = make_fx(score)(X)
+    assert torch.allclose(graph(X), -2.0 * X)
+    assert graph.code == plain.code
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace_raises_while_tracing():
+    """Hooks do not survive a trace, so every leaf but x counts there."""
+    with pyro.validation_enabled(False), pytest.raises(MissingNormalizerError):
+        torch.jit.trace(density, (leaf(), X))
+
+
+def test_leaves_of_names_every_leaf_once():
+    a, b, c = leaf(), leaf(), torch.tensor(1.0)
+    found = guard.leaves_of(a * b + a * c)
+    assert len(found) == 2
+    assert {id(t) for t in found} == {id(a), id(b)}

@@ -1,0 +1,604 @@
+"""The training loop: same parameters as the other loops, mini-batches at the right scale, resuming
+to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
+from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.infer import (
+    KALE,
+    NCE,
+    DonskerVaradhan,
+    EnergyDiscrepancy,
+    PerSite,
+    RankingNCE,
+    fit,
+)
+
+BASE = dist.Normal(torch.zeros(2, dtype=torch.float64), 1.5).to_event(1)
+QUIET = {"disable_progbar": True}
+
+
+def no_guide(*args):
+    return None
+
+
+def new_net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(2, 4), nn.Softplus(), nn.Linear(4, 1), nn.Flatten(-2))
+
+
+def model_of(net):
+    def model(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", EnergyDistribution(net, base=BASE, conditional=False), obs=x)
+
+    return model
+
+
+def flat(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()]).clone()
+
+
+# --- three loops
+
+OBJECTIVES = {
+    "ranking": RankingNCE,
+    "ed": EnergyDiscrepancy,
+    "dv": lambda: DonskerVaradhan(gradient_penalty=0.1),
+    "kale": KALE,
+    "nce": lambda: NCE(c_update="closed_form"),
+    "nce, learned c": NCE,
+}
+STEPS, LR = 15, 0.03
+
+
+def with_svi(make, data, optim):
+    net, objective = new_net(), make()
+    pyro.clear_param_store()
+    pyro.set_rng_seed(7)
+    svi = SVI(model_of(net), no_guide, optim({"lr": LR / len(data)}), loss=objective)
+    losses = [svi.step(data) for _ in range(STEPS)]
+    return flat(net), losses, objective
+
+
+def with_torch(make, data, optim, boost=1.0):
+    net, objective = new_net(), make()
+    pyro.clear_param_store()
+    module = objective(model_of(net), no_guide)
+    pyro.set_rng_seed(7)
+    with torch.no_grad():
+        module(data)  # makes log Z from the draws that the first step will see
+    groups = [
+        {"params": list(net.parameters())},
+        {"params": list(objective.parameters()), "lr": boost * LR / len(data)},
+    ]
+    optimizer = optim(groups, lr=LR / len(data))
+    pyro.set_rng_seed(7)
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = module(data)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return flat(net), losses, objective
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_svi_and_torch_reach_the_same_bits(name):
+    data = torch.randn(12, 2)
+    by_svi = with_svi(OBJECTIVES[name], data, pyro.optim.Adam)
+    by_torch = with_torch(OBJECTIVES[name], data, torch.optim.Adam)
+    assert torch.equal(by_svi[0], by_torch[0])
+    assert by_svi[1] == by_torch[1]
+    assert not torch.equal(by_svi[0], flat(new_net()))
+    for key, c in by_svi[2].log_normalizers.items():
+        assert c.item() == by_torch[2].log_normalizers[key].item()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_fit_and_torch_reach_the_same_parameters(name):
+    """Plain gradient descent: fit's loss is per datum, so its learning rate is N times larger."""
+    data = torch.randn(12, 2)
+    by_torch = with_torch(OBJECTIVES[name], data, torch.optim.SGD, boost=10.0)
+    net, objective = new_net(), OBJECTIVES[name]()
+    pyro.clear_param_store()
+    result = fit(
+        model_of(net),
+        data,
+        objective,
+        optim=torch.optim.SGD,
+        lr=LR,
+        num_steps=STEPS,
+        seed=7,
+        **QUIET,
+    )
+    torch.testing.assert_close(flat(net), by_torch[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.tensor(result.losses) * 12, torch.tensor(by_torch[1]), rtol=0, atol=1e-9
+    )
+    for key, c in objective.log_normalizers.items():
+        assert c.item() == pytest.approx(by_torch[2].log_normalizers[key].item(), abs=1e-12)
+
+
+def test_a_seed_fixes_the_run():
+    data, nets = torch.randn(20, 2), [new_net(), new_net()]
+    for net in nets:
+        fit(model_of(net), data, NCE(), batch_size=6, num_steps=8, seed=3, **QUIET)
+        pyro.clear_param_store()
+        torch.randn(5)
+    assert torch.equal(flat(nets[0]), flat(nets[1]))
+
+
+def test_modules_are_trained_without_a_pyro_module_statement():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = new_net()
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", EnergyDistribution(self.net, base=BASE), obs=x)
+
+    model = Model()
+    result = fit(model, torch.randn(12, 2), RankingNCE(), num_steps=3, lr=0.1, **QUIET)
+    assert not torch.equal(flat(model.net), flat(new_net()))
+    assert "model.net.0.weight" in result._parameters
+
+
+def test_a_stock_elbo_is_taken_too():
+    loc = torch.zeros((), requires_grad=True)
+
+    def model(x):
+        mean = pyro.param("mean", loc)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    x = torch.randn(50) + 2
+    fit(model, x, Trace_ELBO(), lr=0.1, num_steps=200, batch_size=25, **QUIET)
+    assert pyro.param("mean").item() == pytest.approx(x.mean().item(), abs=0.1)
+
+
+# --- mini-batches
+
+
+def hierarchy(seen):
+    """A global latent, a local latent and a local EBM; ``seen`` gets the batches."""
+
+    def model(x):
+        seen.append(x)
+        top = pyro.sample("top", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            local = pyro.sample("local", dist.Normal(top, 1.0))
+            ebm = EnergyDistribution(lambda y: 0.3 * y.square(), event_shape=())
+            pyro.sample("x", ebm, obs=x)
+            pyro.sample("y", dist.Normal(local, 0.5), obs=x)
+
+    def guide(x):
+        pyro.sample("top", dist.Delta(torch.tensor(0.7), log_density=torch.tensor(0.2)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("local", dist.Delta(0.5 * x, log_density=torch.full_like(x, 0.1)))
+            pyro.sample("x", dist.Normal(0.0, 1.5))
+
+    return model, guide
+
+
+def test_global_sites_keep_their_weight():
+    """Local terms, of the guide too, count N / B times; what is outside the plate counts once."""
+    seen = []
+    model, guide = hierarchy(seen)
+    objective = RankingNCE(num_noise=2)
+    surrogates = []
+    inner = objective.per_datum
+    objective.per_datum = lambda *args: surrogates.append(inner(*args)) or surrogates[-1]
+    data = torch.randn(30)
+    result = fit(model, data, objective, guide=guide, batch_size=5, num_steps=4, **QUIET)
+    for x, surrogate, loss in zip(seen, surrogates, result.losses, strict=True):
+        assert len(x) == 5
+        rows = surrogate - dist.Normal(0.7, 1.0).log_prob(0.5 * x)
+        rows = rows - dist.Normal(0.5 * x, 0.5).log_prob(x) + 0.1
+        top = dist.Normal(0.0, 2.0).log_prob(torch.tensor(0.7)) - 0.2
+        want = (30 / 5 * rows.sum() - top) / 30
+        assert loss == pytest.approx(want.item(), abs=1e-12)
+
+
+def test_epochs_visit_every_row_once():
+    seen = []
+    data = torch.arange(10.0)
+    model, guide = hierarchy(seen)
+    fit(model, data, RankingNCE(), guide=guide, batch_size=3, num_steps=9, **QUIET)
+    epochs = [torch.cat(seen[i : i + 3]) for i in (0, 3, 6)]
+    assert all(len(set(rows.tolist())) == 9 for rows in epochs)
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_columns_of_data_stay_together():
+    seen = []
+
+    def model(x, y):
+        seen.append((x, y))
+        with pyro.plate("data", len(x)):
+            pyro.sample(
+                "x", EnergyDistribution(lambda z: z.square(), base=dist.Normal(0.0, 1.0)), obs=x
+            )
+
+    x = torch.arange(12.0)
+    fit(model, (x, 3 * x), RankingNCE(), batch_size=4, num_steps=3, **QUIET)
+    assert all(torch.equal(3 * a, b) for a, b in seen)
+
+
+def test_rows_in_a_python_loop_are_scaled():
+    def model(x):
+        for i in pyro.plate("data", len(x)):
+            ebm = EnergyDistribution(lambda z: z.square(), base=dist.Normal(0.0, 1.0))
+            pyro.sample(f"x{i}", ebm, obs=x[i])
+
+    def constant(p, x, contrast, log_z):
+        return torch.ones(())
+
+    objective = RankingNCE()
+    objective.per_datum = constant
+    result = fit(model, torch.randn(12), objective, batch_size=4, num_steps=1, **QUIET)
+    assert result.losses == [pytest.approx(1.0)]
+
+
+def test_a_plate_that_subsamples_for_itself():
+    def model(x):
+        with pyro.plate("data", 20, subsample_size=5) as rows:
+            ebm = EnergyDistribution(lambda z: z.square(), base=dist.Normal(0.0, 1.0))
+            pyro.sample("x", ebm, obs=x[rows])
+
+    objective = RankingNCE()
+    objective.per_datum = lambda p, x, contrast, log_z: torch.ones(len(x))
+    result = fit(model, torch.randn(20), objective, num_steps=1, **QUIET)
+    assert result.losses == [pytest.approx(1.0)]
+
+
+def test_a_batch_that_nothing_scales_is_refused():
+    def model(x):
+        ebm = EnergyDistribution(lambda z: z.square(), base=dist.Normal(0.0, 1.0))
+        pyro.sample("x", ebm.expand([len(x)]).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="no site in a plate of that size"):
+        fit(model, torch.randn(12), RankingNCE(), batch_size=4, num_steps=1, **QUIET)
+    fit(model, torch.randn(12), RankingNCE(), num_steps=1, **QUIET)
+
+
+# --- checkpoints
+
+
+class Normed(nn.Module):
+    """A network with buffers that training moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = spectral_norm(nn.Linear(2, 4))
+        self.outer = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.inner(x))).squeeze(-1)
+
+
+def gebm_model(seed):
+    torch.manual_seed(seed)
+    energy, generator = Normed(), nn.Linear(2, 2)
+    prior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+
+    def model(x):
+        pyro.module("energy", energy)
+        pyro.module("generator", generator)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", GeneralizedEBM(generator, prior, energy), obs=x)
+
+    return model, (energy, generator)
+
+
+def plain_model(seed):
+    net = new_net(seed)
+    return model_of(net), (net,)
+
+
+def two_site_model(seed):
+    nets = (new_net(seed), new_net(seed + 1))
+
+    def model(x):
+        for name, net in zip("xy", nets, strict=True):
+            pyro.module(name, net)
+        with pyro.plate("data", len(x)):
+            for name, net in zip("xy", nets, strict=True):
+                pyro.sample(name, EnergyDistribution(net, base=BASE, conditional=False), obs=x)
+
+    return model, nets
+
+
+RESUMED = {
+    "nce": (plain_model, NCE),
+    "nce, closed form": (plain_model, lambda: NCE(c_update="closed_form")),
+    "nce, fitted noise": (plain_model, lambda: NCE(noise="gaussian")),
+    "ed": (plain_model, lambda: EnergyDiscrepancy(time=(0.1, 1.0))),
+    "gebm": (gebm_model, lambda: KALE(schedule=(3, 1), gradient_penalty=0.1)),
+    "gebm, newton": (gebm_model, lambda: KALE(schedule=(2, 1), c_update="newton")),
+    "per site": (two_site_model, lambda: PerSite({"x": NCE(), "y": KALE()})),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_run_is_bit_equal(name, tmp_path):
+    """6 + 7 steps in two processes, as it were, are the 13 steps of one: weights, curves, averages
+    and log Z.
+    """
+    data = torch.randn(22, 2)
+    make_model, make = RESUMED[name]
+    options = {"batch_size": 5, "lr": 0.05, "ema": 0.9, "grad_clip": 10.0, "validation": data[:4]}
+    options |= {"validate_every": 4, **QUIET}
+
+    def run(steps, seed, path):
+        pyro.clear_param_store()
+        model, nets = make_model(seed)
+        objective = make()
+        result = fit(model, data, objective, num_steps=steps, seed=seed, checkpoint=path, **options)
+        return result, torch.cat([flat(net) for net in nets]), objective.state_dict()
+
+    whole, weights, state = run(13, 0, None)
+    path = tmp_path / "runs" / "fit.pt"
+    run(6, 0, path)
+    resumed, weights_resumed, state_resumed = run(13, 99, path)
+    assert torch.equal(weights, weights_resumed)
+    for attribute in ("losses", "diagnostics", "diagnostic_steps", "validation", "num_steps"):
+        assert getattr(whole, attribute) == getattr(resumed, attribute)
+    assert resumed.num_steps == 13
+    assert whole.averaged.keys() == resumed.averaged.keys()
+    for key, value in whole.averaged.items():
+        assert torch.equal(value, resumed.averaged[key])
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, state_resumed[key]), key
+
+
+def test_a_finished_run_is_not_prolonged(tmp_path):
+    path, net = tmp_path / "fit.pt", new_net()
+    fit(model_of(net), torch.randn(9, 2), NCE(), num_steps=3, checkpoint=path, **QUIET)
+    before = flat(net)
+    again = fit(model_of(net), torch.randn(9, 2), NCE(), num_steps=3, checkpoint=path, **QUIET)
+    assert torch.equal(flat(net), before)
+    assert again.num_steps == 3
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "fit.pt"
+    fit(model_of(new_net()), torch.randn(9, 2), NCE(), num_steps=1, checkpoint=path, **QUIET)
+    content = path.read_bytes()
+    pyro.clear_param_store()
+    model, _ = gebm_model(0)
+    with pytest.raises(ValueError, match="checkpoint of another model"):
+        fit(model, torch.randn(9, 2), KALE(), num_steps=2, checkpoint=path, **QUIET)
+    assert path.read_bytes() == content
+
+
+def test_periodic_checkpoints(tmp_path, monkeypatch):
+    saved = []
+    module = sys.modules[fit.__module__]  # the package's attribute of this name is the function
+    monkeypatch.setattr(
+        module, "save_checkpoint", lambda path, run: saved.append(run.result.num_steps)
+    )
+    options = {"checkpoint": tmp_path / "fit.pt", "checkpoint_every": 2, **QUIET}
+    fit(model_of(new_net()), torch.randn(9, 2), NCE(), num_steps=5, **options)
+    assert saved == [2, 4, 5]
+
+
+# --- interruptions and failures
+
+
+def failing_model(net, error, at):
+    """Behaves for ``at`` runs, then raises or returns NaN."""
+    runs = []
+    inner = model_of(net)
+
+    def model(x):
+        runs.append(None)
+        if len(runs) > at and error is not None:
+            raise error
+        inner(x if len(runs) <= at else x * float("inf"))
+
+    return model
+
+
+@pytest.mark.parametrize("with_file", [False, True])
+def test_interruption_keeps_what_was_learned(tmp_path, with_file):
+    net, data = new_net(), torch.randn(9, 2)
+    path = tmp_path / "fit.pt" if with_file else None
+    model = failing_model(net, KeyboardInterrupt(), 5)
+    result = fit(model, data, NCE(), num_steps=20, seed=1, checkpoint=path, **QUIET)
+    assert result.interrupted
+    assert result.num_steps == len(result.losses) == 5
+    assert not torch.equal(flat(net), flat(new_net()))
+    if with_file:
+        resumed = fit(model_of(net), data, NCE(), num_steps=8, checkpoint=path, **QUIET)
+        assert resumed.losses[:5] == result.losses
+        assert resumed.num_steps == 8
+        assert not resumed.interrupted
+
+
+def test_non_finite_loss_raises_and_leaves_the_last_good_state(tmp_path):
+    net, data, path = new_net(), torch.randn(9, 2), tmp_path / "fit.pt"
+    model = failing_model(net, None, 4)
+
+    def unvalidated(x):
+        with pyro.validation_enabled(False):
+            model(x)
+
+    with pyro.validation_enabled(False), pytest.raises(NonFiniteEnergyError, match="site 'x'"):
+        fit(unvalidated, data, NCE(), num_steps=20, checkpoint=path, **QUIET)
+    assert flat(net).isfinite().all()
+    pyro.clear_param_store()
+    resumed = fit(model_of(new_net(5)), data, NCE(), num_steps=4, checkpoint=path, **QUIET)
+    assert resumed.num_steps == 4
+
+
+def test_nothing_is_written_before_the_first_step(tmp_path):
+    path = tmp_path / "fit.pt"
+    with pytest.raises(ZeroDivisionError):
+        fit(
+            failing_model(new_net(), ZeroDivisionError(), 0),
+            torch.randn(9, 2),
+            NCE(),
+            checkpoint=path,
+            **QUIET,
+        )
+    assert not path.exists()
+
+
+# --- extras
+
+
+def test_moving_average():
+    net, seen = new_net(), []
+
+    class Watched(torch.optim.Adam):
+        def step(self, *args):
+            super().step(*args)
+            seen.append(flat(net))
+
+    result = fit(
+        model_of(net), torch.randn(9, 2), RankingNCE(), optim=Watched, num_steps=6, ema=0.7, **QUIET
+    )
+    want = seen[0]
+    for weights in seen[1:]:
+        want = 0.7 * want + 0.3 * weights
+    names = [f"net$$${name}" for name, _ in net.named_parameters()]
+    have = torch.cat([result.averaged[name].flatten() for name in names])
+    torch.testing.assert_close(have, want, rtol=0, atol=1e-12)
+    result.use_average()
+    torch.testing.assert_close(flat(net), want, rtol=0, atol=1e-12)
+
+
+def test_average_must_have_been_asked_for():
+    result = fit(model_of(new_net()), torch.randn(9, 2), RankingNCE(), num_steps=1, **QUIET)
+    with pytest.raises(ValueError, match="no average was kept"):
+        result.use_average()
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+def test_gradient_clip(clip):
+    steps = {}
+    for grad_clip in (None, clip):
+        net = new_net()
+        pyro.clear_param_store()
+        options = {"optim": torch.optim.SGD, "lr": 1.0, "num_steps": 1, "seed": 0, **QUIET}
+        fit(model_of(net), torch.randn(9, 2), RankingNCE(), grad_clip=grad_clip, **options)
+        steps[grad_clip] = flat(new_net()) - flat(net)
+    want = steps[None] * min(1.0, clip / steps[None].norm())
+    torch.testing.assert_close(steps[clip], want, rtol=1e-4, atol=1e-9)
+
+
+def test_validation_curve():
+    """Loss per validation datum at its steps, with nothing learned from it."""
+    net, data = new_net(), torch.randn(12, 2)
+    objective = KALE()
+    counted = []
+    inner = objective.update_log_normalizer
+    objective.update_log_normalizer = lambda *args: counted.append(inner(*args))
+    result = fit(
+        model_of(net),
+        data,
+        objective,
+        batch_size=4,
+        num_steps=7,
+        validation=data[:6],
+        validate_every=3,
+        **QUIET,
+    )
+    assert [step for step, _ in result.validation] == [3, 6]
+    assert all(math.isfinite(value) for _, value in result.validation)
+    assert len(counted) == 7
+    assert int(objective.num_steps_taken) == 7
+    assert all(len(curve) == 7 for curve in result.diagnostics.values())
+
+
+def test_validation_is_per_datum():
+    objective = RankingNCE()
+    objective.per_datum = lambda p, x, contrast, log_z: torch.full(x.shape[:-1], 2.5)
+    data = torch.randn(12, 2)
+    result = fit(
+        model_of(new_net()),
+        data,
+        objective,
+        batch_size=3,
+        num_steps=1,
+        validation=data[:5],
+        validate_every=1,
+        **QUIET,
+    )
+    assert result.losses == [pytest.approx(2.5)]
+    assert result.validation == [(1, pytest.approx(2.5))]
+
+
+def test_log_z_learns_ten_times_faster():
+    seen = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, *args):
+            seen.extend(group["lr"] for group in self.param_groups)
+            super().step(*args)
+
+    fit(model_of(new_net()), torch.randn(9, 2), NCE(), optim=Watched, lr=0.01, num_steps=1, **QUIET)
+    assert sorted(set(seen)) == [0.01, pytest.approx(0.1)]
+    assert seen.count(0.01) == 4
+
+
+def test_log_z_of_a_member_learns_faster_too():
+    seen = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, *args):
+            seen.extend(group["lr"] for group in self.param_groups)
+            super().step(*args)
+
+    objective = PerSite({"x": NCE()})
+    fit(
+        model_of(new_net()),
+        torch.randn(9, 2),
+        objective,
+        optim=Watched,
+        lr=0.01,
+        num_steps=1,
+        **QUIET,
+    )
+    assert max(seen) == pytest.approx(0.1)
+
+
+def test_progress_bar_shows_the_diagnostics(capsys):
+    fit(model_of(new_net()), torch.randn(9, 2), NCE(), num_steps=2)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "fit NCE" in shown.err
+    assert "accuracy" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"batch_size": 0}, "batch_size must be between 1 and 9, got 0"),
+        ({"batch_size": 10}, "batch_size must be between 1 and 9, got 10"),
+        ({"schedule": (1, 1)}, "NCE has no second player"),
+        ({"data": (torch.zeros(9, 2), torch.zeros(8))}, r"must have one length, got \[8, 9\]"),
+    ],
+)
+def test_bad_arguments(options, match):
+    options = {"data": torch.randn(9, 2), **options}
+    with pytest.raises(ValueError, match=match):
+        fit(model_of(new_net()), options.pop("data"), NCE(), num_steps=1, **options, **QUIET)
