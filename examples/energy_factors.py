@@ -49,7 +49,7 @@ Draws = dict[str, Tensor]
 def run_nuts(name: str, model: Model, *data: Any, args: argparse.Namespace) -> Draws:
     """Runs two chains, prints a line of diagnostics and returns the draws."""
     pyro.set_rng_seed(args.seed)
-    num_samples, warmup_steps = (20, 20) if args.smoke else (180, 120)
+    num_samples, warmup_steps = (20, 20) if args.smoke else (150, 100)
     kernel = RecordingNUTS(model, max_tree_depth=4 if args.smoke else 10)
     mcmc = MCMC(kernel, num_samples, warmup_steps, num_chains=2, disable_progbar=args.smoke)
     mcmc.run(*data)

@@ -270,7 +270,7 @@ class Objective(Trace_ELBO, nn.Module):
 
     def _guess_max_plate_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         """Counts plates without scoring: neither a contrast nor an EBM site need have a density."""
-        with pyro.validation_enabled(False):
+        with pyro.validation_enabled(is_validate=False):
             super()._guess_max_plate_nesting(model, guide, args, kwargs)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
