@@ -197,7 +197,7 @@ NOISE, READINGS = 0.4, 3
 
 def learn_ring(args: argparse.Namespace) -> ebm.EnergyDistribution:
     """Learns the law of points on a ring by NCE and freezes the network."""
-    energy = MLPEnergy(2, hidden=(64, 64, 64))
+    energy = MLPEnergy(2, hidden=(64, 64))
     law = ebm.EnergyDistribution(energy, dist.Normal(0.0, BASE_SD).expand([2]).to_event(1))
 
     def model(x: Tensor) -> None:

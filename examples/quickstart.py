@@ -7,7 +7,8 @@ script then
 * samples the GEBM in latent space with Pyro's NUTS, four chains, and prints rank R-hat, effective
   sample sizes, BFMI and divergences; the chains are written for ArviZ;
 * compares it with its own generator and with generators alone that had the same compute, by MMD² on
-  test rows that nothing else has seen, with bootstrap intervals, and says so where nothing is gained;
+  test rows that nothing else has seen, with bootstrap intervals, and says so where nothing is
+  gained;
 * shows the case the method is made for, right support and wrong mass, on a ring and 25 Gaussians.
 
 Run it from anywhere; it needs scikit-learn for the digits::

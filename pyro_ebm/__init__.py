@@ -1,7 +1,8 @@
 """Unnormalized models as first-class citizens of Pyro.
 
-An energy becomes a distribution that knows what is known of its normalizer and for which parameters; a contrastive
-objective becomes an effect handler; a log Z that is missing where it matters is an error, never a silent bias.
+An energy becomes a distribution that knows what is known of its normalizer and for which
+parameters; a contrastive objective becomes an effect handler; a log Z that is missing where it
+matters is an error, never a silent bias.
 
 Importing changes nothing global but one key of ``pyro.settings``: ``ebm_missing_normalizer``.
 """

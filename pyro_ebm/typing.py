@@ -1,7 +1,8 @@
 """Shared type names and the protocols that an energy may satisfy.
 
-An energy is any callable ``x -> E(x)`` in nats, lower meaning likelier. Nothing else is required of it. An energy
-that also knows its support, its normalizer and how to sample itself says so by satisfying :class:`Tractable`.
+An energy is any callable ``x -> E(x)`` in nats, lower meaning likelier. Nothing else is required of
+it. An energy that also knows its support, its normalizer and how to sample itself says so by
+satisfying :class:`Tractable`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 EnergyFn = Callable[[Tensor], Tensor]
-"""``x`` of shape ``sample + batch + event`` to energies of shape ``sample + batch`` (extra dims on the left only)."""
+"""``x`` of shape ``sample + batch + event`` to energies of shape ``sample + batch`` (extra dims on
+the left only)."""
 
 BaseMeasure = Literal["lebesgue", "counting", "mixed", "surface", "generator"]
 """The measure with respect to which an unnormalized density is meant."""
@@ -24,7 +26,8 @@ BaseMeasure = Literal["lebesgue", "counting", "mixed", "surface", "generator"]
 class Tractable(Protocol):
     """An energy whose normalizer with respect to its support's own measure is known.
 
-    Used only where a distribution has no other base: with a base, :math:`Z` is a different integral.
+    Used only where a distribution has no other base: with a base, :math:`Z` is a different
+    integral.
     """
 
     event_shape: torch.Size

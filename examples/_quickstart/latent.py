@@ -22,7 +22,9 @@ from pyro_ebm.mcmc import RecordingNUTS
 
 @dataclass
 class Chains:
-    """A finished run: latents ``(chains, draws, d)``, the model's energies, the worst diagnostics."""
+    """A finished run: latents ``(chains, draws, d)``, the model's energies, the worst
+    diagnostics.
+    """
 
     latents: Tensor
     energies: NDArray[Any]

@@ -1,7 +1,8 @@
 """Reading the call stack for the few facts that Pyro does not pass on.
 
-Used only on rare paths (an error or a warning is due, or a scheduled check runs), never on every call: Pyro scores a
-site, draws a prototype or predicts without telling the distribution which of these it is doing.
+Used only on rare paths (an error or a warning is due, or a scheduled check runs), never on every
+call: Pyro scores a site, draws a prototype or predicts without telling the distribution which of
+these it is doing.
 """
 
 from __future__ import annotations

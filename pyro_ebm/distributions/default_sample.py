@@ -1,8 +1,8 @@
 """What ``EnergyDistribution.sample`` does where neither the energy nor the user says how to draw.
 
-A few hundred steps of a small kernel (MALA through the support's bijection, Gibbs on finite supports), started from the
-base, on at least 16 chains so that rank R-hat can judge the result. Good enough for prototypes and a first look; for
-answers use MCMC.
+A few hundred steps of a small kernel (MALA through the support's bijection, Gibbs on finite
+supports), started from the base, on at least 16 chains so that rank R-hat can judge the result.
+Good enough for prototypes and a first look; for answers use MCMC.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def draw(target: Target, shape: torch.Size) -> Tensor:
     """Returns approximate draws of shape ``shape + batch_shape + event_shape``.
 
     Warns:
-        ApproximateSampleWarning: If rank R-hat of a coordinate or of the potential exceeds 1.2, or if sequential
-            ``Predictive`` pays for a chain at every draw.
+        ApproximateSampleWarning: If rank R-hat of a coordinate or of the potential exceeds 1.2, or
+            if sequential ``Predictive`` pays for a chain at every draw.
     """
     _count_sequential(shape + target.batch_shape + target.event_shape)
     batch = _full_batch(target)
@@ -53,7 +53,8 @@ def draw(target: Target, shape: torch.Size) -> Tensor:
     result = short_chain(potential, target.support, init, event_dim=len(target.event_shape))
     if result.rhat > MAX_RHAT and not is_prototype_run():
         warnings.warn(
-            f"{target!r}.sample() ran a short chain that has not converged (rank R-hat {result.rhat:.2f} > {MAX_RHAT}): "
+            f"{target!r}.sample() ran a short chain that has not converged (rank R-hat "
+            f"{result.rhat:.2f} > {MAX_RHAT}): "
             "use MCMC for answers, or pass sampler= to the distribution",
             ApproximateSampleWarning,
             stacklevel=4,
@@ -62,7 +63,9 @@ def draw(target: Target, shape: torch.Size) -> Tensor:
 
 
 def _without_validation(law: Any) -> Any:
-    """A copy that does not check values: float32 rounding takes points off a simplex by more than torch allows."""
+    """A copy that does not check values: float32 rounding takes points off a simplex by more than
+    torch allows.
+    """
     unchecked = copy.copy(law)
     unchecked._validate_args = False
     for part in ("base", "base_dist"):
@@ -72,7 +75,9 @@ def _without_validation(law: Any) -> Any:
 
 
 def draw_exactly(target: Target, shape: torch.Size) -> Tensor:
-    """Returns draws of an energy that samples itself, independent also along expanded batch dims."""
+    """Returns draws of an energy that samples itself, independent also along expanded batch
+    dims.
+    """
     energy = target.energy_function
     own, batch = energy.log_normalizer().shape, target.batch_shape
     lead, tail = batch[: len(batch) - len(own)], batch[len(batch) - len(own) :]
@@ -110,7 +115,9 @@ def _start(target: Target, chains: int, batch: torch.Size) -> Tensor:
 
 
 def _like(target: Target) -> Tensor:
-    """A tensor whose dtype and device the draws take: a parameter of the energy, else torch's default."""
+    """A tensor whose dtype and device the draws take: a parameter of the energy, else torch's
+    default.
+    """
     energy = target.energy_function
     if isinstance(energy, torch.nn.Module):
         for tensor in (*energy.parameters(), *energy.buffers()):

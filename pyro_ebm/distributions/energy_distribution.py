@@ -2,10 +2,11 @@ r"""An energy as a Pyro distribution that knows what is known of its normalizer.
 
 .. math:: p(x) = e^{-E(x)}\, \mathrm{base}(x) / Z, \qquad Z = \int e^{-E}\, d\mathrm{base}
 
-Without a base the measure is the support's own: Lebesgue, counting, or the surface of a sphere. ``energy(x)`` is
-:math:`E`, ``potential(x)`` is :math:`U = E - \log \mathrm{base}`; ``unnormalized_log_prob = -U`` is what samplers,
-objectives and normalizers use. ``log_prob = -U - \log Z`` is for Pyro: where log Z is missing it is defined up to a
-constant, which is harmless over :math:`x` and wrong over anything the energy depends on; that second use is an error.
+Without a base the measure is the support's own: Lebesgue, counting, or the surface of a sphere.
+``energy(x)`` is :math:`E`, ``potential(x)`` is :math:`U = E - \log \mathrm{base}`;
+``unnormalized_log_prob = -U`` is what samplers, objectives and normalizers use. ``log_prob = -U -
+\log Z`` is for Pyro: where log Z is missing it is defined up to a constant, which is harmless over
+:math:`x` and wrong over anything the energy depends on; that second use is an error.
 """
 
 from __future__ import annotations
@@ -33,29 +34,34 @@ Sampler = Callable[["EnergyDistribution", torch.Size], Tensor]
 
 
 class EnergyDistribution(TorchDistribution):
-    r"""The law proportional to :math:`e^{-E(x)}` with respect to a base distribution or a support's measure.
+    r"""The law proportional to :math:`e^{-E(x)}` with respect to a base distribution or a support's
+    measure.
 
-    The distribution is a cheap view: it owns no weights. Random weights (``PyroSample`` attributes) are drawn where the
-    distribution is made. Register a network with ``pyro.module`` (or use a
+    The distribution is a cheap view: it owns no weights. Random weights (``PyroSample`` attributes)
+    are drawn where the distribution is made. Register a network with ``pyro.module`` (or use a
     ``PyroModule``), or freeze it.
 
     Args:
-        energy: ``x -> E(x)`` in nats; ``x`` has shape ``sample + batch + event`` and the result ``sample + batch``,
-            with extra dims (particles, enumeration) on the left only.
+        energy: ``x -> E(x)`` in nats; ``x`` has shape ``sample + batch + event`` and the result
+            ``sample + batch``, with extra dims (particles, enumeration) on the left only.
         base: A normalized distribution. It fixes shapes and support.
         event_shape: Shape of one event, where there is no base.
         support: Support, where there is no base; real numbers if only ``event_shape`` is given.
         batch_shape: Batch shape, where there is no base.
-        log_normalizer: What is known of log Z in nats: a constant, a tensor, a :class:`LogNormalizer`, or a function
-            without arguments. A function is taken at its word to hold for every parameter of the energy;
-            anything else holds for the parameters that its own graph contains.
+        log_normalizer: What is known of log Z in nats: a constant, a tensor, a
+            :class:`LogNormalizer`, or a function without arguments. A function is taken at its word
+            to hold for every parameter of the energy; anything else holds for the parameters that
+            its own graph contains.
         sampler: ``(distribution, sample_shape) -> draws``, used by :meth:`sample`.
-        conditional: Whether the energy depends on row-wise values other than ``x``; ``None`` lets objectives test.
+        conditional: Whether the energy depends on row-wise values other than ``x``; ``None`` lets
+            objectives test.
         validate_args: As everywhere in torch.
 
     Raises:
-        ValueError: If neither base, support nor event shape is given, or they contradict each other.
-        TypeError: If the energy is not callable, the base is not a distribution, or another argument is of a wrong kind.
+        ValueError: If neither base, support nor event shape is given, or they contradict each
+            other.
+        TypeError: If the energy is not callable, the base is not a distribution, or another
+            argument is of a wrong kind.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -125,7 +131,9 @@ class EnergyDistribution(TorchDistribution):
 
     @property
     def is_exact_energy(self) -> bool:
-        """Whether the energy itself knows log Z and how to sample, on this support and without a base."""
+        """Whether the energy itself knows log Z and how to sample, on this support and without a
+        base.
+        """
         return self._is_exact
 
     @property
@@ -141,7 +149,9 @@ class EnergyDistribution(TorchDistribution):
         return self._energy.log_normalizer if self.is_exact_energy else None  # type: ignore[attr-defined]
 
     def log_normalizer_value(self) -> Tensor | None:
-        """Log Z in nats as a tensor that broadcasts with ``batch_shape``; ``None`` if unknown or stale."""
+        """Log Z in nats as a tensor that broadcasts with ``batch_shape``; ``None`` if unknown or
+        stale.
+        """
         with self.fixed_weights():
             return known_normalizer.value_of(self.log_normalizer)
 
@@ -185,8 +195,8 @@ class EnergyDistribution(TorchDistribution):
         """Returns -U(x) - log Z, the last term only where it is known.
 
         Raises:
-            MissingNormalizerError: In the backward pass, if a value other than ``x`` receives gradient that log Z
-                does not account for.
+            MissingNormalizerError: In the backward pass, if a value other than ``x`` receives
+                gradient that log Z does not account for.
         """
         if self._validate_args:
             self._validate_sample(x)
@@ -216,7 +226,9 @@ class EnergyDistribution(TorchDistribution):
             return check_energy_shape(energy, x, event_dim, energy=self._energy)
 
     def fixed_weights(self) -> FixedWeights:
-        """Returns the handler under which random weights have the values drawn with the distribution."""
+        """Returns the handler under which random weights have the values drawn with the
+        distribution.
+        """
         return FixedWeights(self._weights)
 
     def _unnormalized(self, x: Tensor) -> Tensor:
@@ -232,7 +244,8 @@ class EnergyDistribution(TorchDistribution):
         lead = x.dim() - len(self.event_shape)
         if x.shape[max(lead, 0) :] != self.event_shape:
             raise ValueError(
-                f"x of shape {tuple(x.shape)} does not end in the event shape {tuple(self.event_shape)}"
+                f"x of shape {tuple(x.shape)} does not end in the event shape "
+                f"{tuple(self.event_shape)}"
             )
         need = torch.broadcast_shapes(x.shape[:lead], self.batch_shape)
         return x if x.shape[:lead] == need else x.expand(need + self.event_shape)
@@ -240,8 +253,9 @@ class EnergyDistribution(TorchDistribution):
     # --- sampling
 
     @torch.no_grad()
-    def sample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:
-        """Draws: exactly where the energy can, else by ``sampler``, else by a short chain started from the base.
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Draws: exactly where the energy can, else by ``sampler``, else by a short chain started
+        from the base.
 
         Returns:
             Detached draws of shape ``sample_shape + batch_shape + event_shape``.
@@ -259,7 +273,9 @@ class EnergyDistribution(TorchDistribution):
 
     @property
     def has_exact_sample(self) -> bool:
-        """Whether :meth:`sample` draws from the distribution itself rather than from a short chain."""
+        """Whether :meth:`sample` draws from the distribution itself rather than from a short
+        chain.
+        """
         return self.sampler is None and self.is_exact_energy
 
     @property
@@ -285,7 +301,8 @@ class EnergyDistribution(TorchDistribution):
     def expand(
         self, batch_shape: torch.Size | tuple[int, ...], _instance: EnergyDistribution | None = None
     ) -> EnergyDistribution:
-        """Returns the same kind of distribution with a larger batch shape (Pyro's plates call this).
+        """Returns the same kind of distribution with a larger batch shape (Pyro's plates call
+        this).
 
         Raises:
             ValueError: If the present batch shape does not broadcast to ``batch_shape``.
@@ -308,7 +325,9 @@ class EnergyDistribution(TorchDistribution):
         return self._with_energy(SumEnergy(self._energy, energy), energy)
 
     def temper(self, inverse_temperature: float | Tensor) -> EnergyDistribution:
-        """Returns the law with energy beta E on the same base; log Z stays known at beta 0 (with a base) and 1 only."""
+        """Returns the law with energy beta E on the same base; log Z stays known at beta 0 (with a
+        base) and 1 only.
+        """
         if isinstance(inverse_temperature, Number) and inverse_temperature == 1:
             return self._copy()
         new = self._with_energy(ScaledEnergy(self._energy, inverse_temperature))
@@ -324,13 +343,16 @@ class EnergyDistribution(TorchDistribution):
         """Returns the law with this normalized distribution as base and ``energy`` on top of it."""
         if not self.is_normalized:
             raise ValueError(
-                "as_base needs a normalized distribution: give log_normalizer=, or use tilt(energy), "
+                "as_base needs a normalized distribution: give log_normalizer=, or use "
+                "tilt(energy), "
                 "which keeps this distribution's own base"
             )
         return EnergyDistribution(energy, base=self)
 
     def with_log_normalizer(self, log_normalizer: LogNormalizerLike | None) -> EnergyDistribution:
-        """Returns the same law with this knowledge of log Z (see the class on what may be given)."""
+        """Returns the same law with this knowledge of log Z (see the class on what may be
+        given).
+        """
         new = self._copy()
         new._log_normalizer = known_normalizer.checked(log_normalizer)
         return new

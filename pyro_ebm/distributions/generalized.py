@@ -1,10 +1,12 @@
 r"""The generalized energy-based model: an energy on top of a generator.
 
-.. math:: dQ(x) = e^{-\beta E(x)}\, d(G_\# \eta)(x) / Z, \qquad Z = E_{z\sim\eta}\, e^{-\beta E(G(z))}
+.. math:: dQ(x) = e^{-\beta E(x)}\, d(G_\# \eta)(x) / Z, \qquad Z = E_{z\sim\eta}\, e^{-\beta
+E(G(z))}
 
-Its base has no density, so it has none either with respect to Lebesgue measure; it is sampled through the latent law
-:math:`\nu(z) \propto \eta(z)\, e^{-\beta E(G(z))}`, :math:`x = G(z)`, which has the same Z.
-:math:`\beta = 1` is the model; any other value samples a tempered law that is not the model.
+Its base has no density, so it has none either with respect to Lebesgue measure; it is sampled
+through the latent law :math:`\nu(z) \propto \eta(z)\, e^{-\beta E(G(z))}`, :math:`x = G(z)`, which
+has the same Z. :math:`\beta = 1` is the model; any other value samples a tempered law that is not
+the model.
 
 Arbel, Zhou and Gretton, Generalized Energy-Based Models, ICLR 2021, arXiv:2003.05033.
 """
@@ -35,13 +37,16 @@ class GeneralizedEBM(EnergyDistribution):
         energy: ``x -> E(x)`` in nats on the output space.
         inverse_temperature: :math:`\beta`; multiplies the energy only.
         event_shape: Shape of one output; found by running the generator once if not given.
-        log_normalizer: What is known of log Z with respect to the generator's law, as for ``EnergyDistribution``.
+        log_normalizer: What is known of log Z with respect to the generator's law, as for
+            ``EnergyDistribution``.
         sampler: ``(distribution, sample_shape) -> draws``; by default the latent law is sampled.
         validate_args: As everywhere in torch.
 
     Raises:
-        TypeError: If the generator or the energy is not callable, or the prior is not a distribution.
-        ValueError: If the prior is an EBM with unknown log Z, or the generator does not keep leading dims.
+        TypeError: If the generator or the energy is not callable, or the prior is not a
+            distribution.
+        ValueError: If the prior is an EBM with unknown log Z, or the generator does not keep
+            leading dims.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -120,13 +125,17 @@ class GeneralizedEBM(EnergyDistribution):
     def log_prob(self, x: Tensor) -> Tensor:
         """Raises: there is no density with respect to Lebesgue measure."""
         raise NotImplementedError(
-            "a GeneralizedEBM has no density in x. Learn it from observations with pyro_ebm.infer.KALE or "
-            "DonskerVaradhan; sample it in latent space with poutine.reparam(model, {site: LatentReparam()}); to "
+            "a GeneralizedEBM has no density in x. Learn it from observations with "
+            "pyro_ebm.infer.KALE or "
+            "DonskerVaradhan; sample it in latent space with poutine.reparam(model, "
+            "{site: LatentReparam()}); to "
             "condition on data, sample x without obs= and put a likelihood after x"
         )
 
-    def sample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:
-        """Returns ``generator(z)`` for ``z`` drawn from :attr:`latent` (or what ``sampler`` returns)."""
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Returns ``generator(z)`` for ``z`` drawn from :attr:`latent` (or what ``sampler``
+        returns).
+        """
         if self.sampler is not None:
             return super().sample(sample_shape)
         z = self.latent.sample(sample_shape)
@@ -146,7 +155,9 @@ class GeneralizedEBM(EnergyDistribution):
         return new
 
     def tilt(self, energy: EnergyFn) -> EnergyDistribution:
-        """Returns the law with energy beta E + ``energy`` on the same base; beta becomes part of the energy."""
+        """Returns the law with energy beta E + ``energy`` on the same base; beta becomes part of
+        the energy.
+        """
         own = (
             ScaledEnergy(self._energy, self.inverse_temperature)
             if self.is_tempered
@@ -159,14 +170,16 @@ class GeneralizedEBM(EnergyDistribution):
     def as_base(self, energy: EnergyFn) -> EnergyDistribution:
         """Raises: a base needs a density."""
         raise NotImplementedError(
-            "a GeneralizedEBM has no density and cannot be a base: tilt(energy) is the same law, with unknown log Z"
+            "a GeneralizedEBM has no density and cannot be a base: tilt(energy) is the same law, "
+            "with unknown log Z"
         )
 
 
 def _check_normalized(prior: Any) -> None:
     if not getattr(prior, "is_normalized", True):
         raise ValueError(
-            f"the prior of a GeneralizedEBM must be normalized, got {prior!r}: give it a log_normalizer"
+            f"the prior of a GeneralizedEBM must be normalized, got {prior!r}: give it a "
+            "log_normalizer"
         )
 
 

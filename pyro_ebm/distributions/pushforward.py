@@ -1,7 +1,8 @@
-r"""The law of a generator's output: :math:`x = G(z),\ z \sim \eta`. It can be drawn and has no density.
+r"""The law of a generator's output: :math:`x = G(z),\ z \sim \eta`. It can be drawn and has no
+density.
 
-As a guide site it is the natural base of KALE and the generator of an MMD fit: every draw is fresh, where a
-``Delta(generator(z))`` would repeat one point.
+As a guide site it is the natural base of KALE and the generator of an MMD fit: every draw is fresh,
+where a ``Delta(generator(z))`` would repeat one point.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class PushforwardDistribution(TorchDistribution):
     r"""The law of ``generator(z)`` for ``z`` drawn from ``prior``.
 
     Args:
-        generator: Maps latents of shape ``sample + batch + latent event`` to ``sample + batch + event``.
+        generator: Maps latents of shape ``sample + batch + latent event`` to ``sample + batch +
+            event``.
         prior: The latent law.
         event_shape: Shape of one output; found by running the generator once if not given.
         support: Support of the output; real numbers if not given.
@@ -35,7 +37,8 @@ class PushforwardDistribution(TorchDistribution):
 
     Example:
         >>> import torch, pyro.distributions as dist
-        >>> law = PushforwardDistribution(lambda z: torch.cat([z, z**2], -1), dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+        >>> prior = dist.Normal(0.0, 1.0).expand([1]).to_event(1)
+        >>> law = PushforwardDistribution(lambda z: torch.cat([z, z**2], -1), prior)
         >>> law.event_shape, law.rsample((5,)).shape
         (torch.Size([2]), torch.Size([5, 2]))
     """
@@ -55,7 +58,8 @@ class PushforwardDistribution(TorchDistribution):
             raise TypeError(f"generator must be callable, z -> x, got {type(generator).__name__}")
         if not isinstance(prior, torch.distributions.Distribution):
             raise TypeError(
-                "prior must be a Pyro distribution, for example dist.Normal(0, 1).expand([2]).to_event(1), "
+                "prior must be a Pyro distribution, for example dist.Normal(0, "
+                "1).expand([2]).to_event(1), "
                 f"got {type(prior).__name__}"
             )
         self.generator = generator
@@ -75,11 +79,13 @@ class PushforwardDistribution(TorchDistribution):
         """Whether draws carry gradients: as the prior's do."""
         return bool(self.prior.has_rsample)
 
-    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:
-        """Returns draws with gradients to the generator and, if the prior has them, to the prior."""
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Returns draws with gradients to the generator and, if the prior has them, to the
+        prior.
+        """
         return self.generator(self.prior.rsample(torch.Size(sample_shape)))
 
-    def sample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Returns detached draws, shape ``sample_shape + batch_shape + event_shape``."""
         with torch.no_grad():
             return self.generator(self.prior.sample(torch.Size(sample_shape)))
@@ -87,8 +93,10 @@ class PushforwardDistribution(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Raises: the law of a generator's output has no density."""
         raise NotImplementedError(
-            "a PushforwardDistribution has no density: as a contrast (guide site under KALE or EnergyDiscrepancy) it "
-            "needs none; for a likelihood put one after it, e.g. pyro.sample('obs', dist.Normal(x, sigma), obs=data); "
+            "a PushforwardDistribution has no density: as a contrast (guide site under KALE or "
+            "EnergyDiscrepancy) it "
+            "needs none; for a likelihood put one after it, e.g. pyro.sample('obs', dist.Normal(x, "
+            "sigma), obs=data); "
             "an invertible generator is dist.TransformedDistribution; an energy on top of one is "
             "GeneralizedEBM(generator, prior, energy)"
         )
@@ -107,14 +115,17 @@ class PushforwardDistribution(TorchDistribution):
 
 
 def _event_shape(generator: Callable[[Tensor], Tensor], prior: Any) -> torch.Size:
-    """Runs the generator on one latent, without touching the random state or the enclosing trace."""
+    """Runs the generator on one latent, without touching the random state or the enclosing
+    trace.
+    """
     with torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.poutine.block():
         z = prior.sample()
         x = _output(generator, z)
     batch = z.shape[: z.dim() - len(prior.event_shape)]
     if x.shape[: len(batch)] != batch:
         raise ValueError(
-            f"generator returned shape {tuple(x.shape)} for latents of shape {tuple(z.shape)}; expected the leading "
+            f"generator returned shape {tuple(x.shape)} for latents of shape {tuple(z.shape)}; "
+            "expected the leading "
             f"dims {tuple(batch)} to be kept"
         )
     return x.shape[len(batch) :]

@@ -1,9 +1,9 @@
 r"""Energies as factors: terms of a *globally* normalized density.
 
-``energy_factor("f", E, x, y)`` multiplies the model's joint density by :math:`e^{-E(x, y)}`. The whole is normalized
-once, over every latent. ``pyro.sample("x", EnergyDistribution(E))`` is normalized on its own, given its parents. The two
-differ by a :math:`Z(\theta)` as soon as :math:`E` depends on a parent: the first is a Markov random field, the second a
-Bayesian network.
+``energy_factor("f", E, x, y)`` multiplies the model's joint density by :math:`e^{-E(x, y)}`. The
+whole is normalized once, over every latent. ``pyro.sample("x", EnergyDistribution(E))`` is
+normalized on its own, given its parents. The two differ by a :math:`Z(\theta)` as soon as :math:`E`
+depends on a parent: the first is a Markov random field, the second a Bayesian network.
 """
 
 from __future__ import annotations
@@ -36,16 +36,19 @@ def energy_factor(
         name: Name of the factor site.
         energy: Returns nats, one value per element of the enclosing plates.
         *inputs: The values it scores. Latents among them may be inferred through the factor.
-        joint: Say ``True`` if parameters that are not inputs are to be inferred through the unnormalized joint density.
+        joint: Say ``True`` if parameters that are not inputs are to be inferred through the
+            unnormalized joint density.
 
     Raises:
-        MissingNormalizerError: In the backward pass, unless ``joint``: if a trained parameter would be learned through
-            the factor, or if no input is latent and a latent would be inferred through it.
+        MissingNormalizerError: In the backward pass, unless ``joint``: if a trained parameter would
+            be learned through the factor, or if no input is latent and a latent would be inferred
+            through it.
         TypeError: If the energy is not callable, or an input or the result is not a tensor.
         EnergyShapeError: If the result has one dim more than the enclosing plates.
 
     Warns:
-        UserWarning: Once, if ``Predictive`` draws an input of the factor from the prior: a simulation ignores factors.
+        UserWarning: Once, if ``Predictive`` draws an input of the factor from the prior: a
+            simulation ignores factors.
 
     Example:
         >>> def model():
@@ -61,7 +64,8 @@ def energy_factor(
     value = energy(*cut)
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"energy_factor {name!r}: energy returned {type(value).__name__}, expected a tensor of nats"
+            f"energy_factor {name!r}: energy returned {type(value).__name__}, expected a tensor of "
+            "nats"
         )
     _check_shape(name, value)
     values = _values_so_far()
@@ -116,7 +120,9 @@ def _plate_shape() -> torch.Size:
 
 
 def _values_so_far() -> dict[str, tuple[Tensor, bool]]:
-    """Values of the sample sites before this statement in the innermost trace, and whether they are observed."""
+    """Values of the sample sites before this statement in the innermost trace, and whether they are
+    observed.
+    """
     for handler in reversed(_PYRO_STACK):
         if isinstance(handler, TraceMessenger) and not handler.param_only:
             sites = handler.trace.nodes.items()
@@ -142,7 +148,8 @@ def _warn_if_simulating(name: str, latents: list[str]) -> None:
         return
     _warned.add(name)
     warnings.warn(
-        f"energy_factor {name!r} is ignored when its inputs are simulated from the prior: condition on draws of MCMC "
+        f"energy_factor {name!r} is ignored when its inputs are simulated from the prior: "
+        "condition on draws of MCMC "
         "(posterior_samples=) to respect it",
         UserWarning,
         stacklevel=3,

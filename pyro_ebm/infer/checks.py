@@ -31,7 +31,8 @@ def schedule(value: tuple[int, int] | None, objective: Traits) -> tuple[int, int
     """Returns a valid schedule of two players.
 
     Raises:
-        ValueError: If it is not two non-negative integers with a positive sum, or there is no second player.
+        ValueError: If it is not two non-negative integers with a positive sum, or there is no
+            second player.
     """
     if value is None:
         return None
@@ -60,11 +61,13 @@ def site(name: str, p: EnergyDistribution, x: Tensor, *, observed: bool, objecti
     who = type(objective).__name__
     if isinstance(p, GeneralizedEBM) and not observed:
         raise ValueError(
-            f"GeneralizedEBM site {name!r} is latent: sample it through poutine.reparam(model, {{{name!r}: LatentReparam()}})"
+            f"GeneralizedEBM site {name!r} is latent: sample it through poutine.reparam(model, "
+            f"{{{name!r}: LatentReparam()}})"
         )
     if isinstance(p, GeneralizedEBM) and objective.needs_density:
         raise ValueError(
-            f"{who} needs a density, and GeneralizedEBM site {name!r} has none: use KALE or DonskerVaradhan"
+            f"{who} needs a density, and GeneralizedEBM site {name!r} has none: use KALE or "
+            "DonskerVaradhan"
         )
     if x.is_floating_point() and p.base_measure != "counting":
         try:
@@ -76,15 +79,19 @@ def site(name: str, p: EnergyDistribution, x: Tensor, *, observed: bool, objecti
 def not_conditional(name: str, p: EnergyDistribution, x: Tensor, who: str) -> None:
     """Raises ``ValueError`` if one scalar log Z cannot serve all rows of a site.
 
-    Tested by permuting the rows of ``x``: the energies of an unconditional model are permuted with them.
+    Tested by permuting the rows of ``x``: the energies of an unconditional model are permuted with
+    them.
     """
     if p.conditional is False:
         return
     if p.conditional or _depends_on_rows(p, x):
         raise ValueError(
-            f"the energy of EBM site {name!r} depends on row-wise values other than x, so log Z differs from row to row "
-            f"and {who} with one scalar log Z would be inconsistent. Use RankingNCE or EnergyDiscrepancy (no log Z), "
-            "give log_normalizer= as a function of the context, or say conditional=False if this is wrong"
+            f"the energy of EBM site {name!r} depends on row-wise values other than x, so log Z "
+            "differs from row to row "
+            f"and {who} with one scalar log Z would be inconsistent. Use RankingNCE or "
+            "EnergyDiscrepancy (no log Z), "
+            "give log_normalizer= as a function of the context, or say conditional=False if this "
+            "is wrong"
         )
 
 
@@ -103,21 +110,27 @@ def _depends_on_rows(p: EnergyDistribution, x: Tensor) -> bool:
 
 
 def full_data(name: str, site: Any) -> None:
-    """Raises ``ValueError`` if a site that is to be frozen sees a subsample: the next one would be other rows."""
+    """Raises ``ValueError`` if a site that is to be frozen sees a subsample: the next one would be
+    other rows.
+    """
     for frame in site["cond_indep_stack"]:
         full = getattr(frame, "full_size", None)
         if full is not None and full != frame.size:
             raise ValueError(
-                f"EBM site {name!r} is in the subsampling plate {frame.name!r} ({frame.size} of {full} rows): a frozen "
+                f"EBM site {name!r} is in the subsampling plate {frame.name!r} ({frame.size} of "
+                f"{full} rows): a frozen "
                 "objective needs the full data, take subsample_size away"
             )
 
 
 def guide(given: Any, who: str) -> None:
-    """Raises ``TypeError`` for a guide that runs the model itself: its sites would be taken for contrasts."""
+    """Raises ``TypeError`` for a guide that runs the model itself: its sites would be taken for
+    contrasts.
+    """
     if isinstance(poutine.unwrap(given), Messenger):
         raise TypeError(
-            f"{type(given).__name__} is an effect-style guide, which runs the model by itself: build it on "
+            f"{type(given).__name__} is an effect-style guide, which runs the model by itself: "
+            "build it on "
             f"poutine.surrogate(model, {who}()) and use it with pyro.infer.Trace_ELBO"
         )
 
@@ -128,7 +141,8 @@ def traces(model_trace: Any, guide_trace: Any, used: Collection[str]) -> None:
     for name, node in (*model_trace.nodes.items(), *guide_trace.nodes.items()):
         if node["type"] == "sample" and node["infer"].get("enumerate"):
             raise NotImplementedError(
-                f"site {name!r} is enumerated; objectives do not sum out sites. Marginalize it in the energy, or infer "
+                f"site {name!r} is enumerated; objectives do not sum out sites. Marginalize it in "
+                "the energy, or infer "
                 "it with a guide"
             )
     for name, node in guide_trace.nodes.items():
@@ -136,13 +150,16 @@ def traces(model_trace: Any, guide_trace: Any, used: Collection[str]) -> None:
         contrast = model_trace.nodes.get(name, {}).get("is_observed", False)
         if ebm is not None and not contrast and not ebm.is_normalized:
             raise ValueError(
-                f"guide site {name!r} is an EnergyDistribution with unknown log Z: a variational factor must be "
+                f"guide site {name!r} is an EnergyDistribution with unknown log Z: a variational "
+                "factor must be "
                 "normalized. Use a normal or a flow, or sample the latent by MCMC"
             )
 
 
 def shapes(model_trace: Any, guide_trace: Any, max_plate_nesting: float) -> None:
-    """Raises ``ValueError`` where a site has batch dims that no plate declares, as Pyro's own ELBOs do."""
+    """Raises ``ValueError`` where a site has batch dims that no plate declares, as Pyro's own ELBOs
+    do.
+    """
     if not is_validation_enabled():
         return
     for trace in (model_trace, guide_trace):
@@ -152,14 +169,18 @@ def shapes(model_trace: Any, guide_trace: Any, max_plate_nesting: float) -> None
 
 
 def finite(model_trace: Any, used: Collection[str], step: int) -> None:
-    """Raises ``NonFiniteEnergyError`` naming an EBM site whose surrogate is not finite (masked rows do not count)."""
+    """Raises ``NonFiniteEnergyError`` naming an EBM site whose surrogate is not finite (masked rows
+    do not count).
+    """
     for name in used:
         log_prob = model_trace.nodes[name]["log_prob"]
         bad = ~torch.isfinite(log_prob.detach())
         if bad.any():
             raise NonFiniteEnergyError(
-                f"EBM site {name!r}: the surrogate is not finite in {int(bad.sum())} of {bad.numel()} rows at step {step}. "
-                "Look for overflow in the energy at data or contrast, standardize the data, or lower the learning rate"
+                f"EBM site {name!r}: the surrogate is not finite in {int(bad.sum())} of "
+                f"{bad.numel()} rows at step {step}. "
+                "Look for overflow in the energy at data or contrast, standardize the data, or "
+                "lower the learning rate"
             )
 
 
@@ -182,7 +203,9 @@ def registered(
         if lost:
             energy = sites[name].energy_function
             raise UnregisteredParameterError(
-                f"EBM site {name!r}: {names_of(lost, energy)} would get gradients and never move, because Pyro does not "
-                "know of it. Call pyro.module('energy', energy) in the model, make it a PyroModule, or freeze it with "
+                f"EBM site {name!r}: {names_of(lost, energy)} would get gradients and never move, "
+                "because Pyro does not "
+                "know of it. Call pyro.module('energy', energy) in the model, make it a "
+                "PyroModule, or freeze it with "
                 "requires_grad_(False)"
             )

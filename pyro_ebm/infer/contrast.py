@@ -17,9 +17,11 @@ class Contrast(NamedTuple):
 
     Args:
         points: Shape ``(M,) + sample + batch + event``: M draws beside every datum.
-        log_noise: Their log density under the contrast in nats, shape ``(M,) + sample + batch``, where it has one.
+        log_noise: Their log density under the contrast in nats, shape ``(M,) + sample + batch``,
+            where it has one.
         log_noise_data: The data's log density under the contrast, shape ``sample + batch``.
-        between: Points between data and contrast, shaped as the data, where an objective penalizes slopes.
+        between: Points between data and contrast, shaped as the data, where an objective penalizes
+            slopes.
     """
 
     points: Tensor
@@ -51,7 +53,8 @@ def contrast_law(
     law = p.base if noise is None else noise
     if law is None:
         raise ValueError(
-            f"{who} has no contrast for {p!r}: give the distribution a base=, let the guide hold one (a sample site "
+            f"{who} has no contrast for {p!r}: give the distribution a base=, let the guide hold "
+            "one (a sample site "
             "of the same name), or pass it to the objective"
         )
     law = elementwise(law, len(p.event_shape))
@@ -74,12 +77,14 @@ def elementwise(law: Any, event_dim: int) -> Any:
 def _check_events(law: Any, p: EnergyDistribution, who: str) -> None:
     if law.event_shape != p.event_shape:
         raise ValueError(
-            f"the contrast of {who} has event_shape {tuple(law.event_shape)}, the EBM {tuple(p.event_shape)}; "
+            f"the contrast of {who} has event_shape {tuple(law.event_shape)}, the EBM "
+            f"{tuple(p.event_shape)}; "
             "use to_event(n) to make them agree"
         )
     if not p.shares_support_with(law):
         raise ValueError(
-            f"the contrast of {who} lives on {law.support}, the EBM on {p.support}: their supports must be the same, "
+            f"the contrast of {who} lives on {law.support}, the EBM on {p.support}: their supports "
+            "must be the same, "
             "or the log ratio is not defined where only one of them has mass"
         )
 
@@ -95,6 +100,7 @@ def fitted_gaussian(x: Tensor, event_dim: int) -> Any:
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] <= rows.shape[1]:
         raise ValueError(
-            f"noise='gaussian' needs more rows than dimensions in its first batch, got {tuple(rows.shape)}"
+            "noise='gaussian' needs more rows than dimensions in its first batch, got "
+            f"{tuple(rows.shape)}"
         )
     return MultivariateNormal(rows.mean(0), torch.cov(rows.T))

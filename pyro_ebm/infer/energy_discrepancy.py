@@ -1,15 +1,17 @@
-r"""Energy discrepancy: learning an energy by comparing data with perturbed data. No log Z, no MCMC, no score.
+r"""Energy discrepancy: learning an energy by comparing data with perturbed data. No log Z, no MCMC,
+no score.
 
 .. math::
     L = E\,\log\Big(\frac wM + \frac1M \sum_{j=1}^M e^{U(x) - U(x'_j)}\Big), \qquad
     x'_j = x + \sqrt t\,\xi + \sqrt t\,\xi'_j
 
-with one :math:`\xi` shared by the M negatives of a row. For :math:`w = 1` this is ranking NCE with M exchangeable
-negatives given :math:`y = x + \sqrt t\,\xi`, hence consistent for every M; other w are biased at finite M. As
-:math:`t \to 0` it becomes score matching, as :math:`t \to \infty` maximum likelihood: :math:`\sqrt t` is the range over
-which relative mass is seen.
+with one :math:`\xi` shared by the M negatives of a row. For :math:`w = 1` this is ranking NCE with
+M exchangeable negatives given :math:`y = x + \sqrt t\,\xi`, hence consistent for every M; other w
+are biased at finite M. As :math:`t \to 0` it becomes score matching, as :math:`t \to \infty`
+maximum likelihood: :math:`\sqrt t` is the range over which relative mass is seen.
 
-On a constrained support the perturbation acts on the unconstrained coordinates, and U there includes the Jacobian.
+On a constrained support the perturbation acts on the unconstrained coordinates, and U there
+includes the Jacobian.
 
 Schröder, Ou, Lim, Li, Vollmer and Duncan, Energy Discrepancies, NeurIPS 2023, arXiv:2307.06431.
 """
@@ -35,12 +37,12 @@ from pyro_ebm.ops.spaces import bijection
 class EnergyDiscrepancy(Objective):
     r"""Gaussian energy discrepancy.
 
-    A guide site of the same name is taken as the law of the perturbation :math:`\xi` instead (same event shape,
-    unconstrained).
+    A guide site of the same name is taken as the law of the perturbation :math:`\xi` instead (same
+    event shape, unconstrained).
 
     Args:
-        time: :math:`t`, the perturbation's variance in squared units of (unconstrained) x; or ``(low, high)`` to draw
-            it per row, log-uniformly, where the scale is not known.
+        time: :math:`t`, the perturbation's variance in squared units of (unconstrained) x; or
+            ``(low, high)`` to draw it per row, log-uniformly, where the scale is not known.
         num_negatives: M.
         stabilization: :math:`w > 0`.
         **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
@@ -58,7 +60,8 @@ class EnergyDiscrepancy(Objective):
         >>> def model(data):
         ...     precision = pyro.param("precision", torch.tensor(2.0))
         ...     with pyro.plate("data", len(data)):
-        ...         pyro.sample("x", EnergyDistribution(lambda x: 0.5 * precision * x**2, event_shape=()), obs=data)
+        ...         ebm = EnergyDistribution(lambda x: 0.5 * precision * x**2, event_shape=())
+        ...         pyro.sample("x", ebm, obs=data)
         >>> objective = EnergyDiscrepancy(time=1.0, num_negatives=16)
         >>> svi = SVI(model, lambda data: None, pyro.optim.Adam({"lr": 0.02}), loss=objective)
         >>> data = torch.randn(1000)
@@ -83,12 +86,14 @@ class EnergyDiscrepancy(Objective):
             )
         if num_negatives < 1 or not stabilization > 0:
             raise ValueError(
-                f"num_negatives and stabilization must be positive, got {num_negatives!r} and {stabilization!r}; "
+                f"num_negatives and stabilization must be positive, got {num_negatives!r} and "
+                f"{stabilization!r}; "
                 "at stabilization 0 the loss is unbounded below"
             )
         if stabilization != 1:
             warnings.warn(
-                f"EnergyDiscrepancy is biased at finite num_negatives unless stabilization is 1, got {stabilization}",
+                "EnergyDiscrepancy is biased at finite num_negatives unless stabilization is 1, "
+                f"got {stabilization}",
                 SurrogateWarning,
                 stacklevel=2,
             )
@@ -119,7 +124,8 @@ class EnergyDiscrepancy(Objective):
         )
         if law.event_shape != event:
             raise ValueError(
-                f"the guide's law of the perturbation has event_shape {tuple(law.event_shape)}; the unconstrained "
+                f"the guide's law of the perturbation has event_shape {tuple(law.event_shape)}; "
+                "the unconstrained "
                 f"coordinates of an event have {tuple(event)}"
             )
         return law.expand(rows)
@@ -154,6 +160,7 @@ class EnergyDiscrepancy(Objective):
     def _space(p: EnergyDistribution) -> Transform:
         if base_measure(p.support) != "lebesgue":
             raise NotImplementedError(
-                f"EnergyDiscrepancy perturbs continuous data, but the support is {p.support}; use NCE"
+                f"EnergyDiscrepancy perturbs continuous data, but the support is {p.support}; use "
+                "NCE"
             )
         return bijection(p.support, len(p.event_shape))

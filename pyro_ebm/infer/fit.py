@@ -1,8 +1,9 @@
-"""A training loop: one torch optimizer over everything the model, the guide and the objective register.
+"""A training loop: one torch optimizer over everything the model, the guide and the objective
+register.
 
-Pyro's ``SVI`` works with every objective; ``fit`` adds what training an energy usually wants: mini-batches, a
-validation curve, an average of the weights, gradient clipping, checkpoints, and a progress bar with the objective's
-diagnostics. Interrupting it (Ctrl-C) keeps what was learned.
+Pyro's ``SVI`` works with every objective; ``fit`` adds what training an energy usually wants:
+mini-batches, a validation curve, an average of the weights, gradient clipping, checkpoints, and a
+progress bar with the objective's diagnostics. Interrupting it (Ctrl-C) keeps what was learned.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class FitResult:
     Args:
         losses: Loss per datum in nats, one per step. A surrogate's value, not a likelihood.
         diagnostics: ``{"site/name": values}``, one value per step in which it was computed.
-        diagnostic_steps: The steps, from 1, that these values belong to: not all where two players take turns.
+        diagnostic_steps: The steps, from 1, that these values belong to: not all where two players
+            take turns.
         validation: ``(step, loss per datum)`` pairs on the validation data.
         averaged: Exponential moving averages of the parameters by name, if asked for.
         num_steps: Steps done, over all runs that a checkpoint joins.
@@ -90,22 +92,24 @@ def fit(
     """Learns a model's parameters with an objective.
 
     Args:
-        model: Called as ``model(*batch)``; its plates should have the batch's size (``len(x)``), or with
-            ``batch_size=None`` subsample for themselves.
-        data: A tensor or a sequence of tensors with a common first dim N, passed to model and guide.
+        model: Called as ``model(*batch)``; its plates should have the batch's size (``len(x)``), or
+            with ``batch_size=None`` subsample for themselves.
+        data: A tensor or a sequence of tensors with a common first dim N, passed to model and
+            guide.
         objective: An :class:`Objective` (or any ``Trace_ELBO``).
         guide: Latents' variational factors and the objective's contrasts.
         optim: A torch optimizer class.
         lr: Learning rate; ten times as much for a log Z learned by gradient.
-        batch_size: Rows per step, drawn without replacement in each epoch. Sites in a plate of that size are scaled
-            by N / batch_size.
+        batch_size: Rows per step, drawn without replacement in each epoch. Sites in a plate of that
+            size are scaled by N / batch_size.
         num_steps: Steps to do, those of the checkpoint included.
         ema: Decay of the moving average of parameters, for example 0.999.
         grad_clip: Largest gradient norm over all parameters.
         schedule: Overrides the objective's ``(energy steps, generator steps)``.
         validation: Data for the validation curve.
         validate_every: Steps between its points.
-        checkpoint: File to save to (every ``checkpoint_every`` steps, at the end and on failure) and to resume from.
+        checkpoint: File to save to (every ``checkpoint_every`` steps, at the end and on failure)
+            and to resume from.
         checkpoint_every: Steps between saves.
         seed: Seeds Pyro at the start.
         disable_progbar: Hides the progress bar.
@@ -115,7 +119,8 @@ def fit(
 
     Raises:
         ValueError: If arguments are out of range or the tensors of ``data`` differ in length.
-        NonFiniteEnergyError: If a surrogate is not finite; the checkpoint, if any, has been written.
+        NonFiniteEnergyError: If a surrogate is not finite; the checkpoint, if any, has been
+            written.
 
     Example:
         >>> import pyro.distributions as dist
@@ -124,9 +129,11 @@ def fit(
         >>> def model(x):
         ...     precision = pyro.param("precision", torch.tensor(2.0))
         ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", EnergyDistribution(lambda x: 0.5 * precision * x**2, event_shape=()), obs=x)
+        ...         ebm = EnergyDistribution(lambda x: 0.5 * precision * x**2, event_shape=())
+        ...         pyro.sample("x", ebm, obs=x)
         >>> noise = dist.Normal(0.0, 1.5)
-        >>> result = fit(model, torch.randn(500), NCE(noise=noise), lr=0.05, num_steps=150, disable_progbar=True)
+        >>> options = {"lr": 0.05, "num_steps": 150, "disable_progbar": True}
+        >>> result = fit(model, torch.randn(500), NCE(noise=noise), **options)
         >>> abs(pyro.param("precision").item() - 1.0) < 0.3
         True
     """
@@ -239,7 +246,9 @@ class _Run:
         return ", ".join([f"loss {loss:.4g}", *parts[:5]])
 
     def _announce_modules(self) -> None:
-        """Parameters of plain modules are optimized although no ``pyro.module`` statement names them."""
+        """Parameters of plain modules are optimized although no ``pyro.module`` statement names
+        them.
+        """
         modules = [m for m in (self.model, self.guide) if isinstance(m, nn.Module)]
         own = {id(p) for m in modules for p in m.parameters()}
         if isinstance(self.objective, Objective):
@@ -270,7 +279,9 @@ class _Run:
                 self.optimizer.add_param_group(group)
 
     def _local(self, name: str) -> str:
-        """The objective's own parameters under names that do not depend on how many objectives there were."""
+        """The objective's own parameters under names that do not depend on how many objectives
+        there were.
+        """
         for prefix in getattr(self.objective, "parameter_prefixes", ()):
             if name.startswith(prefix):
                 return _OWN + name.removeprefix(prefix)
@@ -336,11 +347,15 @@ class _PlateScale(Messenger):
             self.applied = True
 
     def check(self) -> None:
-        """Raises ``ValueError`` if no site was in such a plate: data and priors would have the wrong weights."""
+        """Raises ``ValueError`` if no site was in such a plate: data and priors would have the
+        wrong weights.
+        """
         if not self.applied and self.scale != 1:
             raise ValueError(
-                f"batch_size={self.size}: the model has no site in a plate of that size, so nothing was scaled to the "
-                "whole data set. Use pyro.plate(name, len(x)), or batch_size=None where the model subsamples for itself"
+                f"batch_size={self.size}: the model has no site in a plate of that size, so "
+                "nothing was scaled to the "
+                "whole data set. Use pyro.plate(name, len(x)), or batch_size=None where the model "
+                "subsamples for itself"
             )
 
 

@@ -3,8 +3,9 @@ r"""Objectives with their contrast drawn once: a fixed function of the parameter
 .. math:: \log \tilde p(x \mid \theta, c) = -\sum_i \ell(x_i, y_i;\ \theta, c)
 
 with noise :math:`y` held. A log Z that is not known becomes a latent with the wide prior
-:math:`c \sim N(\hat c, 10)` around an importance sampling estimate. What NUTS returns is a *generalized* posterior: its
-width is that of the objective, not of the likelihood (they agree as the number of noise draws grows).
+:math:`c \sim N(\hat c, 10)` around an importance sampling estimate. What NUTS returns is a
+*generalized* posterior: its width is that of the objective, not of the likelihood (they agree as
+the number of noise draws grows).
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ class Freezable(checks.Traits, Protocol):
 
     learns_log_normalizer: bool
     _mask: Tensor | None
-    _probes: list[Tensor]
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Any: ...  # noqa: D102
     def per_datum(self, p: Any, x: Tensor, contrast: Any, log_z: Tensor) -> Tensor: ...  # noqa: D102
@@ -88,13 +88,14 @@ class FrozenObjective:
         log_z = torch.zeros(()) if known is None else known
         self.objective._mask = mask
         loss = self.objective.per_datum(p, p.broadcast_value(x), self.contrasts[name], log_z)
-        self.objective._probes.clear()
         self.objective._mask = None
         return -loss
 
 
 class _LatentsAsLeaves(Messenger):
-    """Lets latents require gradients, so that a log Z computed from them can be told from a constant."""
+    """Lets latents require gradients, so that a log Z computed from them can be told from a
+    constant.
+    """
 
     def _pyro_post_sample(self, msg: Any) -> None:
         value = msg["value"]
@@ -121,7 +122,9 @@ def freeze(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> FrozenObjective:
-    """Runs the model once and draws one contrast for every observed EBM site (see ``Objective.freeze``)."""
+    """Runs the model once and draws one contrast for every observed EBM site (see
+    ``Objective.freeze``).
+    """
     held = poutine.trace(guide).get_trace(*args, **kwargs).nodes if guide is not None else {}
     handler = SurrogateMessenger(_Unscored())
     with torch.enable_grad(), _LatentsAsLeaves():

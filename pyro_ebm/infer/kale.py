@@ -3,21 +3,22 @@ r"""KALE and Donsker–Varadhan: learning an energy relative to a base that need
 For data :math:`P` and base :math:`Q`,
 
 .. math::
-    F(E, c) = -E_P[E + c] - E_Q[e^{-E-c}] + 1 \;\le\; -E_P[E] - \log E_Q[e^{-E}] \;\le\; \mathrm{KL}(P \| Q).
+    F(E, c) = -E_P[E + c] - E_Q[e^{-E-c}] + 1 \;\le\; -E_P[E] - \log E_Q[e^{-E}] \;\le\;
+    \mathrm{KL}(P \| Q).
 
-The first bound (KALE) has unbiased gradients and is tight at :math:`c = \log E_Q e^{-E} = \log Z`; the second
-(Donsker–Varadhan) is biased upwards on minibatches. Maximizing either is maximum likelihood for
-:math:`dp = e^{-E} dQ / Z`, even where P and Q are singular.
+The first bound (KALE) has unbiased gradients and is tight at :math:`c = \log E_Q e^{-E} = \log Z`;
+the second (Donsker–Varadhan) is biased upwards on minibatches. Maximizing either is maximum
+likelihood for :math:`dp = e^{-E} dQ / Z`, even where P and Q are singular.
 
-A generator is the second player: it minimizes the same bound at fixed energy. By the envelope theorem its gradient is
-that of :math:`-\log E_z e^{-E(G(z))}`. The penalty :math:`\lambda |\nabla_x E|^2`, centred at zero, is what keeps the
-energy smooth enough for the bound to stay finite.
+A generator is the second player: it minimizes the same bound at fixed energy. By the envelope
+theorem its gradient is that of :math:`-\log E_z e^{-E(G(z))}`. The penalty :math:`\lambda |\nabla_x
+E|^2`, centred at zero, is what keeps the energy smooth enough for the bound to stay finite.
 
-With a contrast that has a density :math:`q` of its own (a guide site), U and :math:`\log q` take the place of E:
-the self-normalized likelihood.
+With a contrast that has a density :math:`q` of its own (a guide site), U and :math:`\log q` take
+the place of E: the self-normalized likelihood.
 
-Arbel, Zhou and Gretton, Generalized Energy-Based Models, ICLR 2021, arXiv:2003.05033; Glaser, Arbel and Gretton, KALE
-flow, NeurIPS 2021, arXiv:2106.08929.
+Arbel, Zhou and Gretton, Generalized Energy-Based Models, ICLR 2021, arXiv:2003.05033; Glaser, Arbel
+and Gretton, KALE flow, NeurIPS 2021, arXiv:2106.08929.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ CUpdate = Literal["gradient", "newton", "closed_form"]
 
 
 class BaseContrast(Objective):
-    """What KALE and Donsker–Varadhan share: base draws, the gradient penalty and the generator's step."""
+    """What KALE and Donsker–Varadhan share: base draws, the gradient penalty and the generator's
+    step.
+    """
 
     needs_density = False
     has_second_player = True
@@ -77,7 +80,8 @@ class BaseContrast(Objective):
         has_density = noise is not None and _has_density(noise)
         if has_density and isinstance(p, GeneralizedEBM):
             raise ValueError(
-                f"the guide holds {type(noise).__name__} for {p!r}, whose energy refers to its generator's law: "
+                f"the guide holds {type(noise).__name__} for {p!r}, whose energy refers to its "
+                "generator's law: "
                 "take the site out of the guide, or let it hold a PushforwardDistribution"
             )
         return contrast_law(noise, p, x, needs_density=has_density, who=type(self).__name__)
@@ -95,7 +99,9 @@ class BaseContrast(Objective):
     def log_ratios(
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast
     ) -> tuple[Tensor, Tensor]:
-        """Returns minus the energy relative to the base, at data and base draws ``(M,) + rows``, in one call."""
+        """Returns minus the energy relative to the base, at data and base draws ``(M,) + rows``, in
+        one call.
+        """
         points = torch.cat([x.unsqueeze(0), contrast.points])
         if contrast.log_noise is None:
             values = -p.energy(points)
@@ -107,7 +113,9 @@ class BaseContrast(Objective):
         return values[0], values[1:]
 
     def penalty(self, p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor | float:
-        """Returns the penalty per datum on the energy's squared gradient between data and base draws."""
+        """Returns the penalty per datum on the energy's squared gradient between data and base
+        draws.
+        """
         if not self.gradient_penalty:
             return 0.0
         slope = torch.func.grad(lambda at: p.energy(at).sum())(contrast.between)
@@ -117,7 +125,9 @@ class BaseContrast(Objective):
         return self.gradient_penalty * squared
 
     def second_player(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Tensor:
-        """Returns the generator's loss, minus the log mean weight of its draws, with the energy held."""
+        """Returns the generator's loss, minus the log mean weight of its draws, with the energy
+        held.
+        """
         law = self._law(p, x, noise)
         if not law.has_rsample:
             raise ValueError(
@@ -141,11 +151,15 @@ class KALE(BaseContrast):
     r"""KL approximate lower bound estimation: the GEBM objective.
 
     Args:
-        num_base: Base draws per batch, rounded up to a multiple of its rows; ``None`` draws as many as there are rows.
-        gradient_penalty: :math:`\lambda \ge 0` of the zero-centred penalty, in nats times squared units of x.
-        schedule: ``(energy steps, generator steps)``, for example ``(5, 1)``; ``None`` leaves the generator alone.
-        c_update: ``"closed_form"`` moves log Z towards the batch's :math:`\log E_Q e^{-E}` by ``c_rate``, ``"newton"``
-            by a Newton step :math:`c - (1 - S)/S`, ``"gradient"`` makes it a parameter.
+        num_base: Base draws per batch, rounded up to a multiple of its rows; ``None`` draws as many
+            as there are rows.
+        gradient_penalty: :math:`\lambda \ge 0` of the zero-centred penalty, in nats times squared
+            units of x.
+        schedule: ``(energy steps, generator steps)``, for example ``(5, 1)``; ``None`` leaves the
+            generator alone.
+        c_update: ``"closed_form"`` moves log Z towards the batch's :math:`\log E_Q e^{-E}` by
+            ``c_rate``, ``"newton"`` by a Newton step :math:`c - (1 - S)/S`, ``"gradient"`` makes it
+            a parameter.
         c_rate: Weight of the newest batch, in (0, 1].
         **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
 
@@ -155,7 +169,8 @@ class KALE(BaseContrast):
         >>> def model(data):
         ...     slope = pyro.param("slope", torch.tensor(0.0))
         ...     with pyro.plate("data", len(data)):
-        ...         pyro.sample("x", EnergyDistribution(lambda x: slope * x, base=dist.Normal(0.7, 1.0)), obs=data)
+        ...         ebm = EnergyDistribution(lambda x: slope * x, base=dist.Normal(0.7, 1.0))
+        ...         pyro.sample("x", ebm, obs=data)
         >>> svi = SVI(model, lambda data: None, pyro.optim.Adam({"lr": 0.02}), loss=KALE())
         >>> losses = [svi.step(torch.randn(2000)) for _ in range(200)]
         >>> abs(pyro.param("slope").item() - 0.7) < 0.15
@@ -217,7 +232,8 @@ class KALE(BaseContrast):
 class DonskerVaradhan(BaseContrast):
     r"""The Donsker–Varadhan bound, KALE with log Z maximized out on every batch.
 
-    Its minibatch value is biased upwards by about :math:`\mathrm{Var}(e^{-E})/(2BZ^2)`; use many base draws.
+    Its minibatch value is biased upwards by about :math:`\mathrm{Var}(e^{-E})/(2BZ^2)`; use many
+    base draws.
 
     Args:
         num_base: As for :class:`KALE`.

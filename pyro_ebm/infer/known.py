@@ -13,8 +13,9 @@ from pyro_ebm.distributions.normalizer_guard import leaves_of
 def covers_parameters(p: EnergyDistribution, *, learned: bool = False) -> bool:
     """Whether the site's own log Z holds for all parameters: a function, or a tensor with a graph.
 
-    A constant is log Z at one set of parameters; learning with it would bend the energy until it fits. Without grad
-    mode no tensor has a graph: it is then believed unless log Z was ``learned`` before.
+    A constant is log Z at one set of parameters; learning with it would bend the energy until it
+    fits. Without grad mode no tensor has a graph: it is then believed unless log Z was ``learned``
+    before.
     """
     given = p.log_normalizer
     if not isinstance(given, Tensor):

@@ -7,11 +7,13 @@ With noise density :math:`q`, :math:`\nu` noise draws per datum and :math:`c` fo
     L = E_d\, \mathrm{softplus}(-s(x)) + \nu\, E_q\, \mathrm{softplus}(s(y)).
 
 Both the energy and c are identified: at the optimum :math:`c = \log Z`, and for data from the model
-:math:`\partial L/\partial c = 0` is Bennett's acceptance ratio equation. As :math:`\nu \to \infty` the gradient becomes
-the likelihood's. If noise is told from data almost perfectly (accuracy near 1) nothing is learned however small the loss.
+:math:`\partial L/\partial c = 0` is Bennett's acceptance ratio equation. As :math:`\nu \to \infty`
+the gradient becomes the likelihood's. If noise is told from data almost perfectly (accuracy near 1)
+nothing is learned however small the loss.
 
-Gutmann and Hyvärinen, Noise-contrastive estimation of unnormalized statistical models, JMLR 13, 2012;
-Ma and Collins, Noise contrastive estimation and negative sampling for conditional models, EMNLP 2018, arXiv:1809.01812.
+Gutmann and Hyvärinen, Noise-contrastive estimation of unnormalized statistical models, JMLR 13,
+2012; Ma and Collins, Noise contrastive estimation and negative sampling for conditional models,
+EMNLP 2018, arXiv:1809.01812.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ class NoiseContrast(Objective):
             self.noise = MultivariateNormal(*state)
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
-        """Draws noise beside every datum, from the guide's site, this objective's noise, or the base."""
+        """Draws noise beside every datum, from the guide's site, this objective's noise, or the
+        base.
+        """
         if noise is None:
             noise = self._own_noise(p, x)
         q = contrast_law(noise, p, x, needs_density=True, who=type(self).__name__)
@@ -71,7 +75,9 @@ class NoiseContrast(Objective):
 
 
 def log_ratios(p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor:
-    """Returns -U - log q at the data (row 0) and at the contrast, in one energy call; shape ``(1 + M,) + rows``."""
+    """Returns -U - log q at the data (row 0) and at the contrast, in one energy call; shape ``(1 +
+    M,) + rows``.
+    """
     points = torch.cat([x.unsqueeze(0), contrast.points])
     log_noise = torch.cat([contrast.log_noise_data.unsqueeze(0), contrast.log_noise])  # type: ignore[union-attr, list-item]
     return p.unnormalized_log_prob(points) - log_noise
@@ -82,15 +88,17 @@ class NCE(NoiseContrast):
 
     Args:
         num_noise: :math:`\nu`, noise draws per datum; a fraction weights the draws accordingly.
-        noise: A normalized distribution on the EBM's support, ``"gaussian"`` for one fitted to the first batch, or
-            ``None`` for the base. A guide site of the same name goes before both. It is never trained here.
-        c_update: ``"gradient"`` makes log Z a parameter, ``"closed_form"`` solves Bennett's equation on every batch
-            and averages.
+        noise: A normalized distribution on the EBM's support, ``"gaussian"`` for one fitted to the
+            first batch, or ``None`` for the base. A guide site of the same name goes before both.
+            It is never trained here.
+        c_update: ``"gradient"`` makes log Z a parameter, ``"closed_form"`` solves Bennett's
+            equation on every batch and averages.
         c_rate: Weight of the newest batch in that average.
         **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
 
     Raises:
-        ValueError: For a conditional energy without a log Z of its own, or noise on another support.
+        ValueError: For a conditional energy without a log Z of its own, or noise on another
+            support.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -98,7 +106,8 @@ class NCE(NoiseContrast):
         >>> def model(data):
         ...     precision = pyro.param("precision", torch.tensor(2.0))
         ...     with pyro.plate("data", len(data)):
-        ...         pyro.sample("x", EnergyDistribution(lambda x: 0.5 * precision * x**2, event_shape=()), obs=data)
+        ...         ebm = EnergyDistribution(lambda x: 0.5 * precision * x**2, event_shape=())
+        ...         pyro.sample("x", ebm, obs=data)
         >>> nce = NCE(num_noise=5, noise=dist.Normal(0.0, 1.5))
         >>> svi = SVI(model, lambda data: None, pyro.optim.Adam({"lr": 0.05}), loss=nce)
         >>> data = torch.randn(500)
@@ -173,7 +182,8 @@ class RankingNCE(NoiseContrast):
     .. math:: L = \log\sum_{k=0}^{K} e^{S_k} - S_0, \qquad S = -U - \log q
 
     log Z cancels, so conditional models are learned consistently for every :math:`K \ge 1`.
-    ``log(K + 1) - L`` bounds a Kullback–Leibler divergence from below and cannot exceed ``log(K + 1)``.
+    ``log(K + 1) - L`` bounds a Kullback–Leibler divergence from below and cannot exceed ``log(K +
+    1)``.
 
     Args:
         num_noise: K, noise draws per datum.

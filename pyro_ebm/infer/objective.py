@@ -1,19 +1,22 @@
 r"""The base of learning objectives: an ELBO in which EBM sites are scored by a tractable surrogate.
 
 For an EBM site :math:`p(x) = e^{-U(x)}/Z` no likelihood can be computed. An objective replaces
-:math:`-\log p(x)` by a loss per datum that has the same minimizer and needs no Z: draws of a *contrast* (noise, base or
-perturbation) stand in for it. Every other site keeps its ELBO term. Hence::
+:math:`-\log p(x)` by a loss per datum that has the same minimizer and needs no Z: draws of a
+*contrast* (noise, base or perturbation) stand in for it. Every other site keeps its ELBO term.
+Hence::
 
     svi = SVI(model, guide, optim, loss=NCE(num_noise=10))      # Pyro's own loop
     loss = NCE()(model, guide)                                  # an nn.Module for a torch loop
     MCMC(NUTS(surrogate(model, NCE().freeze(model, data))))     # Bayes over the parameters
 
-The guide may hold the contrast: its site of the same name is used as a distribution, not as a variational factor.
+The guide may hold the contrast: its site of the same name is used as a distribution, not as a
+variational factor.
 
-An *unobserved* EBM site (an energy-based prior) splits in two: to the latent, the true :math:`-U(z)` with parameters
-held; to the parameters, the surrogate at the latent's value.
+An *unobserved* EBM site (an energy-based prior) splits in two: to the latent, the true
+:math:`-U(z)` with parameters held; to the parameters, the surrogate at the latent's value.
 
-To write an objective, subclass :class:`Objective` and define ``draw`` (random, no gradients) and ``per_datum``.
+To write an objective, subclass :class:`Objective` and define ``draw`` (random, no gradients) and
+``per_datum``.
 """
 
 from __future__ import annotations
@@ -49,12 +52,14 @@ _instances = itertools.count()
 
 
 class Objective(Trace_ELBO, nn.Module):
-    """Base class of objectives: a loss for ``SVI``, a factory of ``ELBOModule``, a surrogate for MCMC.
+    """Base class of objectives: a loss for ``SVI``, a factory of ``ELBOModule``, a surrogate for
+    MCMC.
 
     Args:
-        schedule: ``(first, second)`` numbers of steps of the two players, for objectives that have two; ``None`` never
-            moves the second.
-        **elbo: Arguments of ``pyro.infer.Trace_ELBO`` (``num_particles``, ``vectorize_particles``, ...).
+        schedule: ``(first, second)`` numbers of steps of the two players, for objectives that have
+            two; ``None`` never moves the second.
+        **elbo: Arguments of ``pyro.infer.Trace_ELBO`` (``num_particles``, ``vectorize_particles``,
+        ...).
 
     Attributes:
         diagnostics: ``{site: {name: detached 0-d tensor}}`` of the last evaluation, per datum.
@@ -82,13 +87,14 @@ class Objective(Trace_ELBO, nn.Module):
         self._notes: dict[str, Tensor] = {}
         self._mask: Tensor | None = None
         self._checked: dict[str, int] = {}
-        self._probes: list[Tensor] = []
         self._optimized: frozenset[int] = frozenset()
 
     # --- what a subclass defines
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast | None:
-        """Draws the contrast for data ``x``; called without gradients. ``None`` for deterministic objectives."""
+        """Draws the contrast for data ``x``; called without gradients. ``None`` for deterministic
+        objectives.
+        """
         return None
 
     @abstractmethod
@@ -103,7 +109,9 @@ class Objective(Trace_ELBO, nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not learn log Z")
 
     def second_player(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Tensor:
-        """Returns the second player's loss per datum; only objectives with a ``schedule`` have one."""
+        """Returns the second player's loss per datum; only objectives with a ``schedule`` have
+        one.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no second player")
 
     def update_log_normalizer(
@@ -114,12 +122,14 @@ class Objective(Trace_ELBO, nn.Module):
     # --- log Z
 
     def log_normalizer(self, site: str) -> LogNormalizer:
-        """Returns the learned log Z of a site, to be handed on with ``distribution.with_log_normalizer``.
+        """Returns the learned log Z of a site, to be handed on with
+        ``distribution.with_log_normalizer``.
 
         It goes stale as soon as a parameter of the energy moves.
 
         Raises:
-            KeyError: If nothing was learned for this site, or it was not evaluated since a copy or a load.
+            KeyError: If nothing was learned for this site, or it was not evaluated since a copy or
+                a load.
         """
         if _key(site) not in self.log_normalizers or site not in self._sites:
             known = sorted(self._sites) or "none"
@@ -133,7 +143,9 @@ class Objective(Trace_ELBO, nn.Module):
     def _log_normalizer(
         self, name: str, p: EnergyDistribution, x: Tensor, contrast: Any
     ) -> Tensor | None:
-        """The site's own log Z where it holds for all parameters, else the one this objective keeps."""
+        """The site's own log Z where it holds for all parameters, else the one this objective
+        keeps.
+        """
         learned = _key(name) in self.log_normalizers
         known = p.log_normalizer_value() if covers_parameters(p, learned=learned) else None
         if self._is_check_due(name):
@@ -154,9 +166,11 @@ class Objective(Trace_ELBO, nn.Module):
         return value.clone()
 
     def _is_check_due(self, name: str) -> bool:
-        """At first sight, and ever more rarely while training: an energy may become conditional as it learns.
+        """At first sight, and ever more rarely while training: an energy may become conditional as
+        it learns.
 
-        Counted in steps, which are saved: energies with a state of their own see the same calls after a resume.
+        Counted in steps, which are saved: energies with a state of their own see the same calls
+        after a resume.
         """
         steps = int(self.num_steps_taken)
         first = name not in self._checked
@@ -178,7 +192,9 @@ class Objective(Trace_ELBO, nn.Module):
 
     @property
     def parameter_prefix(self) -> str:
-        """What the names of this objective's own parameters begin with in Pyro's parameter store."""
+        """What the names of this objective's own parameters begin with in Pyro's parameter
+        store.
+        """
         return f"{self._name}."
 
     @property
@@ -255,16 +271,13 @@ class Objective(Trace_ELBO, nn.Module):
         return values.flatten()
 
     def log_mean_exp(self, values: Tensor) -> Tensor:
-        """Returns the log of the mean of ``exp(values)`` over all rows ``(...) + rows`` that are not masked."""
+        """Returns the log of the mean of ``exp(values)`` over all rows ``(...) + rows`` that are
+        not masked.
+        """
         mean = log_mean_exp(self.weights(values))
         if self._mask is None:
             return mean
         return mean - self._mask.expand(values.shape).to(values.dtype).mean().log()
-
-    def _probe(self, x: Tensor) -> Tensor:
-        """Returns ``x`` as a leaf for a derivative inside the loss, known not to be anybody's parameter."""
-        self._probes.append(x.detach().requires_grad_())
-        return self._probes[-1]
 
     # --- the ELBO
 
@@ -275,7 +288,6 @@ class Objective(Trace_ELBO, nn.Module):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """A guide trace without its contrast sites, and the model scored by surrogates."""
-        self._probes.clear()
         checks.guide(guide, type(self).__name__)
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         contrasts = guide_trace.nodes
@@ -301,19 +313,22 @@ class Objective(Trace_ELBO, nn.Module):
         guide_trace.compute_score_parts()
         checks.shapes(model_trace, guide_trace, self.max_plate_nesting)  # type: ignore[arg-type]
         checks.finite(model_trace, handler.used, int(self.num_steps_taken))
-        expected = {*self._optimized, *map(id, self._probes)}
-        checks.registered(model_trace, handler.used, self._sites, expected)
+        checks.registered(model_trace, handler.used, self._sites, self._optimized)
         return model_trace, guide_trace
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the loss in nats for the whole data set, with gradients to this step's player only."""
+        """Returns the loss in nats for the whole data set, with gradients to this step's player
+        only.
+        """
         loss = Trace_ELBO.differentiable_loss(self, model, guide, *args, **kwargs)
         if torch.is_grad_enabled():
             self.num_steps_taken += 1
         return loss
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """Returns the loss and deposits gradients; a resting player's stay ``None``, so that no optimizer moves it."""
+        """Returns the loss and deposits gradients; a resting player's stay ``None``, so that no
+        optimizer moves it.
+        """
         with poutine.trace(param_only=True) as capture:
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
         for site in capture.trace.nodes.values():
@@ -335,7 +350,8 @@ class Objective(Trace_ELBO, nn.Module):
     def freeze(
         self, model: Callable[..., Any], *args: Any, guide: Any = None, **kwargs: Any
     ) -> FrozenObjective:
-        """Returns this objective with contrasts drawn once, for MCMC over ``surrogate(model, frozen)``.
+        """Returns this objective with contrasts drawn once, for MCMC over ``surrogate(model,
+        frozen)``.
 
         Args:
             model: The model, with EBM sites; called once.
@@ -349,11 +365,13 @@ class Objective(Trace_ELBO, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What was seen of the model stays behind: energies may be closures over graphs."""
-        seen: dict[str, Any] = {"_sites": {}, "_examples": {}, "_notes": {}, "_probes": []}
+        seen: dict[str, Any] = {"_sites": {}, "_examples": {}, "_notes": {}}
         return {**self.__dict__, **seen, "_mask": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy has parameters of its own, so it needs a name of its own in the parameter store."""
+        """A copy has parameters of its own, so it needs a name of its own in the parameter
+        store.
+        """
         super().__setstate__(state)
         self._name = f"{type(self).__name__}_{next(_instances)}"
 
@@ -367,7 +385,9 @@ class Objective(Trace_ELBO, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __call__(self, model: Any, guide: Any) -> ELBOModule:
-        """Returns the loss as a module for a torch loop; call it on data once before asking for ``parameters()``."""
+        """Returns the loss as a module for a torch loop; call it on data once before asking for
+        ``parameters()``.
+        """
         return ObjectiveModule(model, guide, self)
 
 

@@ -17,7 +17,8 @@ class ObjectiveModule(ELBOModule):
         """Yields the parameters of model, guide and objective.
 
         Warns:
-            SurrogateWarning: Before the first call, while log Z does not exist yet and would be left out.
+            SurrogateWarning: Before the first call, while log Z does not exist yet and would be
+                left out.
         """
         objective = self.elbo
         if (
@@ -26,7 +27,8 @@ class ObjectiveModule(ELBOModule):
             and not (objective._sites or objective.log_normalizers)
         ):
             warnings.warn(
-                f"{type(objective).__name__} creates its log Z at the first batch: call it on data once before "
+                f"{type(objective).__name__} creates its log Z at the first batch: call it on data "
+                "once before "
                 "parameters(), or log Z is never optimized",
                 SurrogateWarning,
                 stacklevel=2,

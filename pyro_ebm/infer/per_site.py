@@ -59,10 +59,8 @@ class PerSite(Objective):
                 f"no objective for EBM site {name!r}; the given ones are for {sorted(self.members)}"
             )
         member = self.members[name]
-        member._probes.clear()
         log_prob = member.site_log_prob(name, p, x, **options)
         self._sites[name] = p
-        self._probes += member._probes
         self.diagnostics[name] = member.diagnostics[name]
         return log_prob
 

@@ -1,8 +1,8 @@
 r"""The result type of everything that estimates :math:`\log Z`.
 
-An estimate is a value *at one set of parameters*. It therefore remembers which tensors it was made at and in which
-version, and reports itself stale once one of them has been changed in place by an optimizer.
-Assignments to ``p.data`` do not move torch's version counter and stay invisible.
+An estimate is a value *at one set of parameters*. It therefore remembers which tensors it was made
+at and in which version, and reports itself stale once one of them has been changed in place by an
+optimizer. Assignments to ``p.data`` do not move torch's version counter and stay invisible.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LogNormalizer:
     Example:
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(2))
-        >>> z = LogNormalizer(torch.tensor(0.3), torch.tensor(0.01), "importance", parameters=(weight,))
+        >>> z = LogNormalizer(torch.tensor(0.3), method="importance", parameters=(weight,))
         >>> z.is_stale
         False
         >>> with torch.no_grad():

@@ -1,7 +1,8 @@
 """Sampling an energy-based site through the latent of its generator or flow.
 
-``poutine.reparam(model, {"x": LatentReparam()})`` turns the site ``x`` into the latent EBM site ``x_latent`` followed by
-a deterministic ``x``, so that stock NUTS and HMC run in latent space, with or without a likelihood after ``x``.
+``poutine.reparam(model, {"x": LatentReparam()})`` turns the site ``x`` into the latent EBM site
+``x_latent`` followed by a deterministic ``x``, so that stock NUTS and HMC run in latent space, with
+or without a likelihood after ``x``.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from pyro_ebm.distributions.wrappers import rewrap
 
 
 class LatentReparam(Reparam):
-    """Reparametrizes a :class:`GeneralizedEBM` site, or an EBM site whose base is a flow, by its latent.
+    """Reparametrizes a :class:`GeneralizedEBM` site, or an EBM site whose base is a flow, by its
+    latent.
 
-    The latent site ``{name}_latent`` is an ordinary ``EnergyDistribution`` with the same log Z. Wrappers
-    (``to_event``, masks, plates) are rebuilt around it.
+    The latent site ``{name}_latent`` is an ordinary ``EnergyDistribution`` with the same log Z.
+    Wrappers (``to_event``, masks, plates) are rebuilt around it.
 
     Raises:
-        ValueError: If the site is not an EBM, its base is neither a generator nor a flow, or a GEBM site is observed.
+        ValueError: If the site is not an EBM, its base is neither a generator nor a flow, or a GEBM
+            site is observed.
 
     Example:
         >>> from pyro import poutine
@@ -47,7 +50,8 @@ class LatentReparam(Reparam):
         ebm = unwrap(fn)
         if ebm is None:
             raise ValueError(
-                f"LatentReparam: site {name!r} is {type(fn).__name__}, not an energy-based distribution"
+                f"LatentReparam: site {name!r} is {type(fn).__name__}, not an energy-based "
+                "distribution"
             )
         if msg["is_observed"]:
             return _observed(msg, ebm)
@@ -63,7 +67,9 @@ class LatentReparam(Reparam):
 
 
 class PushforwardDelta(dist.Delta):
-    """A point mass at a generator's output; conditioning the site on anything else is an error, not a zero density."""
+    """A point mass at a generator's output; conditioning the site on anything else is an error, not
+    a zero density.
+    """
 
     def __init__(self, v: Tensor, *, event_dim: int, site: str) -> None:
         super().__init__(v, event_dim=event_dim)
@@ -78,8 +84,10 @@ class PushforwardDelta(dist.Delta):
         """
         if x is not self.own_value and not _same_values(x, self.own_value):
             raise RuntimeError(
-                f"site {self.site!r} is a generator's output after LatentReparam and cannot be conditioned on another "
-                f"value: condition on {self.site + '_latent'!r}, or put a likelihood after {self.site!r}"
+                f"site {self.site!r} is a generator's output after LatentReparam and cannot be "
+                "conditioned on another "
+                f"value: condition on {self.site + '_latent'!r}, or put a likelihood after "
+                f"{self.site!r}"
             )
         return torch.zeros(self.batch_shape, dtype=self.v.dtype, device=self.v.device)
 
@@ -104,8 +112,9 @@ def _same_values(x: Tensor, own: Tensor) -> bool:
 
 def _observed(msg: Any, ebm: EnergyDistribution) -> Any:
     if isinstance(ebm, GeneralizedEBM):
-        raise ValueError(
-            f"GeneralizedEBM site {msg['name']!r} is observed, but it has no density in x: learn it with "
+        raise ValueError(  # noqa: TRY004 - the model is wrong, not an argument's type
+            f"GeneralizedEBM site {msg['name']!r} is observed, but it has no density in x: learn "
+            "it with "
             "pyro_ebm.infer.KALE, or sample x and put a likelihood after it"
         )
     return {"fn": msg["fn"], "value": msg["value"], "is_observed": True}
@@ -128,7 +137,7 @@ def _flow_of(name: str, base: Any) -> tuple[Any, ComposeTransform]:
     while isinstance(flow, Independent):
         num_dims, flow = num_dims + flow.reinterpreted_batch_ndims, flow.base_dist
     if not isinstance(flow, TransformedDistribution):
-        raise ValueError(
+        raise ValueError(  # noqa: TRY004 - the model is wrong, not an argument's type
             f"LatentReparam: the base of EBM site {name!r} is {type(flow).__name__}; it must be a "
             "generator (GeneralizedEBM) or a flow (TransformedDistribution). Other sites need no "
             "reparametrization"

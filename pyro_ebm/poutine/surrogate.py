@@ -1,11 +1,12 @@
 r"""The handler that puts a learnable surrogate where an EBM's intractable log density would stand.
 
-Every EBM site keeps its name, value, plates, scale and mask; only ``log_prob`` changes: it becomes minus the objective's
-loss per datum. Everything in Pyro that works on log densities goes on working.
+Every EBM site keeps its name, value, plates, scale and mask; only ``log_prob`` changes: it becomes
+minus the objective's loss per datum. Everything in Pyro that works on log densities goes on
+working.
 
-``poutine.surrogate(model, objective)`` is the bare handler, for MCMC over a *frozen* objective and for effect-style
-guides. Under SVI pass the objective itself as the loss, since only then may the guide hold the contrast: a stock ELBO
-would count the guide's draw of it as a density.
+``poutine.surrogate(model, objective)`` is the bare handler, for MCMC over a *frozen* objective and
+for effect-style guides. Under SVI pass the objective itself as the loss, since only then may the
+guide hold the contrast: a stock ELBO would count the guide's draw of it as a density.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class SurrogateObjective(Protocol):
 
 
 class SurrogateDistribution(TorchDistribution):
-    """An EBM whose ``log_prob`` is an objective's surrogate; made by :class:`SurrogateMessenger`."""
+    """An EBM whose ``log_prob`` is an objective's surrogate; made by
+    :class:`SurrogateMessenger`.
+    """
 
     arg_constraints: dict[str, Constraint] = {}
     has_rsample = False
@@ -90,7 +93,8 @@ class SurrogateDistribution(TorchDistribution):
     def without_padding(self, x: Tensor) -> Tensor:
         """Puts a row that counts wherever the mask is false, unless gradients flow to ``x``.
 
-        Whatever stands there may be NaN or off the support, and zero times the gradient of NaN is NaN.
+        Whatever stands there may be NaN or off the support, and zero times the gradient of NaN is
+        NaN.
         """
         if self.mask is None or x.requires_grad:
             return x
@@ -112,7 +116,8 @@ class SurrogateMessenger(Messenger):
     Args:
         objectives: One objective for all sites, or one per site.
         noise_of: Site name to the contrast that a guide holds for it, or ``None``.
-        fresh_noise: Whether new contrast draws are legitimate at every evaluation (an objective's own loss).
+        fresh_noise: Whether new contrast draws are legitimate at every evaluation (an objective's
+            own loss).
     """
 
     def __init__(
@@ -130,7 +135,9 @@ class SurrogateMessenger(Messenger):
         self.log_normalizers: dict[str, Tensor] = {}
 
     def __enter__(self) -> Any:
-        """Installs the handler and draws log Z of a frozen objective's sites, outside all plates."""
+        """Installs the handler and draws log Z of a frozen objective's sites, outside all
+        plates.
+        """
         self.used.clear()
         entered = super().__enter__()
         self.log_normalizers = {
@@ -166,7 +173,8 @@ class SurrogateMessenger(Messenger):
         def score(p: EnergyDistribution, x: Tensor) -> Tensor:
             if not (self.fresh_noise or objective.is_frozen or _inside_elbo()):
                 raise RuntimeError(
-                    f"the surrogate of EBM site {name!r} draws fresh noise at every evaluation, so its density is not "
+                    f"the surrogate of EBM site {name!r} draws fresh noise at every evaluation, so "
+                    "its density is not "
                     "a fixed target: freeze it first, objective.freeze(model, *args)"
                 )
             log_z = self.log_normalizers.get(name)
@@ -181,17 +189,20 @@ class SurrogateMessenger(Messenger):
             return self.objectives
         if name not in self.objectives:
             raise ValueError(
-                f"no objective for EBM site {name!r}; the given ones are for {sorted(self.objectives)}"
+                f"no objective for EBM site {name!r}; the given ones are for "
+                f"{sorted(self.objectives)}"
             )
         return self.objectives[name]
 
 
 def _mask_of(fn: Any, mask: Any) -> Tensor | None:
-    """Returns which elements of the EBM inside ``fn`` count; all of them where none does, ``None`` where all do.
+    """Returns which elements of the EBM inside ``fn`` count; all of them where none does, ``None``
+    where all do.
 
     Args:
         fn: The site's distribution with its wrappers.
-        mask: What ``poutine.mask`` says of the site: ``None``, a bool, or a tensor over ``fn.batch_shape``.
+        mask: What ``poutine.mask`` says of the site: ``None``, a bool, or a tensor over
+            ``fn.batch_shape``.
     """
     while fn is not None and not isinstance(fn, EnergyDistribution):
         if isinstance(fn, MaskedDistribution):
@@ -216,7 +227,8 @@ def surrogate(
         objective: An objective, or one per site by name. For MCMC it must be frozen.
 
     Raises:
-        RuntimeError: When the model is scored outside an ELBO with an objective that draws fresh noise.
+        RuntimeError: When the model is scored outside an ELBO with an objective that draws fresh
+            noise.
         ValueError: When an EBM site has no objective.
     """
     return SurrogateMessenger(objective)(model)

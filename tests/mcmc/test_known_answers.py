@@ -1,4 +1,4 @@
-"""Known answers through Pyro's kernels in latent space: a linear generator, a tilt with three modes.
+"""Known answers through Pyro's kernels in latent space: a linear generator and three modes.
 
 Statistical checks: |z| < 5 with ArviZ's standard error and an effective sample size of at least 400
 per statistic; the planted bugs (the energy at another temperature, the prior counted twice) shift
@@ -198,7 +198,7 @@ def test_the_latent_law_is_the_mixture():
 
 
 def test_short_chains_find_all_modes_and_say_that_they_have_not_mixed():
-    """Chains spread out from the base: masses right to .05, yet single chains stay where they are."""
+    """Chains spread from the base get the masses to .05, though each stays where it is."""
     with pytest.warns(ApproximateSampleWarning, match="has not converged"):
         z = three_modes().latent.sample((3000,))
     assert (masses(z) - MASSES).abs().max() < 0.05
