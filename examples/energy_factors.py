@@ -166,10 +166,10 @@ def global_rates(counts: Tensor) -> None:
 def smooth_field(rate_ax: Axes, smoothness_ax: Axes, args: argparse.Namespace) -> None:
     """Samples the same energy normalized both ways; draws rates and the posterior of lambda."""
     year = FIRST_YEAR + PERIOD * (torch.arange(N) + 0.5)
-    models = {"local": local_rates, "global": global_rates}
+    models = {"local, log Z known": local_rates, "global, factor": global_rates}
     rate_ax.plot(year, DISASTERS / PERIOD, "kx", label="observed")
     for color, (name, model) in zip(PALETTE, models.items(), strict=False):
-        draws = run_nuts(f"coal mines, {name} normalization", model, DISASTERS, args=args)
+        draws = run_nuts(f"coal mines, {name}", model, DISASTERS, args=args)
         print(f"{'':<42} mean smoothness {float(draws['smoothness'].mean()):.2f}")
         interval(rate_ax, year, draws["field"].exp(), color, name)
         log_smoothness = draws["smoothness"].log10()
@@ -185,7 +185,7 @@ def draw_smoothness_prior(ax: Axes) -> None:
     smoothness = 10.0**log_smoothness
     density = smoothness_prior().log_prob(smoothness).exp() * smoothness * math.log(10.0)
     ax.plot(log_smoothness, density, "k--", label="prior as written")
-    ax.set(xlabel=r"$\log_{10} \lambda$", ylabel="density", title="2. the smoothness itself")
+    ax.set(xlabel=r"$\log_{10} \lambda$", ylabel="posterior density", title="2. how smooth?")
     ax.legend()
 
 
@@ -248,7 +248,7 @@ def learned_prior(ax: Axes, args: argparse.Namespace) -> None:
     ax.scatter(*noisy.T, color="white", marker="x", s=20, label=f"mean of {READINGS} readings")
     ax.scatter(*denoised.T, color=PALETTE[1], s=14, label="posterior mean", zorder=3)
     ax.set(title="3. learned energy as prior")
-    ax.legend(facecolor="gray")
+    ax.legend(loc="center", fontsize="small", labelcolor="white", frameon=False)
 
 
 def rmse(truth: Tensor, guess: Tensor) -> float:

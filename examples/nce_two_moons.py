@@ -122,6 +122,7 @@ def draw_figure(path: Path, learned: dict[str, Learned], data: Tensor) -> None:
         plot_density(ax, log_density, BOUNDS, colorbar=ax is axes[0, -1]).set_title(name)
     axes[1, 0].scatter(*data.T, s=2, color="black")
     axes[1, 0].set(xlim=BOUNDS[0], ylim=BOUNDS[1], aspect="equal", title="data")
+    axes[1, 0].set(xlabel="$x_1$", ylabel="$x_2$")
     for ax, color, (name, fitted) in zip(axes[1, 1:], PALETTE, learned.items(), strict=False):
         plot_training(ax, fitted.result, color=color).set_title(f"loss of {name}")
     figure.savefig(path, dpi=130)

@@ -91,7 +91,7 @@ def plot_training(
     label: str | None = None,
     color: str = PALETTE[0],
 ) -> Axes:
-    """Draws a curve of a fit, step by step (faint) and as a moving average.
+    """Draws a curve of a fit, step by step (faint) and as a centred moving average.
 
     Args:
         ax: Where to draw.
@@ -117,7 +117,7 @@ def plot_training(
     window = max(1, min(smooth, len(values)))
     average = np.convolve(values, np.full(window, 1.0 / window), mode="valid")
     ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.6)
-    ax.plot(steps[window - 1 :], average, color=color, linewidth=1.6, label=label)
+    ax.plot(steps[window // 2 :][: len(average)], average, color=color, linewidth=1.6, label=label)
     if curve == "loss" and result.validation:
         at, losses = zip(*result.validation, strict=True)
         ax.plot(at, losses, "o", color=PALETTE[1], markersize=3, label="validation")

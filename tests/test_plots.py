@@ -84,12 +84,13 @@ def curves(**diagnostics):
     return FitResult(losses=losses, diagnostics=diagnostics, num_steps=200)
 
 
-def test_training_curve_ends_at_its_last_step_and_is_averaged(ax):
+def test_training_curve_is_averaged_around_each_step(ax):
     plots.plot_training(ax, curves(), smooth=21, label="energy")
     raw, average = ax.lines
-    assert raw.get_xdata()[0] == 1
-    assert raw.get_xdata()[-1] == average.get_xdata()[-1] == 200
-    np.testing.assert_allclose(average.get_ydata()[0], np.mean(curves().losses[:21]))
+    assert (raw.get_xdata()[0], raw.get_xdata()[-1]) == (1, 200)
+    assert (average.get_xdata()[0], average.get_xdata()[-1]) == (11, 190)
+    # the average of a straight line is the line
+    np.testing.assert_allclose(average.get_ydata(), raw.get_ydata()[10:190])
     assert [text.get_text() for text in drawn(ax).legend().get_texts()] == ["energy"]
 
 

@@ -76,6 +76,7 @@ class Settings:
     batch_size: int = 256
     game: Game = Game()
     energy: EnergyPhase = EnergyPhase()
+    rival: Game = Game(num_steps=2600)
     mmd: MMDTraining = MMDTraining()
     num_draws: int = 8000
 
@@ -108,6 +109,11 @@ class DigitModel(nn.Module):
         with pyro.plate("data", len(x)):
             pyro.sample("x", self.gebm, obs=x)
 
+    @torch.no_grad()
+    def generate(self, z: Tensor) -> Tensor:
+        """Returns the images of latents."""
+        return self.generator(z)
+
     def prior_predictive(self) -> Tensor:
         """Draws one image: the model that NUTS samples."""
         return pyro.sample("x", self.gebm)
@@ -122,25 +128,25 @@ class Trained:
     seconds: float
 
 
-def train_gebm(data: Tensor, settings: Settings, seed: int) -> Trained:
-    """Learns generator and energy together, then the energy alone."""
-    return add_energy_phase(train_generator_by_kale(data, settings, seed), data, settings, seed)
-
-
-def train_generator_by_kale(data: Tensor, settings: Settings, seed: int) -> Trained:
-    """Plays the game; to keep the generator and drop the energy is the rival of the same family."""
+def play_game(data: Tensor, settings: Settings, game: Game, seed: int) -> Trained:
+    """Trains by the game alone; with the energy dropped this is the rival of the same family."""
     pyro.set_rng_seed(seed)
     model = DigitModel(settings)
-    game = play(model, data, settings.game, settings.batch_size)
-    return Trained(model, {"game": game}, game.seconds)
+    result = play(model, data, game, settings.batch_size)
+    return Trained(model, {"game": result}, result.seconds)
 
 
 def add_energy_phase(played: Trained, data: Tensor, settings: Settings, seed: int) -> Trained:
-    """Trains the energy of a copy further; what was played is left as it is."""
+    """Trains the energy of a copy further; what was played stays as it is."""
     pyro.set_rng_seed(seed)
     model = copy.deepcopy(played.model)
-    energy = sharpen(model, data, settings.energy, settings.batch_size)
-    return Trained(model, {**played.curves, "energy": energy}, played.seconds + energy.seconds)
+    result = sharpen(model, data, settings.energy, settings.batch_size)
+    return Trained(model, {**played.curves, "energy": result}, played.seconds + result.seconds)
+
+
+def train_gebm(data: Tensor, settings: Settings, seed: int) -> Trained:
+    """Learns generator and energy together, then the energy alone."""
+    return add_energy_phase(play_game(data, settings, settings.game, seed), data, settings, seed)
 
 
 def play(model: DigitModel, data: Tensor, game: Game, batch_size: int) -> FitResult:
@@ -174,7 +180,7 @@ def sharpen(model: DigitModel, data: Tensor, phase: EnergyPhase, batch_size: int
     return result
 
 
-def train_generator_by_mmd(data: Tensor, settings: Settings, seed: int) -> Trained:
+def train_by_mmd(data: Tensor, settings: Settings, seed: int) -> Trained:
     """The hardest rival: a generator trained on the very discrepancy that will judge it."""
     pyro.set_rng_seed(seed)
     model, training = DigitModel(settings), settings.mmd

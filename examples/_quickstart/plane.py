@@ -152,7 +152,7 @@ def correct(problem: Problem, *, seed: int, num_steps: int, num_draws: int) -> C
     pyro.set_rng_seed(seed)
     train, test = problem.data(20_000), problem.data(2000)
     model = TiltModel(problem)
-    objective = KALE(num_base=512, gradient_penalty=0.001)
+    objective = KALE(num_base=1024, gradient_penalty=0.001)
     fitted = ebm.fit(
         model, train, objective, lr=2e-3, batch_size=512, num_steps=num_steps, ema=0.99
     )

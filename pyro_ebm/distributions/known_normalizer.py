@@ -104,10 +104,7 @@ def _call(function: Any) -> Any:
 
 def _needs_arguments(function: Any) -> bool:
     try:
-        signature = inspect.signature(getattr(function, "forward", function))
-        signature.bind()
-    except TypeError:
+        inspect.signature(getattr(function, "forward", function)).bind()
+    except (TypeError, ValueError):  # built-ins may have no signature; they have no other reason
         return True
-    except ValueError:  # built-ins may have no signature
-        return False
     return False

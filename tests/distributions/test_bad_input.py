@@ -244,20 +244,32 @@ def test_an_energy_without_gradient_in_x(energy):
         EnergyDistribution(energy, event_shape=()).sample()
 
 
-@pytest.mark.parametrize(
-    "energy",
-    [lambda x: 0 * x, lambda x: x, lambda x: (1 + x**2).log() / 4],
-    ids=["constant", "linear", "heavier than any density"],
-)
-def test_an_improper_energy_under_nuts_is_said_afterwards(energy):
-    """NUTS itself reports nothing: no divergence, every step accepted."""
+def nuts_on_reals(energy):
+    """Two short chains, their trees kept small: on a flat potential they would double for ever."""
     torch.set_default_dtype(torch.float64)
     d = EnergyDistribution(energy, event_shape=(), sampler=lambda d, shape: torch.zeros(shape))
-    chains = [run(RecordingNUTS(lambda: pyro.sample("x", d)), 150, 50) for _ in range(3)]
-    draws = {"x": torch.stack([mcmc.get_samples()["x"] for mcmc in chains])}
+
+    def model():
+        pyro.sample("x", d)
+
+    chains = [run(RecordingNUTS(model, max_tree_depth=3), 60, 30) for _ in range(2)]
+    return {"x": torch.stack([mcmc.get_samples()["x"] for mcmc in chains])}
+
+
+@pytest.mark.parametrize("energy", [lambda x: 0 * x, lambda x: x], ids=["constant", "linear"])
+def test_an_improper_energy_under_nuts_is_said_afterwards(energy):
+    """NUTS itself raises nothing."""
+    draws = nuts_on_reals(energy)
     with pytest.warns(ImproperEnergyWarning, match="site 'x' .* probably not integrable"):
         to_arviz(draws)
     assert any("probably not integrable" in text for text in diagnose(draws).warnings)
+
+
+def test_an_energy_that_falls_without_bound_does_not_pass_for_a_law():
+    """Its chains drift apart more slowly than a runaway is called one; R-hat sees them."""
+    verdict = diagnose(nuts_on_reals(lambda x: -0.01 * x**2))
+    assert not verdict.ok
+    assert verdict.rhat.value > 1.5
 
 
 def test_nan_energies_under_sampling():
