@@ -214,11 +214,9 @@ class EnergyDistribution(TorchDistribution):
             )
         else:
             log_p = self._unnormalized(x)
-        return (
-            log_p
-            if log_z is None
-            else known_normalizer.subtract(log_p, log_z, self._log_normalizer)
-        )
+        if log_z is None:
+            return log_p
+        return known_normalizer.subtract(log_p, log_z, self._log_normalizer)
 
     def _energy_of(self, x: Tensor) -> Tensor:
         with self.fixed_weights():
@@ -226,9 +224,7 @@ class EnergyDistribution(TorchDistribution):
             return check_energy_shape(energy, x, event_dim, energy=self._energy)
 
     def fixed_weights(self) -> FixedWeights:
-        """Returns the handler under which random weights have the values drawn with the
-        distribution.
-        """
+        """Returns the handler under which random weights keep the values they were made with."""
         return FixedWeights(self._weights)
 
     def _unnormalized(self, x: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def test_exact_energies_agree_with_pyro(name):
 )
 def test_densities_integrate_to_one(energy):
     d = EnergyDistribution(energy.double())
-    ticks = torch.linspace(-20.0, 20.0, 20_001 if not d.event_shape else 1001)
+    ticks = torch.linspace(-20.0, 20.0, 20_001 if not d.event_shape else 601)
     x = torch.cartesian_prod(ticks, ticks) if d.event_shape else ticks
     cell = (ticks[1] - ticks[0]) ** (1 + len(d.event_shape))
     torch.testing.assert_close(d.log_prob(x).exp().sum() * cell, torch.tensor(1.0))
@@ -563,7 +563,7 @@ def test_copies_are_the_same_law(copied):
         new = copied(d)
         assert new.shape() == d.shape()
         torch.testing.assert_close(new.log_prob(x), d.log_prob(x))
-        assert new.sample().shape == d.sample().shape
+    assert new.sample((2,)).shape == (2, 2)
 
 
 # --- what it cannot do, said ---------------------------------------------------------------------
@@ -649,7 +649,7 @@ def test_autoguides_find_the_posterior(guide):
     """The guide's own optimum is the posterior, whatever constant the EBM's density lacks."""
     guide = guide(ebm_prior_model)
     svi = SVI(ebm_prior_model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
-    for _ in range(150):
+    for _ in range(100):
         svi.step(DATA)
     torch.testing.assert_close(guide.median(DATA)["x"], POSTERIOR[0], atol=0.15, rtol=0)
 

@@ -57,7 +57,7 @@ def test_the_joint_has_minus_the_energy():
 
 @pytest.mark.slow
 def test_nuts_samples_the_coupled_gaussian():
-    mcmc = MCMC(NUTS(coupled), num_samples=2500, warmup_steps=300, disable_progbar=True)
+    mcmc = MCMC(NUTS(coupled), num_samples=1500, warmup_steps=200, disable_progbar=True)
     mcmc.run()
     draws = mcmc.get_samples()
     product = (draws["x"] * draws["y"]).numpy()[None]
