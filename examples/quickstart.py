@@ -24,12 +24,11 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from _quickstart import digits, latent, plane
-from _quickstart.figure import draw_figure
+from _quickstart.figure import DigitsRun, draw_figure
 from _quickstart.report import Report, table_cell, verdict
 from _quickstart.tune import tune
 from torch import Tensor
@@ -37,17 +36,6 @@ from tqdm.auto import tqdm
 
 import pyro_ebm as ebm
 from pyro_ebm.chains import MMDInterval, median_distance, mmd2_bootstrap, mmd2_difference
-
-
-@dataclass
-class DigitsRun:
-    """One seed of part 1: what the figure and the table over seeds need."""
-
-    gebm: digits.Trained
-    images: dict[str, Tensor]
-    chains: latent.Chains
-    discrepancies: dict[str, MMDInterval]
-    gains: dict[str, MMDInterval]
 
 
 def run_digits(seed: int, args: argparse.Namespace, report: Report) -> DigitsRun:
@@ -67,10 +55,10 @@ def run_digits(seed: int, args: argparse.Namespace, report: Report) -> DigitsRun
         "generator alone, KALE": kale.model.gebm.base,
         "generator alone, MMD": mmd.model.gebm.base,
     }
-    images = {"data": data.train, "GEBM": gebm.model.generate(chains.independent)}
+    images = {"training digits": data.train, "GEBM": gebm.model.generate(chains.independent)}
     images |= {name: law.sample((settings.num_draws,)) for name, law in laws.items()}
     discrepancies, gains = compare(images, data.test, median_distance(data.train), report)
-    return DigitsRun(gebm, images, chains, discrepancies, gains)
+    return DigitsRun(gebm, images, data.valid, chains, discrepancies, gains)
 
 
 def sample_and_diagnose(
@@ -158,7 +146,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.settings = digits.Settings()
     args.nuts_samples, args.nuts_warmup = 500, 300
-    args.plane_steps, args.plane_draws = 1000, 8000
+    args.plane_steps, args.plane_draws = 1500, 8000
     if args.smoke:
         args.settings = digits.Settings(
             game=digits.Game(num_steps=30),
@@ -184,12 +172,14 @@ def main() -> None:
         tune(args.settings, report)
         report.save(args.out / "tuning.txt")
         return
+    if args.smoke:
+        report("smoke run: a few steps of everything, the numbers mean nothing")
     started, gains, figures = time.perf_counter(), {}, []
     for seed in range(args.seed, args.seed + args.seeds):
         run = run_digits(seed, args, report)
         corrected = run_plane(seed, args, report)
         figures.append(args.out / f"quickstart_seed{seed}.png")
-        draw_figure(figures[-1], run.images, run.gebm, run.chains, run.discrepancies, corrected)
+        draw_figure(figures[-1], run, corrected)
         gains[seed] = run.gains | {found.problem.name: found.gain for found in corrected}
     if args.seeds > 1:
         print_gains(gains, report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +20,36 @@ from pyro_ebm.plots import PALETTE, plot_energy_histogram, plot_images, plot_ran
 GRID = (7, 7)
 
 
-def draw_figure(
-    path: Path,
-    images: Mapping[str, Tensor],
-    gebm: Trained,
-    chains: Chains,
-    discrepancies: Mapping[str, MMDInterval],
-    corrected: Sequence[Corrected],
-) -> None:
-    """Draws everything of one seed into one file.
+@dataclass
+class DigitsRun:
+    """What one seed of part 1 leaves behind.
 
     Args:
-        path: Where to write it.
-        images: Name to images; the first four are shown.
         gebm: The trained model with its curves.
+        images: Name to images of every law, training data first.
+        held_out: Digits that were not trained on.
         chains: The NUTS run.
         discrepancies: Name to squared MMD on the test rows.
-        corrected: The problems in the plane.
+        gains: Name of a generator to the GEBM's gain over it.
     """
+
+    gebm: Trained
+    images: dict[str, Tensor]
+    held_out: Tensor
+    chains: Chains
+    discrepancies: dict[str, MMDInterval]
+    gains: dict[str, MMDInterval]
+
+
+def draw_figure(path: Path, run: DigitsRun, corrected: Sequence[Corrected]) -> None:
+    """Draws everything of one seed into one file."""
     figure, axes = plt.subplots(3, 4, figsize=(17, 12.5), layout="constrained")
-    for ax, (name, sample) in zip(axes[0], images.items(), strict=False):
+    for ax, (name, sample) in zip(axes[0], run.images.items(), strict=False):
         plot_images(ax, sample[: GRID[0] * GRID[1]], GRID).set_title(name)
-    _training(axes[1, 0], gebm)
-    energies = {name: _energies(gebm, images[name]) for name in ("data", "generator", "GEBM")}
-    plot_energy_histogram(axes[1, 1], energies).set_title("energy of the digits")
-    plot_rank(axes[1, 2], chains.energies).set_title("ranks of the energy in four NUTS chains")
-    _discrepancies(axes[1, 3], discrepancies)
+    _training(axes[1, 0], run.gebm)
+    _energies(axes[1, 1], run)
+    plot_rank(axes[1, 2], run.chains.energies).set_title("ranks of the energy in four NUTS chains")
+    _discrepancies(axes[1, 3], run.discrepancies)
     for ax, found in zip(axes[2, ::2], corrected, strict=True):
         _plane(ax, found)
     for ax, found in zip(axes[2, 1::2], corrected, strict=True):
@@ -61,18 +66,26 @@ def _training(ax: Any, gebm: Trained) -> None:
 
 
 @torch.no_grad()
-def _energies(gebm: Trained, images: Tensor) -> Tensor:
-    return gebm.model.energy(images)
+def _energies(ax: Any, run: DigitsRun) -> None:
+    images = {
+        "held-out data": run.held_out,
+        "generator": run.images["generator"],
+        "GEBM": run.images["GEBM"],
+    }
+    energies = {name: run.gebm.model.energy(x) for name, x in images.items()}
+    plot_energy_histogram(ax, energies).set_title("energy of digits")
 
 
 def _discrepancies(ax: Any, discrepancies: Mapping[str, MMDInterval]) -> None:
     for place, (name, found) in enumerate(discrepancies.items()):
         color = PALETTE[place % len(PALETTE)]
-        ax.plot([found.lower, found.upper], [place, place], color=color, linewidth=3)
-        ax.plot(found.value, place, "o", color=color)
-        ax.annotate(name, (found.value, place), (0, 8), textcoords="offset points", ha="center")
+        ax.plot([1e3 * found.lower, 1e3 * found.upper], [place, place], color=color, linewidth=3)
+        ax.plot(1e3 * found.value, place, "o", color=color)
+        ax.annotate(
+            name, (1e3 * found.value, place), (0, 8), textcoords="offset points", ha="center"
+        )
     ax.axvline(0.0, color="grey", linewidth=0.8)
-    ax.set(title="MMD² to the test rows, 95 % intervals", yticks=[], xlabel="MMD²")
+    ax.set(title="MMD² to the test rows, 95 % intervals", yticks=[], xlabel="1000 x MMD²")
     ax.set_ylim(len(discrepancies) - 0.3, -0.7)
 
 

@@ -41,7 +41,7 @@ class Report:
 def verdict(gain: MMDInterval) -> str:
     """Says in words what an interval of a gain says."""
     if not gain.excludes_zero:
-        return "no difference shown (the interval holds 0)"
+        return "no difference shown"
     return "better" if gain.value > 0 else "WORSE"
 
 

@@ -17,27 +17,36 @@ from pyro_ebm.chains import median_distance, mmd2
 
 SEEDS = (100, 101, 102)
 
+# Games that lead to a GEBM: every energy phase is tried after the first, the default after all.
 GAMES = [
     Game(),
     Game(penalty=3.0),
+    Game(schedule=(2, 1)),
+    Game(schedule=(10, 1)),
     Game(lr=2e-3),
-    Game(schedule=(5, 1)),
 ]
 ENERGY_PHASES = [
     EnergyPhase(),
-    EnergyPhase(penalty=0.01),
     EnergyPhase(penalty=0.02),
+    EnergyPhase(penalty=0.05),
     EnergyPhase(penalty=0.3),
     EnergyPhase(num_steps=150),
     EnergyPhase(num_steps=600),
 ]
-# A larger batch makes fewer steps, so that all take about as long.
+# The generator alone. A larger batch makes fewer steps, so that all take about as long.
+RIVALS = [
+    Game(3200, schedule=(2, 1), penalty=3.0),
+    Game(3200, schedule=(2, 1), penalty=1.0),
+    Game(3200, schedule=(2, 1), lr=2e-3),
+    Game(3200, schedule=(1, 1), penalty=3.0),
+    Game(3200, schedule=(5, 1)),
+]
 MMD_TRAININGS = [
     MMDTraining(),
-    MMDTraining(lr=1e-3),
     MMDTraining(lr=1e-2),
-    MMDTraining(num_steps=3500, batch_size=256),
-    MMDTraining(num_steps=600, batch_size=1024),
+    MMDTraining(9000, batch_size=64),
+    MMDTraining(3500, batch_size=256),
+    MMDTraining(1500, batch_size=512, lr=1e-2),
 ]
 
 
@@ -70,9 +79,9 @@ def candidates(train: Tensor, settings: Settings, seed: int) -> Iterator[tuple[s
         for phase in ENERGY_PHASES if game == GAMES[0] else ENERGY_PHASES[:1]:
             trained = digits.add_energy_phase(played, train, replace(settings, energy=phase), seed)
             yield f"GEBM: {game}, {phase}", trained, lambda model: model.gebm
-        longer = replace(game, num_steps=settings.rival.num_steps)
-        played = digits.play_game(train, settings, longer, seed)
-        yield f"generator alone: {longer}", played, lambda model: model.gebm.base
+    for game in RIVALS:
+        played = digits.play_game(train, settings, game, seed)
+        yield f"generator alone: {game}", played, lambda model: model.gebm.base
     for training in MMD_TRAININGS:
         trained = digits.train_by_mmd(train, replace(settings, mmd=training), seed)
         yield f"generator alone: {training}", trained, lambda model: model.gebm.base
