@@ -6,6 +6,7 @@ import math
 import sys
 
 import pytest
+import sklearn.datasets
 import torch
 
 from pyro_ebm import datasets
@@ -139,6 +140,21 @@ def test_digits_are_split_once_and_for_all():
     assert not torch.equal(data.test, datasets.digits(seed=1).test)
     everything = torch.cat([data.train, data.valid, data.test]).flatten(1)
     assert len(everything.unique(dim=0)) == 1797  # no image is in two parts
+
+
+def test_digits_keep_their_labels():
+    source = sklearn.datasets.load_digits()
+    labels = {
+        image.tobytes(): label for image, label in zip(source.images, source.target, strict=True)
+    }
+    data = datasets.digits(seed=3)
+    for images, given in (
+        (data.train, data.train_labels),
+        (data.valid, data.valid_labels),
+        (data.test, data.test_labels),
+    ):
+        levels = (16 * images).double().numpy()
+        assert [labels[image.tobytes()] for image in levels] == given.tolist()
 
 
 def test_digits_ignore_the_global_seed():

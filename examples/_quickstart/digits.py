@@ -76,7 +76,7 @@ class Settings:
     batch_size: int = 256
     game: Game = Game()
     energy: EnergyPhase = EnergyPhase()
-    rival: Game = Game(num_steps=3200, schedule=(2, 1), penalty=3.0)
+    rival: Game = Game(num_steps=3200, schedule=(2, 1), lr=2e-3)
     mmd: MMDTraining = MMDTraining()
     num_draws: int = 8000
 

@@ -35,9 +35,11 @@ ENERGY_PHASES = [
 ]
 # The generator alone. A larger batch makes fewer steps, so that all take about as long.
 RIVALS = [
+    Game(3200, schedule=(2, 1), lr=2e-3),
+    Game(3200, schedule=(2, 1), lr=1e-3),
+    Game(3200, schedule=(2, 1), lr=2e-3, penalty=0.3),
     Game(3200, schedule=(2, 1), penalty=3.0),
     Game(3200, schedule=(2, 1), penalty=1.0),
-    Game(3200, schedule=(2, 1), lr=2e-3),
     Game(3200, schedule=(1, 1), penalty=3.0),
     Game(3200, schedule=(5, 1)),
 ]

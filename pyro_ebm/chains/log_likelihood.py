@@ -26,6 +26,7 @@ from torch import Tensor
 from pyro_ebm.chains.observations import Conditioned, Site, is_subsample
 from pyro_ebm.chains.record import to_numpy
 from pyro_ebm.distributions import unwrap
+from pyro_ebm.distributions.layers import layers, mask_of, num_reinterpreted
 from pyro_ebm.errors import MissingNormalizerError, MissingNormalizerWarning
 from pyro_ebm.settings import missing_normalizer_policy
 
@@ -112,10 +113,9 @@ def _check_normalized(name: str, site: Site) -> None:
 def _energy_based(fn: Any) -> Any:
     """Returns the part of ``fn`` that says whether it is normalized, if it has one."""
     found = unwrap(fn)
-    while found is None and fn is not None:
-        found = fn if hasattr(fn, "is_normalized") else None
-        fn = getattr(fn, "base_dist", None)
-    return found
+    if found is not None:
+        return found
+    return next((layer for layer in layers(fn) if hasattr(layer, "is_normalized")), None)
 
 
 def _score_and_check_covered(conditioned: Conditioned, trace: Any, names: Sequence[str]) -> None:
@@ -159,13 +159,14 @@ class _Layout(NamedTuple):
 
 
 def _layout(name: str, site: Site) -> _Layout:
+    """A row is observed if anything in it is: what is hidden adds nothing to its log density."""
     rows = site["unscaled_log_prob"].shape
-    masks = [site["mask"], getattr(site["fn"], "_mask", None)]
-    hidden = [mask for mask in masks if mask is not None and mask is not True]
-    observed = torch.ones(rows, dtype=torch.bool)
-    for mask in hidden:
-        observed = observed & torch.as_tensor(mask).cpu()
-    return _Layout(name, rows, observed if hidden else None)
+    mask = mask_of(site["fn"], site["mask"])
+    if mask is True:
+        return _Layout(name, rows, None)
+    parts = site["fn"].event_shape[: num_reinterpreted(site["fn"])]
+    counts = torch.as_tensor(mask).cpu().expand(rows + parts)
+    return _Layout(name, rows, counts.reshape(*rows, -1).any(-1))
 
 
 def _evaluate(

@@ -18,6 +18,8 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_ebm.chains.record import to_numpy
+from pyro_ebm.distributions.layers import innermost
+from pyro_ebm.ops.rng import rng_preserved
 
 __all__ = ["Conditioned"]
 
@@ -75,7 +77,7 @@ class Conditioned:
         return self._trace(plate(self.model), values)
 
     def _trace(self, model: Callable[..., Any], values: Mapping[str, Tensor]) -> Any:
-        with torch.random.fork_rng(devices=[]), poutine.block():
+        with rng_preserved(), poutine.block():
             conditioned = poutine.condition(model, data=dict(values))
             return poutine.trace(conditioned).get_trace(*self.args, **self.kwargs)
 
@@ -102,13 +104,7 @@ def _holds_data(site: Site) -> bool:
     infer = site["infer"] or {}
     if infer.get("is_auxiliary") or infer.get("_deterministic"):
         return False
-    return not isinstance(_innermost(site["fn"]), dist.Unit | dist.Delta)
-
-
-def _innermost(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
+    return not isinstance(innermost(site["fn"]), dist.Unit | dist.Delta)
 
 
 def _depth(site: Site) -> int:

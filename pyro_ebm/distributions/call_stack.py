@@ -1,14 +1,21 @@
 """Reading the call stack for the few facts that Pyro does not pass on.
 
-Used only on rare paths (an error or a warning is due, or a scheduled check runs), never on every
-call: Pyro scores a site, draws a prototype or predicts without telling the distribution which of
-these it is doing.
+Pyro scores a site, draws a prototype or predicts without telling the distribution which of these it
+is doing. Searches are for rare paths (an error or a warning is due, a scheduled check runs); only
+the look at the immediate caller is cheap enough for every call.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from types import FrameType
+from typing import Any, NamedTuple
+
+from pyro.distributions import ExpandedDistribution, MaskedDistribution, ZeroInflatedDistribution
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import Independent, MixtureSameFamily
 
 _PROTOTYPE = (
     "_guess_max_plate_nesting",
@@ -16,6 +23,13 @@ _PROTOTYPE = (
     "_setup_prototype",
     "_get_init_params",
 )
+
+_WRAPPERS = frozenset(
+    kind.log_prob.__code__ for kind in (ExpandedDistribution, MaskedDistribution, Independent)
+)
+_MIXTURES = {
+    kind.log_prob.__code__: kind.__name__ for kind in (MixtureSameFamily, ZeroInflatedDistribution)
+}
 
 
 def frame_of(functions: tuple[str, ...], depth: int = 40) -> FrameType | None:
@@ -28,10 +42,32 @@ def frame_of(functions: tuple[str, ...], depth: int = 40) -> FrameType | None:
     return None
 
 
-def site_being_scored() -> str | None:
-    """Returns the name of the sample site whose ``log_prob`` Pyro is computing."""
+class Scoring(NamedTuple):
+    """The sample site whose ``log_prob`` Pyro is computing.
+
+    Args:
+        site: Its name; ``None`` outside of Pyro.
+        scale: What its log density is multiplied with.
+        is_guide: Whether it is a variational factor.
+        latents: Values of the trace's other sites that gradients may reach, by name.
+    """
+
+    site: str | None = None
+    scale: Any = 1.0
+    is_guide: bool = False
+    latents: Mapping[str, Tensor] = {}
+
+
+def scoring() -> Scoring:
+    """Returns the site being scored, from the frame in which Pyro does it."""
     frame = frame_of(("compute_log_prob", "log_prob_sum", "compute_score_parts"), depth=10)
-    return frame.f_locals.get("name") if frame else None
+    trace = frame.f_locals.get("self") if frame is not None else None
+    if frame is None or not isinstance(trace, Trace) or "name" not in frame.f_locals:
+        return Scoring()
+    name, is_guide = frame.f_locals["name"], frame.f_code.co_name == "compute_score_parts"
+    values = {n: s["value"] for n, s in trace.nodes.items() if s["type"] == "sample" and n != name}
+    latents = {n: v for n, v in values.items() if isinstance(v, Tensor) and v.requires_grad}
+    return Scoring(name, trace.nodes[name]["scale"], is_guide, latents)
 
 
 def is_prototype_run() -> bool:
@@ -42,3 +78,14 @@ def is_prototype_run() -> bool:
 def is_sequential_predictive() -> bool:
     """Whether ``Predictive`` runs the model once per draw."""
     return frame_of(("_predictive_sequential",)) is not None
+
+
+def caller_weighing_components() -> str | None:
+    """Returns the name of the mixture whose ``log_prob`` called ours, wrappers in between aside.
+
+    To be called from ``EnergyDistribution.log_prob`` itself.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code in _WRAPPERS:
+        frame = frame.f_back
+    return _MIXTURES.get(frame.f_code) if frame is not None else None

@@ -18,6 +18,7 @@ from torch.distributions.constraints import Constraint
 from pyro_ebm.distributions.call_stack import is_prototype_run, is_sequential_predictive
 from pyro_ebm.errors import ApproximateSampleWarning
 from pyro_ebm.ops.initial_points import initial_points
+from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.ops.short_chain import short_chain
 
 MIN_CHAINS = 16
@@ -96,7 +97,7 @@ def _num_chains(wanted: int, batch: int) -> int:
 
 def _full_batch(target: Target) -> torch.Size:
     """The batch shape with the dims that batched parameters of the energy add on its left."""
-    with torch.random.fork_rng(devices=[]):
+    with rng_preserved():
         probe = _start(target, 1, target.batch_shape)[0]
     return target.potential(probe).shape
 

@@ -21,7 +21,14 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.distributions import default_sample, known_normalizer, normalizer_guard, supports
+from pyro_ebm.distributions import (
+    default_sample,
+    guard_schedule,
+    known_normalizer,
+    normalizer_guard,
+    supports,
+)
+from pyro_ebm.distributions.call_stack import caller_weighing_components
 from pyro_ebm.distributions.known_normalizer import LogNormalizerLike
 from pyro_ebm.distributions.random_weights import FixedWeights, draw_weights
 from pyro_ebm.energies.base import ScaledEnergy, SumEnergy
@@ -89,8 +96,7 @@ class EnergyDistribution(TorchDistribution):
         conditional: bool | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if not callable(energy):
-            raise TypeError(f"energy must be callable, x -> E(x), got {type(energy).__name__}")
+        _check_callable(energy)
         self._energy = energy
         self.base = base
         self.sampler = sampler
@@ -196,12 +202,16 @@ class EnergyDistribution(TorchDistribution):
 
         Raises:
             MissingNormalizerError: In the backward pass, if a value other than ``x`` receives
-                gradient that log Z does not account for.
+                gradient that log Z does not account for; at once, if this is a component of a
+                mixture and log Z is unknown.
         """
         if self._validate_args:
             self._validate_sample(x)
         x, log_z = self.broadcast_value(x), self.log_normalizer_value()
-        if normalizer_guard.is_due(self._energy, self.base, x, log_z):
+        if log_z is None and (mixture := caller_weighing_components()) is not None:
+            normalizer_guard.report_mixture(mixture)
+        turn = guard_schedule.turn_of(self._energy, self.base, x, log_z)
+        if turn is not None:
             x = x.view_as(x)
             state = known_normalizer.problem_with(self.log_normalizer)
             log_p, log_z = normalizer_guard.watch(
@@ -211,6 +221,8 @@ class EnergyDistribution(TorchDistribution):
                 covers=state is None and callable(self.log_normalizer),
                 energy=self._energy,
                 why=state or "log Z was given as a constant",
+                bounds=supports.tensors_in(self._support),
+                done=turn,
             )
         else:
             log_p = self._unnormalized(x)
@@ -398,10 +410,28 @@ def _no_moment(name: str, recipe: str) -> str:
     )
 
 
+def _check_callable(energy: Any) -> None:
+    if isinstance(energy, type):
+        raise TypeError(f"energy must be an object, x -> E(x), got the class {energy.__name__}")
+    if not callable(energy):
+        raise TypeError(f"energy must be callable, x -> E(x), got {type(energy).__name__}")
+
+
 def _is_exact(energy: EnergyFn, support: Constraint, event_shape: torch.Size) -> bool:
     """Whether the energy knows log Z and how to sample *on this support*, not only on its own."""
     return (
         isinstance(energy, Tractable)
+        and _has_own_log_normalizer(type(energy))
         and energy.event_shape == event_shape
         and supports.same_support(energy.support, support)
     )
+
+
+def _has_own_log_normalizer(kind: type) -> bool:
+    """Whether log Z and the sampler are of the class that says what the energy is, or below it.
+
+    A subclass that changes the energy alone has inherited the log Z of another energy.
+    """
+    depth = {name: i for i, k in reversed([*enumerate(kind.__mro__)]) for name in vars(k)}
+    energy = min(depth.get(name, len(kind.__mro__)) for name in ("forward", "__call__"))
+    return max(depth.get(name, 0) for name in ("log_normalizer", "sample")) <= energy

@@ -40,6 +40,8 @@ class GeneralizedEBM(EnergyDistribution):
         log_normalizer: What is known of log Z with respect to the generator's law, as for
             ``EnergyDistribution``.
         sampler: ``(distribution, sample_shape) -> draws``; by default the latent law is sampled.
+        conditional: Whether the energy depends on row-wise values other than ``x``; ``None`` lets
+            objectives test.
         validate_args: As everywhere in torch.
 
     Raises:
@@ -66,6 +68,7 @@ class GeneralizedEBM(EnergyDistribution):
         event_shape: torch.Size | tuple[int, ...] | None = None,
         log_normalizer: Any = None,
         sampler: Sampler | None = None,
+        conditional: bool | None = None,
         validate_args: bool | None = None,
     ) -> None:
         _check_normalized(prior)
@@ -76,6 +79,7 @@ class GeneralizedEBM(EnergyDistribution):
             base,
             log_normalizer=log_normalizer,
             sampler=sampler,
+            conditional=conditional,
             validate_args=validate_args,
         )
 

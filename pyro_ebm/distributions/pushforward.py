@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.ops.constraints import event_support
+from pyro_ebm.ops.rng import rng_preserved
 
 
 class PushforwardDistribution(TorchDistribution):
@@ -118,7 +119,7 @@ def _event_shape(generator: Callable[[Tensor], Tensor], prior: Any) -> torch.Siz
     """Runs the generator on one latent, without touching the random state or the enclosing
     trace.
     """
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), pyro.poutine.block():
+    with torch.no_grad(), rng_preserved(), pyro.poutine.block():
         z = prior.sample()
         x = _output(generator, z)
     batch = z.shape[: z.dim() - len(prior.event_shape)]

@@ -20,7 +20,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
-from pyro_ebm.distributions import normalizer_guard
+from pyro_ebm.distributions import guard_schedule, normalizer_guard
 from pyro_ebm.distributions.call_stack import frame_of
 from pyro_ebm.errors import EnergyShapeError
 
@@ -69,14 +69,20 @@ def energy_factor(
         )
     _check_shape(name, value)
     values = _values_so_far()
-    if not joint and normalizer_guard.is_due(energy, name, value, None):
+    turn = None if joint else guard_schedule.turn_of(energy, None, value, None, site=name)
+    if turn is not None:
         # MCMC conditions the model on its latents: what tells them from data is that they carry
         # gradients; enumerated ones carry none, but are not observed either
         latents = {site: v for site, (v, _) in values.items() if v.requires_grad}
         free = [v for v, observed in values.values() if not observed]
         of_latents = any(x.requires_grad or any(x is v for v in free) for x in inputs)
         normalizer_guard.watch_factor(
-            value, cut, normalizer_guard.Place(energy, name), latents, of_latents=of_latents
+            value,
+            cut,
+            normalizer_guard.Place(energy, name),
+            latents,
+            of_latents=of_latents,
+            done=turn,
         )
     _warn_if_simulating(name, [site for site, (_, observed) in values.items() if not observed])
     unit = dist.Unit(-value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.distributions.layers import is_normalized, layers
 from pyro_ebm.ops.constraints import event_support, finite_values, plain
 from pyro_ebm.typing import Tractable
 
@@ -81,17 +83,28 @@ def _check_has_density(base: Any) -> None:
         raise TypeError(
             f"base must be a Pyro distribution, for example dist.Normal(0, 1), got {kind}"
         )
-    while base is not None:
-        if getattr(base, "base_measure", None) == "generator":
+    for layer in layers(base):
+        if getattr(layer, "base_measure", None) == "generator":
             raise ValueError(
                 "a GeneralizedEBM has no density and cannot be a base: use base.tilt(energy)"
             )
-        if not getattr(base, "is_normalized", True):
-            raise ValueError(
-                "base must be normalized: use base.tilt(energy) to add an energy to an "
-                "unnormalized law"
-            )
-        base = getattr(base, "base_dist", None)
+    if not is_normalized(base):
+        raise ValueError(
+            "base must be normalized: use base.tilt(energy) to add an energy to an unnormalized "
+            "distribution"
+        )
+
+
+def tensors_in(support: Any) -> Iterator[Tensor]:
+    """Yields the tensors, such as bounds, that a support is made of."""
+    if isinstance(support, Tensor):
+        yield support
+    elif isinstance(support, Constraint):
+        for value in vars(support).values():
+            yield from tensors_in(value)
+    elif isinstance(support, (list, tuple)):
+        for value in support:
+            yield from tensors_in(value)
 
 
 def size_of(name: str, shape: Any) -> torch.Size:

@@ -38,7 +38,7 @@ def save_checkpoint(path: Path, run: Run) -> None:
         "optimizer": run.optimizer.state_dict() if run.optimizer else None,
         "curves": {name: getattr(result, name) for name in _CURVES},
         "rows_left": run.batches.rows_left,
-        "rng": pyro.util.get_rng_state(),
+        "rng": _rng_state(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -55,7 +55,7 @@ def load_checkpoint(path: Path, run: Run) -> None:
     Raises:
         ValueError: If the checkpoint's parameters are not those of this model.
     """
-    state = torch.load(path, weights_only=False)
+    state = torch.load(path, weights_only=True)
     run.materialize()
     saved = state["parameters"]
     if saved.keys() != run.parameters.keys():
@@ -73,10 +73,23 @@ def load_checkpoint(path: Path, run: Run) -> None:
     if run.optimizer is not None and state["optimizer"] is not None:
         run.optimizer.load_state_dict(state["optimizer"])
     run.batches.rows_left = state["rows_left"]
-    pyro.util.set_rng_state(state["rng"])
+    _set_rng_state(state["rng"])
 
 
 _CURVES = ("losses", "diagnostics", "diagnostic_steps", "validation", "averaged", "num_steps")
+
+
+def _rng_state() -> dict[str, Any]:
+    """The generators' states without NumPy arrays, which only an unsafe load would accept."""
+    state = pyro.util.get_rng_state()
+    kind, words, *rest = state["numpy"]
+    return {**state, "numpy": (kind, torch.as_tensor(words.astype("int64")), *rest)}
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    kind, words, *rest = state["numpy"]
+    words = words.numpy().astype("uint32")
+    pyro.util.set_rng_state({**state, "numpy": (kind, words, *rest)})
 
 
 def _objective_state(run: Run) -> dict[str, Any]:

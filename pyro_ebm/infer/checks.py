@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -15,9 +17,14 @@ from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
-from pyro_ebm.distributions.normalizer_guard import captured_only, leaves_of, names_of
-from pyro_ebm.errors import NonFiniteEnergyError, UnregisteredParameterError
+from pyro_ebm.distributions.captured import captured_only
+from pyro_ebm.distributions.layers import innermost
+from pyro_ebm.distributions.normalizer_guard import names_of
+from pyro_ebm.errors import NonFiniteEnergyError, SurrogateWarning, UnregisteredParameterError
 from pyro_ebm.ops.autograd import grad_of
+from pyro_ebm.ops.autograd_graph import children, graph, leaves_of, node_of
+
+SETTLED = 128  # in the first steps every comparison may be degenerate
 
 
 class Traits(Protocol):
@@ -47,6 +54,17 @@ def schedule(value: tuple[int, int] | None, objective: Traits) -> tuple[int, int
     return (int(value[0]), int(value[1]))
 
 
+def rate(name: str, value: float) -> float:
+    """Returns a weight of the newest batch.
+
+    Raises:
+        ValueError: If it is not in (0, 1].
+    """
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be in (0, 1], the weight of the newest batch, got {value!r}")
+    return value
+
+
 def has_sites(used: Collection[str]) -> None:
     """Raises ``ValueError`` if the model has no EBM site."""
     if not used:
@@ -71,42 +89,38 @@ def site(name: str, p: EnergyDistribution, x: Tensor, *, observed: bool, objecti
         )
     if x.is_floating_point() and p.base_measure != "counting":
         try:
-            grad_of(p.energy, x)
+            _, slope = grad_of(p.energy, x)
         except ValueError as error:
             raise ValueError(f"EBM site {name!r}: {error}") from error
+        if not slope.any() and not leaves_of(p.energy(x)):
+            warnings.warn(
+                f"EBM site {name!r}: the energy is constant at the data and has no parameters, so "
+                "that nothing is learned of it. Does it use x?",
+                SurrogateWarning,
+                stacklevel=2,
+            )
 
 
-def not_conditional(name: str, p: EnergyDistribution, x: Tensor, who: str) -> None:
-    """Raises ``ValueError`` if one scalar log Z cannot serve all rows of a site.
-
-    Tested by permuting the rows of ``x``: the energies of an unconditional model are permuted with
-    them.
-    """
-    if p.conditional is False:
+def not_degenerate(name: str, notes: Mapping[str, Tensor], who: str, step: int) -> None:
+    """Warns if a comparison has nothing left to compare: its gradients then mean little."""
+    if step < SETTLED:
         return
-    if p.conditional or _depends_on_rows(p, x):
-        raise ValueError(
-            f"the energy of EBM site {name!r} depends on row-wise values other than x, so log Z "
-            "differs from row to row "
-            f"and {who} with one scalar log Z would be inconsistent. Use RankingNCE or "
-            "EnergyDiscrepancy (no log Z), "
-            "give log_normalizer= as a function of the context, or say conditional=False if this "
-            "is wrong"
+    if float(notes.get("weight_ess", 1.0)) < 0.01:
+        warnings.warn(
+            f"{who} at EBM site {name!r}, step {step}: the effective sample size of the base draws "
+            f"is {float(notes['weight_ess']):.1%} of their number, so that gradients come from a "
+            "handful of them. Raise gradient_penalty, lower the learning rate, or improve the base",
+            SurrogateWarning,
+            stacklevel=2,
         )
-
-
-@torch.no_grad()
-def _depends_on_rows(p: EnergyDistribution, x: Tensor) -> bool:
-    value = p.unnormalized_log_prob(x)
-    rows = x.dim() - len(p.event_shape)
-    for dim in range(rows):
-        if x.shape[dim] > 1:
-            moved = p.unnormalized_log_prob(x.roll(1, dim))
-            if not torch.allclose(
-                moved, value.roll(1, dim - rows), rtol=1e-3, atol=1e-4, equal_nan=True
-            ):
-                return True
-    return False
+    if float(notes.get("accuracy", 0.0)) == 1.0:
+        warnings.warn(
+            f"{who} at EBM site {name!r}, step {step}: data and contrast are told apart without "
+            "error, so that there is nothing to learn from. Choose noise closer to the data (a "
+            "fitted Gaussian or a flow), or a smaller perturbation",
+            SurrogateWarning,
+            stacklevel=2,
+        )
 
 
 def full_data(name: str, site: Any) -> None:
@@ -166,6 +180,33 @@ def shapes(model_trace: Any, guide_trace: Any, max_plate_nesting: float) -> None
         for node in trace.nodes.values():
             if node["type"] == "sample":
                 check_site_shape(node, max_plate_nesting)
+
+
+def free_of_latents(name: str, model_trace: Any, guide_trace: Any, who: str) -> None:
+    """Raises ``ValueError`` if a learned log Z is one number while the energy moves with a latent.
+
+    Latents with a point estimate (``Delta``) are parameters: log Z is learned along with them.
+    """
+    node = model_trace.nodes[name]
+    reached = graph(children(node["log_prob"]), stop=node_of(node["value"]))
+
+    def behind(trace: Any) -> list[str]:
+        sites = [(n, s) for n, s in trace.nodes.items() if s["type"] == "sample" and n != name]
+        return [n for n, s in sites if any(v in reached for v in node_of(s["value"]))]
+
+    random = [n for n in behind(guide_trace) if not _is_point(guide_trace.nodes[n]["fn"])]
+    if random:
+        latents = ", ".join(repr(n) for n in behind(model_trace) or random)
+        raise ValueError(
+            f"the energy of EBM site {name!r} depends on latent {latents}, so log Z does, but "
+            f"{who} learns one number for it, which would bend the posterior. Use RankingNCE "
+            "or EnergyDiscrepancy, give log_normalizer= as a function of the latent, or freeze "
+            "the objective and run MCMC over poutine.surrogate(model, frozen)"
+        )
+
+
+def _is_point(fn: Any) -> bool:
+    return isinstance(innermost(fn), Delta)
 
 
 def finite(model_trace: Any, used: Collection[str], step: int) -> None:

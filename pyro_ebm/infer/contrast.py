@@ -9,7 +9,8 @@ from pyro.distributions import MaskedDistribution, MultivariateNormal
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_ebm.distributions import EnergyDistribution, unwrap
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.distributions.layers import is_normalized
 
 
 class Contrast(NamedTuple):
@@ -59,9 +60,11 @@ def contrast_law(
         )
     law = elementwise(law, len(p.event_shape))
     _check_events(law, p, who)
-    ebm = unwrap(law)
-    if needs_density and ebm is not None and not ebm.is_normalized:
-        raise ValueError(f"{who} needs a normalized contrast, got {ebm!r}")
+    if needs_density and not is_normalized(law):
+        raise ValueError(
+            f"{who} needs a normalized contrast, got {law!r}, which is or holds an EBM with "
+            "unknown log Z"
+        )
     return law.expand(rows_of(p, x))
 
 

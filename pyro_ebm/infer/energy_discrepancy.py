@@ -148,7 +148,7 @@ class EnergyDiscrepancy(Objective):
         loss = torch.logsumexp(torch.cat([differences, stabilizer]), 0) - math.log(
             self.num_negatives
         )
-        self._note(accuracy=(differences < 0).double())
+        self.evaluation.note(accuracy=(differences < 0).double())
         return loss
 
     @staticmethod

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_ebm.infer import checks
 from pyro_ebm.infer.checkpoint import load_checkpoint, save_checkpoint
+from pyro_ebm.infer.minibatch import Batches
 from pyro_ebm.infer.objective import Objective
 
 Data = Tensor | Sequence[Tensor]
@@ -139,30 +140,44 @@ def fit(
     """
     if seed is not None:
         pyro.set_rng_seed(seed)
-    batches = _Batches(_as_tuple(data), batch_size)
-    if schedule is not None and isinstance(objective, Objective):
-        objective.schedule = checks.schedule(schedule, objective)
+    batches = Batches(_as_tuple(data), batch_size)
     run = _Run(model, guide or _no_guide, objective, batches, optim, lr)
-    if checkpoint is not None and Path(checkpoint).exists():
-        load_checkpoint(Path(checkpoint), run)
-    started = time.perf_counter()
-    try:
-        run.loop(
-            num_steps,
-            ema=ema,
-            grad_clip=grad_clip,
-            validation=None if validation is None else _as_tuple(validation),
-            validate_every=validate_every,
-            save=None if checkpoint is None else (Path(checkpoint), checkpoint_every),
-            disable_progbar=disable_progbar,
-        )
-    except KeyboardInterrupt:
-        run.result.interrupted = True
-    finally:
-        run.result.seconds = time.perf_counter() - started
-        if checkpoint is not None and run.result.num_steps:
-            save_checkpoint(Path(checkpoint), run)
+    with _scheduled(objective, schedule):
+        if checkpoint is not None and Path(checkpoint).exists():
+            load_checkpoint(Path(checkpoint), run)
+        started = time.perf_counter()
+        try:
+            run.loop(
+                num_steps,
+                ema=ema,
+                grad_clip=grad_clip,
+                validation=None if validation is None else _as_tuple(validation),
+                validate_every=validate_every,
+                save=None if checkpoint is None else (Path(checkpoint), checkpoint_every),
+                disable_progbar=disable_progbar,
+            )
+        except KeyboardInterrupt:
+            run.result.interrupted = True
+        finally:
+            run.result.seconds = time.perf_counter() - started
+            if checkpoint is not None and run.result.num_steps:
+                save_checkpoint(Path(checkpoint), run)
     return run.result
+
+
+@contextmanager
+def _scheduled(objective: Trace_ELBO, schedule: tuple[int, int] | None) -> Iterator[None]:
+    """Lets an objective's players take turns as asked, for this fit only."""
+    if schedule is None:
+        yield
+        return
+    if not isinstance(objective, Objective):
+        raise TypeError(f"{type(objective).__name__} has no two players and takes no schedule")
+    own, objective.schedule = objective.schedule, checks.schedule(schedule, objective)
+    try:
+        yield
+    finally:
+        objective.schedule = own
 
 
 class _Run:
@@ -173,7 +188,7 @@ class _Run:
         model: Callable[..., Any],
         guide: Callable[..., Any],
         objective: Trace_ELBO,
-        batches: _Batches,
+        batches: Batches,
         optim: type[torch.optim.Optimizer],
         lr: float,
     ) -> None:
@@ -202,6 +217,7 @@ class _Run:
             save_checkpoint(options["save"][0], self)
 
     def step(self, *, ema: float | None, grad_clip: float | None) -> float:
+        self.batches.identify_plates(self.model, self.guide)
         batch, scaling = next(self.batches)
         with poutine.trace(param_only=True) as capture, scaling:
             self._announce_modules()
@@ -308,55 +324,6 @@ class _Run:
                     result.averaged[name].lerp_(p, 1 - ema)
                 else:
                     result.averaged[name] = p.detach().clone()
-
-
-class _Batches(Iterator[tuple[tuple[Tensor, ...], Any]]):
-    """Endless mini-batches, reshuffled every epoch, each with the handler that scales its plate."""
-
-    def __init__(self, data: tuple[Tensor, ...], batch_size: int | None) -> None:
-        lengths = {len(t) for t in data}
-        if len(lengths) != 1:
-            raise ValueError(f"the tensors of data must have one length, got {sorted(lengths)}")
-        self.data, self.num_rows = data, lengths.pop()
-        if batch_size is not None and not 1 <= batch_size <= self.num_rows:
-            raise ValueError(f"batch_size must be between 1 and {self.num_rows}, got {batch_size}")
-        self.batch_size = batch_size
-        self.rows_left = torch.empty(0, dtype=torch.long)
-
-    def __next__(self) -> tuple[tuple[Tensor, ...], Any]:
-        if self.batch_size is None:
-            return self.data, _PlateScale(self.num_rows, 1.0)
-        if len(self.rows_left) < self.batch_size:
-            self.rows_left = torch.randperm(self.num_rows)
-        rows, self.rows_left = self.rows_left[: self.batch_size], self.rows_left[self.batch_size :]
-        batch = tuple(t[rows.to(t.device)] for t in self.data)
-        return batch, _PlateScale(self.batch_size, self.num_rows / self.batch_size)
-
-
-class _PlateScale(Messenger):
-    """Scales the sites inside a plate of the mini-batch's size as if the plate subsampled."""
-
-    def __init__(self, size: int, scale: float) -> None:
-        super().__init__()
-        self.size, self.scale = size, scale
-        self.applied = False
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if any(frame.size == self.size for frame in msg["cond_indep_stack"]):
-            msg["scale"] = msg["scale"] * self.scale
-            self.applied = True
-
-    def check(self) -> None:
-        """Raises ``ValueError`` if no site was in such a plate: data and priors would have the
-        wrong weights.
-        """
-        if not self.applied and self.scale != 1:
-            raise ValueError(
-                f"batch_size={self.size}: the model has no site in a plate of that size, so "
-                "nothing was scaled to the "
-                "whole data set. Use pyro.plate(name, len(x)), or batch_size=None where the model "
-                "subsamples for itself"
-            )
 
 
 def _as_tuple(data: Data) -> tuple[Tensor, ...]:

@@ -20,18 +20,19 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.distributions.layers import layers
 from pyro_ebm.infer import checks
+from pyro_ebm.infer.evaluation import Evaluates, evaluating
 from pyro_ebm.infer.known import covers_parameters
 from pyro_ebm.poutine.surrogate import SurrogateDistribution, SurrogateMessenger
 
 PRIOR_SCALE = 10.0
 
 
-class Freezable(checks.Traits, Protocol):
+class Freezable(checks.Traits, Evaluates, Protocol):
     """What freezing asks of an objective."""
 
     learns_log_normalizer: bool
-    _mask: Tensor | None
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Any: ...  # noqa: D102
     def per_datum(self, p: Any, x: Tensor, contrast: Any, log_z: Tensor) -> Tensor: ...  # noqa: D102
@@ -86,10 +87,9 @@ class FrozenObjective:
             raise KeyError(f"EBM site {name!r} was not in the model when the objective was frozen")
         known = p.log_normalizer_value() if log_z is None else log_z
         log_z = torch.zeros(()) if known is None else known
-        self.objective._mask = mask
-        loss = self.objective.per_datum(p, p.broadcast_value(x), self.contrasts[name], log_z)
-        self.objective._mask = None
-        return -loss
+        data, contrast = p.broadcast_value(x), self.contrasts[name]
+        with evaluating(self.objective, mask):
+            return -self.objective.per_datum(p, data, contrast, log_z)
 
 
 class _LatentsAsLeaves(Messenger):
@@ -140,17 +140,13 @@ def freeze(
         checks.site(name, p, x, observed=True, objective=objective)
         own = p.log_normalizer_value() if covers_parameters(p) else None
         objective.check_unconditional(name, p, x, own)
-        objective._mask = mask
-        with torch.no_grad():
+        with evaluating(objective, mask), torch.no_grad():
             contrasts[name] = objective.draw(p, x, held[name]["fn"] if name in held else None)
             if objective.learns_log_normalizer and own is None:
                 first = objective.initial_log_normalizer(p, x, contrasts[name])
                 log_normalizers[name] = first.reshape(())
-        objective._mask = None
     return FrozenObjective(objective, contrasts, log_normalizers)
 
 
 def _surrogate_in(fn: Any) -> SurrogateDistribution:
-    while not isinstance(fn, SurrogateDistribution):
-        fn = fn.base_dist
-    return fn
+    return next(layer for layer in layers(fn) if isinstance(layer, SurrogateDistribution))

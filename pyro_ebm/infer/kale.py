@@ -34,10 +34,11 @@ from pyro_ebm.distributions import (
     GeneralizedEBM,
     PushforwardDistribution,
 )
+from pyro_ebm.distributions.layers import innermost
+from pyro_ebm.infer import checks
 from pyro_ebm.infer.contrast import Contrast, contrast_law, rows_of
 from pyro_ebm.infer.held import hold_parameters
 from pyro_ebm.infer.objective import Objective
-from pyro_ebm.ops.log_space import effective_sample_size
 
 CUpdate = Literal["gradient", "newton", "closed_form"]
 
@@ -99,17 +100,12 @@ class BaseContrast(Objective):
     def log_ratios(
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast
     ) -> tuple[Tensor, Tensor]:
-        """Returns minus the energy relative to the base, at data and base draws ``(M,) + rows``, in
-        one call.
+        """Returns minus the energy, at data ``rows`` and base draws ``(M,) + rows``, in one call.
+
+        Relative to the base; with a contrast of known density, minus U and over that density.
         """
-        points = torch.cat([x.unsqueeze(0), contrast.points])
-        if contrast.log_noise is None:
-            values = -p.energy(points)
-        else:
-            noise = torch.cat([torch.zeros_like(contrast.log_noise[:1]), contrast.log_noise])
-            values = p.unnormalized_log_prob(points) - noise
-        base = self.weights(values[1:].detach())
-        self._note(weight_ess=effective_sample_size(base) / (base > -math.inf).sum())
+        values = self.evaluation.once("log_ratios", lambda: _log_ratios(p, x, contrast))
+        self.evaluation.note(weight_ess=self.evaluation.relative_ess(values[1:].detach()))
         return values[0], values[1:]
 
     def penalty(self, p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor | float:
@@ -118,10 +114,11 @@ class BaseContrast(Objective):
         """
         if not self.gradient_penalty:
             return 0.0
+        # Unlike autograd.grad, this leaves no leaf that would look like a lost parameter.
         slope = torch.func.grad(lambda at: p.energy(at).sum())(contrast.between)
         squared = slope.square()
         squared = squared.sum(tuple(range(-len(p.event_shape), 0))) if p.event_shape else squared
-        self._note(gradient_norm=squared.sqrt())
+        self.evaluation.note(gradient_norm=squared.sqrt())
         return self.gradient_penalty * squared
 
     def second_player(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Tensor:
@@ -136,15 +133,21 @@ class BaseContrast(Objective):
             )
         points = law.rsample(torch.Size((self._draws_per_row(p, x),)))
         values = hold_parameters(lambda y: -p.energy(y), points, len(p.event_shape))
-        loss = -self.log_mean_exp(values)
-        self._note(generator_loss=loss)
+        loss = -self.evaluation.log_mean_exp(values)
+        self.evaluation.note(generator_loss=loss)
         return loss.expand(rows_of(p, x))
 
 
+def _log_ratios(p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor:
+    points = torch.cat([x.unsqueeze(0), contrast.points])
+    if contrast.log_noise is None:
+        return -p.energy(points)
+    noise = torch.cat([torch.zeros_like(contrast.log_noise[:1]), contrast.log_noise])
+    return p.unnormalized_log_prob(points) - noise
+
+
 def _has_density(law: Any) -> bool:
-    while hasattr(law, "base_dist"):
-        law = law.base_dist
-    return not isinstance(law, PushforwardDistribution)
+    return not isinstance(innermost(law), PushforwardDistribution)
 
 
 class KALE(BaseContrast):
@@ -154,7 +157,8 @@ class KALE(BaseContrast):
         num_base: Base draws per batch, rounded up to a multiple of its rows; ``None`` draws as many
             as there are rows.
         gradient_penalty: :math:`\lambda \ge 0` of the zero-centred penalty, in nats times squared
-            units of x.
+            units of x. With two players start at 1: without it the bound of two laws on different
+            supports is infinite.
         schedule: ``(energy steps, generator steps)``, for example ``(5, 1)``; ``None`` leaves the
             generator alone.
         c_update: ``"closed_form"`` moves log Z towards the batch's :math:`\log E_Q e^{-E}` by
@@ -195,7 +199,7 @@ class KALE(BaseContrast):
                 f"c_update must be 'gradient', 'newton' or 'closed_form', got {c_update!r}"
             )
         self.c_update = c_update
-        self.c_rate = c_rate
+        self.c_rate = checks.rate("c_rate", c_rate)
 
     @property
     def learns_by_gradient(self) -> bool:
@@ -207,22 +211,23 @@ class KALE(BaseContrast):
     ) -> Tensor:
         """Returns minus the bound's terms for one datum, plus its penalty, in nats."""
         data, base = self.log_ratios(p, x, contrast)
-        log_mass = self.log_mean_exp(base - log_z)
+        log_mass = self.evaluation.log_mean_exp(base - log_z)
         loss = -data + log_z + log_mass.exp() - 1.0
-        self._note(bound=-loss, log_z=log_z, log_z_gap=-log_mass)
+        self.evaluation.note(bound=-loss, log_z=log_z, log_z_gap=-log_mass)
         return loss + self.penalty(p, x, contrast)
 
     def initial_log_normalizer(
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast
     ) -> Tensor:
         """Returns the batch estimate of log Z."""
-        return self.log_mean_exp(self.log_ratios(p, x, contrast)[1])
+        return self.evaluation.log_mean_exp(self.log_ratios(p, x, contrast)[1])
 
     def update_log_normalizer(
         self, log_z: Tensor, p: EnergyDistribution, x: Tensor, contrast: Contrast
     ) -> None:
         """Moves log Z by one step of the chosen rule."""
-        log_mass = self.log_mean_exp(self.log_ratios(p, x, contrast)[1]) - log_z
+        ratios = self.log_ratios(p, x, contrast)[1].detach()
+        log_mass = self.evaluation.log_mean_exp(ratios) - log_z
         if self.c_update == "newton":
             log_z += self.c_rate * (1.0 - torch.exp(-log_mass))
         else:
@@ -263,7 +268,7 @@ class DonskerVaradhan(BaseContrast):
     ) -> Tensor:
         """Returns minus the bound's terms for one datum, plus its penalty, in nats."""
         data, base = self.log_ratios(p, x, contrast)
-        log_z = self.log_mean_exp(base)
+        log_z = self.evaluation.log_mean_exp(base)
         loss = log_z - data
-        self._note(bound=-loss, log_z=log_z)
+        self.evaluation.note(bound=-loss, log_z=log_z)
         return loss + self.penalty(p, x, contrast)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
-from pyro_ebm.distributions.normalizer_guard import leaves_of
+from pyro_ebm.ops.autograd_graph import leaves_of
+from pyro_ebm.ops.rng import rng_preserved
 
 
 def covers_parameters(p: EnergyDistribution, *, learned: bool = False) -> bool:
@@ -27,7 +28,7 @@ def parameters_of(p: EnergyDistribution, x: Tensor) -> tuple[Tensor, ...]:
     """Returns the tensors whose change makes a log Z of ``p`` stale, frozen ones included."""
     parts = [p.energy_function, getattr(p, "generator", None)]
     own = [t for part in parts if isinstance(part, nn.Module) for t in part.parameters()]
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.enable_grad(), rng_preserved():
         reached = leaves_of(p.unnormalized_log_prob(x))
         if isinstance(p, GeneralizedEBM) and p.base.has_rsample:  # type: ignore[union-attr]
             reached += leaves_of(p.base.rsample())  # type: ignore[union-attr]

@@ -27,9 +27,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer import checks
 from pyro_ebm.infer.contrast import Contrast, contrast_law, fitted_gaussian, rows_of
 from pyro_ebm.infer.objective import Objective
-from pyro_ebm.ops.log_space import bennett, effective_sample_size
+from pyro_ebm.ops.log_space import bennett
 
 CUpdate = Literal["gradient", "closed_form"]
 
@@ -58,9 +59,7 @@ class NoiseContrast(Objective):
             self.noise = MultivariateNormal(*state)
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
-        """Draws noise beside every datum, from the guide's site, this objective's noise, or the
-        base.
-        """
+        """Draws noise beside every datum: the guide's, this objective's own, or the base's."""
         if noise is None:
             noise = self._own_noise(p, x)
         q = contrast_law(noise, p, x, needs_density=True, who=type(self).__name__)
@@ -69,15 +68,16 @@ class NoiseContrast(Objective):
 
     def _own_noise(self, p: EnergyDistribution, x: Tensor) -> Any:
         if isinstance(self.noise, str):
-            rows = x if self._mask is None else x[self._mask.expand(rows_of(p, x))]
+            rows = self.evaluation.rows(x, len(rows_of(p, x)))
             self.noise = fitted_gaussian(rows, len(p.event_shape))
         return self.noise
 
+    def log_ratios(self, p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor:
+        """Returns -U - log q at data and contrast, ``(1 + M,) + rows``, in one energy call."""
+        return self.evaluation.once("log_ratios", lambda: _log_ratios(p, x, contrast))
 
-def log_ratios(p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor:
-    """Returns -U - log q at the data (row 0) and at the contrast, in one energy call; shape ``(1 +
-    M,) + rows``.
-    """
+
+def _log_ratios(p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor:
     points = torch.cat([x.unsqueeze(0), contrast.points])
     log_noise = torch.cat([contrast.log_noise_data.unsqueeze(0), contrast.log_noise])  # type: ignore[union-attr, list-item]
     return p.unnormalized_log_prob(points) - log_noise
@@ -131,7 +131,7 @@ class NCE(NoiseContrast):
         if c_update not in ("gradient", "closed_form"):
             raise ValueError(f"c_update must be 'gradient' or 'closed_form', got {c_update!r}")
         self.c_update = c_update
-        self.c_rate = c_rate
+        self.c_rate = checks.rate("c_rate", c_rate)
 
     @property
     def learns_by_gradient(self) -> bool:
@@ -142,7 +142,7 @@ class NCE(NoiseContrast):
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
     ) -> Tensor:
         """Returns the logistic loss of a datum and its noise, in nats."""
-        ratios = log_ratios(p, x, contrast)
+        ratios = self.log_ratios(p, x, contrast)
         logits = ratios - log_z - math.log(self.num_noise)
         data, noise = logits[0], logits[1:]
         self._diagnose(data, noise, ratios[1:], log_z)
@@ -150,30 +150,27 @@ class NCE(NoiseContrast):
 
     @torch.no_grad()
     def _diagnose(self, data: Tensor, noise: Tensor, noise_ratios: Tensor, log_z: Tensor) -> None:
-        weights = self.weights(noise_ratios)
         correct = (data > 0).double() + self.num_noise * (noise < 0).double().mean(0)
-        self._note(
+        self.evaluation.note(
             accuracy=correct / (1 + self.num_noise),
-            noise_ess=effective_sample_size(weights) / (weights > -math.inf).sum(),
+            noise_ess=self.evaluation.relative_ess(noise_ratios),
             log_z=log_z,
-            log_z_gap=log_z - self.log_mean_exp(noise_ratios),
+            log_z_gap=log_z - self.evaluation.log_mean_exp(noise_ratios),
         )
 
     def initial_log_normalizer(
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast
     ) -> Tensor:
         """Returns the importance sampling estimate of log Z from the noise."""
-        return self.log_mean_exp(log_ratios(p, x, contrast)[1:])
+        return self.evaluation.log_mean_exp(self.log_ratios(p, x, contrast)[1:])
 
     def update_log_normalizer(
         self, log_z: Tensor, p: EnergyDistribution, x: Tensor, contrast: Contrast
     ) -> None:
         """Moves log Z towards the root of Bennett's equation on this batch."""
-        ratios = log_ratios(p, x, contrast) - math.log(self.num_noise)
-        if self._mask is not None:
-            ratios = ratios[:, self._mask.expand(ratios.shape[1:])]
-        root = bennett(ratios[0].flatten(), ratios[1:].flatten(), ratio=self.num_noise)
-        log_z.lerp_(root, self.c_rate)
+        ratios = self.log_ratios(p, x, contrast).detach() - math.log(self.num_noise)
+        data, *noise = (self.evaluation.rows(row, row.dim()) for row in ratios)
+        log_z.lerp_(bennett(data, torch.cat(noise), ratio=self.num_noise), self.c_rate)
 
 
 class RankingNCE(NoiseContrast):
@@ -197,11 +194,13 @@ class RankingNCE(NoiseContrast):
 
     def __init__(self, num_noise: int = 10, noise: Any = None, **elbo: Any) -> None:
         super().__init__(num_noise, noise, **elbo)
+        if num_noise != int(num_noise):
+            raise ValueError(f"num_noise must be a whole number of draws, got {num_noise!r}")
 
     def per_datum(
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
     ) -> Tensor:
         """Returns the softmax loss of ranking a datum above its noise, in nats."""
-        scores = log_ratios(p, x, contrast)
-        self._note(accuracy=(scores[0] > scores[1:].amax(0)).double())
+        scores = self.log_ratios(p, x, contrast)
+        self.evaluation.note(accuracy=(scores[0] > scores[1:].amax(0)).double())
         return torch.logsumexp(scores, 0) - scores[0]

@@ -22,9 +22,8 @@ To write an objective, subclass :class:`Objective` and define ``draw`` (random, 
 from __future__ import annotations
 
 import itertools
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import pyro
@@ -38,14 +37,14 @@ from pyro.util import check_model_guide_match
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer import checks
+from pyro_ebm.infer import checks, conditional
 from pyro_ebm.infer.contrast import Contrast
+from pyro_ebm.infer.evaluation import Evaluation, evaluating
 from pyro_ebm.infer.frozen import FrozenObjective, freeze
 from pyro_ebm.infer.held import hold_parameters
 from pyro_ebm.infer.known import covers_parameters, parameters_of, shared_with_store
 from pyro_ebm.infer.objective_module import ObjectiveModule
 from pyro_ebm.ops.log_normalizer import LogNormalizer
-from pyro_ebm.ops.log_space import log_mean_exp
 from pyro_ebm.poutine.surrogate import SurrogateMessenger
 
 _instances = itertools.count()
@@ -84,9 +83,9 @@ class Objective(Trace_ELBO, nn.Module):
         self._sites: dict[str, EnergyDistribution] = {}
         self._name = f"{type(self).__name__}_{next(_instances)}"
         self._examples: dict[str, Tensor] = {}
-        self._notes: dict[str, Tensor] = {}
-        self._mask: Tensor | None = None
+        self.evaluation = Evaluation()
         self._checked: dict[str, int] = {}
+        self._seen_alone: set[str] = set()
         self._optimized: frozenset[int] = frozenset()
 
     # --- what a subclass defines
@@ -155,7 +154,7 @@ class Objective(Trace_ELBO, nn.Module):
         key = _key(name)
         if key not in self.log_normalizers:
             with torch.no_grad():
-                first = self.initial_log_normalizer(p, x, contrast).reshape(()).clone()
+                first = self.initial_log_normalizer(p, x, contrast).detach().reshape(()).clone()
             self.log_normalizers[key] = self._new_log_normalizer(first)
         value = self.log_normalizers[key]
         if value.requires_grad:
@@ -164,6 +163,11 @@ class Objective(Trace_ELBO, nn.Module):
             with torch.no_grad():
                 self.update_log_normalizer(value, p, x, contrast)
         return value.clone()
+
+    def keeps_log_normalizer(self, site: str) -> bool:
+        """Whether log Z of a site is one number that this objective has learned."""
+        learned = _key(site) in self.log_normalizers
+        return learned and not covers_parameters(self._sites[site], learned=True)
 
     def _is_check_due(self, name: str) -> bool:
         """At first sight, and ever more rarely while training: an energy may become conditional as
@@ -185,7 +189,27 @@ class Objective(Trace_ELBO, nn.Module):
     ) -> None:
         """Raises ``ValueError`` if rows need a log Z each and this objective has one for all."""
         if self.pools_rows or (self.learns_log_normalizer and known is None):
-            checks.not_conditional(name, p, x, type(self).__name__)
+            conditional.check_rows(name, p, x, type(self).__name__)
+
+    def _check_contexts(
+        self, model: Any, model_trace: Any, used: Collection[str], args: Any, kwargs: Any
+    ) -> None:
+        """Once per site: a step that sees one row only cannot tell by comparing rows."""
+        for name in used:
+            member = self.objective_of(name)
+            one_for_all = member.pools_rows or member.keeps_log_normalizer(name)
+            if name in self._seen_alone or not one_for_all:
+                continue
+            if conditional.needs_arguments(member._sites[name], member._examples[name]):
+                self._seen_alone.add(name)
+                latents = model_trace.iter_stochastic_nodes()
+                values = {n: site["value"].detach() for n, site in latents}
+                who = type(member).__name__
+                conditional.check_arguments(name, model, args, kwargs, values, who)
+
+    def objective_of(self, site: str) -> Objective:
+        """Returns the objective that serves a site: this one."""
+        return self
 
     def _new_log_normalizer(self, value: Tensor) -> nn.Parameter:
         return nn.Parameter(value, requires_grad=self.learns_by_gradient)
@@ -229,12 +253,14 @@ class Objective(Trace_ELBO, nn.Module):
         Rows where ``mask`` is false take no part in anything that is pooled over rows.
         """
         data = p.broadcast_value(x.detach())
-        self._mask = mask
         if name not in self._sites:
             checks.site(name, p, data, observed=observed, objective=self)
         self._sites[name], self._examples[name] = p, data
-        loss = self._loss(name, p, data, noise, log_z)
-        self._mask = None
+        with evaluating(self, mask) as evaluation:
+            loss = self._loss(name, p, data, noise, log_z)
+        self.diagnostics[name] = self.diagnostics.get(name, {}) | evaluation.notes
+        if self._checked.get(name) == int(self.num_steps_taken):
+            checks.not_degenerate(name, evaluation.notes, type(self).__name__, self._checked[name])
         if observed and not x.requires_grad:
             return -loss
         held = hold_parameters(p.unnormalized_log_prob, p.broadcast_value(x), len(p.event_shape))
@@ -243,41 +269,13 @@ class Objective(Trace_ELBO, nn.Module):
     def _loss(
         self, name: str, p: EnergyDistribution, x: Tensor, noise: Any, log_z: Tensor | None
     ) -> Tensor:
-        self._notes = {}
         if self.is_second_players_turn:
-            loss = self.second_player(p, x, noise)
-        else:
-            with torch.no_grad():
-                contrast = self.draw(p, x, noise)
-            if log_z is None:
-                log_z = self._log_normalizer(name, p, x, contrast)
-            loss = self.per_datum(p, x, contrast, _or_zero(log_z))
-        self.diagnostics[name] = self.diagnostics.get(name, {}) | self._notes
-        return loss
-
-    def _note(self, **values: Tensor) -> None:
-        """Keeps 0-d diagnostics of the evaluation in progress, means over the rows that count."""
-        for name, value in values.items():
-            kept = value.detach()
-            if self._mask is not None and kept.dim():
-                kept, mask = torch.broadcast_tensors(kept, self._mask)
-                kept = torch.where(mask, kept, 0).sum() / mask.sum()
-            self._notes[name] = kept.mean()
-
-    def weights(self, values: Tensor) -> Tensor:
-        """Returns log weights ``(...) + rows`` flat, minus infinity for masked rows."""
-        if self._mask is not None:
-            values = torch.where(self._mask, values, -math.inf)
-        return values.flatten()
-
-    def log_mean_exp(self, values: Tensor) -> Tensor:
-        """Returns the log of the mean of ``exp(values)`` over all rows ``(...) + rows`` that are
-        not masked.
-        """
-        mean = log_mean_exp(self.weights(values))
-        if self._mask is None:
-            return mean
-        return mean - self._mask.expand(values.shape).to(values.dtype).mean().log()
+            return self.second_player(p, x, noise)
+        with torch.no_grad():
+            contrast = self.draw(p, x, noise)
+        if log_z is None:
+            log_z = self._log_normalizer(name, p, x, contrast)
+        return self.per_datum(p, x, contrast, _or_zero(log_z))
 
     # --- the ELBO
 
@@ -313,6 +311,9 @@ class Objective(Trace_ELBO, nn.Module):
         guide_trace.compute_score_parts()
         checks.shapes(model_trace, guide_trace, self.max_plate_nesting)  # type: ignore[arg-type]
         checks.finite(model_trace, handler.used, int(self.num_steps_taken))
+        for name in filter(self.keeps_log_normalizer, handler.used):
+            checks.free_of_latents(name, model_trace, guide_trace, type(self).__name__)
+        self._check_contexts(model, model_trace, handler.used, args, kwargs)
         checks.registered(model_trace, handler.used, self._sites, self._optimized)
         return model_trace, guide_trace
 
@@ -365,8 +366,8 @@ class Objective(Trace_ELBO, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What was seen of the model stays behind: energies may be closures over graphs."""
-        seen: dict[str, Any] = {"_sites": {}, "_examples": {}, "_notes": {}}
-        return {**self.__dict__, **seen, "_mask": None}
+        seen: dict[str, Any] = {"_sites": {}, "_examples": {}, "evaluation": Evaluation()}
+        return {**self.__dict__, **seen}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy has parameters of its own, so it needs a name of its own in the parameter

@@ -72,6 +72,14 @@ class PerSite(Objective):
                 member.num_steps_taken += 1
         return loss
 
+    def objective_of(self, site: str) -> Objective:
+        """Returns the site's own objective."""
+        return self.members[site]
+
+    def keeps_log_normalizer(self, site: str) -> bool:
+        """Whether log Z of a site is one number that the site's own objective has learned."""
+        return self.members[site].keeps_log_normalizer(site)
+
     def log_normalizer(self, site: str) -> Any:
         """Returns the log Z that the site's own objective has learned."""
         return self.members[site].log_normalizer(site)

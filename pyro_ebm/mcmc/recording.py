@@ -36,6 +36,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_ebm.ops.constraints import base_measure, plain
+from pyro_ebm.poutine.check_model import check_structure
 
 __all__ = ["RecordingHMC", "RecordingNUTS"]
 
@@ -68,6 +69,8 @@ class _Recorder(HMC):
                 "finitely many values is enumerated), or draw it by a kernel for its support; the "
                 "distribution's own sample() has a small one"
             ) from error
+        if _has_discrete_latent(self._prototype_trace):
+            check_structure(self.model, args, kwargs)
 
     def _begin_transition(self) -> None:
         self._kinetic: list[Tensor] = []
@@ -149,6 +152,14 @@ def _unmovable_site(
             continue
         return name, str(plain(fn.support))
     return None
+
+
+def _has_discrete_latent(trace: Any) -> bool:
+    """Whether a latent is summed out, so that no gradient tells what depends on it."""
+    return trace is not None and any(
+        site["fn"].has_enumerate_support and not isinstance(site["fn"], _Subsample)
+        for _, site in trace.iter_stochastic_nodes()
+    )
 
 
 def _is_movable(support: Any) -> bool:

@@ -13,7 +13,9 @@ listed, since learning them is legitimate under an objective made for unnormaliz
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +24,16 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
 from pyro_ebm.distributions.known_normalizer import problem_with
+from pyro_ebm.distributions.layers import mask_of
 from pyro_ebm.distributions.normalizer_guard import (
     REMEDIES,
     factor_problem,
-    leaves_of,
     names_of,
     report,
 )
+from pyro_ebm.errors import MissingNormalizerError
 from pyro_ebm.ops.autograd import grad_of
+from pyro_ebm.ops.autograd_graph import leaves_of
 from pyro_ebm.poutine.gradient_check import GradientCheck, check_gradients
 from pyro_ebm.poutine.paired_runs import Pair, paired_runs, undisturbed, unvalidated
 from pyro_ebm.poutine.site_check import ModelCheck, SiteCheck, listed
@@ -85,7 +89,7 @@ def check_model(
         for pair in paired_runs(model, args, kwargs, dict(at or {})):
             if pair.is_factor:
                 sites[pair.name] = _check_factor(pair)
-            elif _is_masked_out(pair.site):
+            elif mask_of(pair.site["fn"], pair.site["mask"]) is False:
                 sites[pair.name] = SiteCheck("EBM site", "not used", notes=("masked out",))
             else:
                 sites[pair.name] = _check_ebm(pair, num_samples, exact=exact_energies)
@@ -95,14 +99,27 @@ def check_model(
     return ModelCheck(sites)
 
 
+def check_structure(model: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> None:
+    """Runs :func:`check_model` without slopes, for entry points that no gradient protects.
+
+    Raises:
+        MissingNormalizerError: As :func:`check_model`.
+
+    Warns:
+        UserWarning: If the model cannot be run on values that remember where they came from.
+    """
+    try:
+        check_model(partial(model, **kwargs), *args, num_samples=0)
+    except MissingNormalizerError:
+        raise
+    except Exception as error:  # models may do anything with their values
+        warnings.warn(
+            f"whether every log Z covers the model's discrete latents was not checked: {error}",
+            stacklevel=2,
+        )
+
+
 # --- judging a site
-
-
-def _is_masked_out(site: Any) -> bool:
-    fn, off = site["fn"], site["mask"] is False
-    while fn is not None and not off:
-        off, fn = getattr(fn, "_mask", None) is False, getattr(fn, "base_dist", None)
-    return off
 
 
 def _target(site: Any) -> tuple[EnergyDistribution, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions import GeneralizedEBM, unwrap
 from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.ops.rng import rng_preserved
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def undisturbed() -> Iterator[None]:
     store, state = pyro.get_param_store(), get_rng_state()
     before = set(store.keys())
     try:
-        with torch.random.fork_rng(), poutine.block():
+        with rng_preserved(), poutine.block():
             yield
     finally:
         set_rng_state(state)

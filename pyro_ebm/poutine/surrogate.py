@@ -17,14 +17,14 @@ from typing import Any, Protocol
 import pyro
 import pyro.poutine
 import torch
-from pyro.distributions import MaskedDistribution, TorchDistribution
+from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Independent
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.call_stack import frame_of
+from pyro_ebm.distributions.layers import mask_of
 from pyro_ebm.distributions.wrappers import rewrap
 
 
@@ -204,13 +204,8 @@ def _mask_of(fn: Any, mask: Any) -> Tensor | None:
         mask: What ``poutine.mask`` says of the site: ``None``, a bool, or a tensor over
             ``fn.batch_shape``.
     """
-    while fn is not None and not isinstance(fn, EnergyDistribution):
-        if isinstance(fn, MaskedDistribution):
-            mask = fn._mask if mask is None else mask & fn._mask
-        if isinstance(fn, Independent) and isinstance(mask, Tensor):
-            mask = mask.reshape(mask.shape + (1,) * fn.reinterpreted_batch_ndims)
-        fn = fn.base_dist
-    return (mask | ~mask.any()).bool() if isinstance(mask, Tensor) else None
+    found = mask_of(fn, mask)
+    return (found | ~found.any()).bool() if isinstance(found, Tensor) else None
 
 
 def _inside_elbo() -> bool:

@@ -21,7 +21,7 @@ from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
 
 from pyro_ebm import EnergyDistribution
-from pyro_ebm.distributions import normalizer_guard
+from pyro_ebm.distributions import guard_schedule
 from pyro_ebm.energies import MLPEnergy
 
 DIM = 16
@@ -101,13 +101,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     pyro.set_rng_seed(0)
-    print(f"checked: {normalizer_guard.FIRST_CALLS} calls, then every {normalizer_guard.EVERY}th")
+    print(f"checked: {guard_schedule.FIRST_CALLS} calls, then every {guard_schedule.EVERY}th")
     print(f"{'energy':28s} {'off, ms':>8s} {'on, ms':>8s} {'cost':>7s} {'always':>7s}")
     for name, make in MODELS.items():
         off, on, ratio = measure(make(), args.blocks, args.calls)
-        every, normalizer_guard.EVERY = normalizer_guard.EVERY, 1
+        every, guard_schedule.EVERY = guard_schedule.EVERY, 1
         _, _, always = measure(make(), args.blocks // 4, args.calls)
-        normalizer_guard.EVERY = every
+        guard_schedule.EVERY = every
         cost, full = 100.0 * (ratio - 1.0), 100.0 * (always - 1.0)
         print(f"{name:28s} {1e3 * off:8.3f} {1e3 * on:8.3f} {cost:6.1f}% {full:6.1f}%")
 

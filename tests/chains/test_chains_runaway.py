@@ -79,6 +79,17 @@ def test_a_chain_on_its_way_to_a_distant_mode_is_not_called_improper():
     assert find_runaways({"x": 100 * (1 - np.exp(-t / 100)) + noise}) == {}
 
 
+@pytest.mark.parametrize("units", [1.0, 1e-9, 1e12])
+def test_a_million_is_huge_where_chains_disagree(units):
+    """Two chains at plus and minus c have the median distance c; noise keeps them in place."""
+    noise = np.random.default_rng(0).normal(size=(2, 200))
+    centres = units * np.array([[-1e6], [1e6]])
+    below, above = (share * centres + noise * units for share in (0.99, 1.01))
+    assert ("x" in find_runaways({"x": above})) is (units >= 1.0)
+    assert ("x" in find_runaways({"x": below})) is (units > 1.0)
+    assert find_runaways({"x": above + centres[::-1]}) == {}  # both chains in one place
+
+
 def test_values_that_are_not_finite_are_reported():
     x = np.zeros((2, 10, 2))
     x[0, 3, 1] = np.inf

@@ -150,6 +150,35 @@ def test_difference_covers_the_truth_and_finds_the_nearer_sample():
     assert sum(i.lower > 0 for i in intervals) > 140
 
 
+def test_reference_is_resampled_and_alike_in_both_terms():
+    """Samples that sit on one point each leave the reference as the only source of noise.
+
+    The gain is then twice a mean over the reference, whose bootstrap error is known.
+    """
+    here, there = (torch.full((3, 1), mean, dtype=torch.float64) for mean in (0.0, 2.0))
+    y = normals(40, 1)
+    assert mmd2_difference(here, here, y).stderr < 1e-12
+    gain = mmd2_difference(here, there, y, bandwidth=1.0, num_bootstrap=4000)
+    kernel = two_sample._sum_of_gaussians(list(SCALES))
+    rows = 2 * (kernel(here[:1], y) - kernel(there[:1], y))[0]
+    assert gain.value == pytest.approx(float(rows.mean()), abs=1e-12)
+    # The standard deviation of 4000 resamples is known to 1.1 percent.
+    expected = float(rows.std(unbiased=False)) / math.sqrt(40)
+    assert gain.stderr == pytest.approx(expected, rel=0.06)
+
+
+@pytest.mark.parametrize("resampled", ["sample", "reference"])
+def test_both_samples_are_resampled(resampled):
+    """Each alone, the other on one point: the variance is that of the statistic's linear part."""
+    spread, point = normals(300, 1), torch.full((3, 1), 2.0, dtype=torch.float64)
+    pair = (spread, point) if resampled == "sample" else (point, spread)
+    interval = mmd2_bootstrap(*pair, bandwidth=1.0, num_bootstrap=2000)
+    kernel = two_sample._sum_of_gaussians(list(SCALES))
+    rows = 2 * (kernel(spread, spread).mean(1) - kernel(spread, point[:1])[:, 0])
+    expected = float(rows.std()) / math.sqrt(300)
+    assert interval.stderr == pytest.approx(expected, rel=0.1)
+
+
 def test_difference_is_the_difference_of_the_estimates():
     x, rival, y = normals(30), normals(40, mean=1.0), normals(20)
     gain = mmd2_difference(x, rival, y, num_bootstrap=10)

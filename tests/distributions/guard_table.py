@@ -25,10 +25,10 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_ebm import EnergyDistribution, unwrap
-from pyro_ebm.distributions.normalizer_guard import leaves_of
 from pyro_ebm.distributions.wrappers import rewrap
 from pyro_ebm.infer import NCE
 from pyro_ebm.mcmc import RecordingNUTS
+from pyro_ebm.ops.autograd_graph import leaves_of
 from pyro_ebm.ops.constraints import finite_values
 from pyro_ebm.poutine import surrogate
 

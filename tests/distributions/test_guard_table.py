@@ -14,7 +14,7 @@ from pyro.infer import autoguide
 from pyro.optim import Adam
 
 from pyro_ebm import MissingNormalizerError, check_model
-from pyro_ebm.distributions import normalizer_guard
+from pyro_ebm.distributions import guard_schedule
 
 DOCS = Path(__file__).parents[2] / "docs" / "guard.rst"
 
@@ -41,7 +41,7 @@ def positions(*results):
 @pytest.fixture(autouse=True)
 def first_use(monkeypatch):
     """No earlier row counts as a use of the energies of this one."""
-    monkeypatch.setattr(normalizer_guard, "_calls", {})
+    monkeypatch.setattr(guard_schedule, "_calls", {})
 
 
 # Pyro and torch warn of slow, deprecated or odd inferences; that they are run is the point here.

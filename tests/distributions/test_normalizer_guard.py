@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import pickle
 import weakref
-from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -14,20 +13,21 @@ import torch
 from pyro import infer
 from pyro.infer import autoguide
 from pyro.optim import Adam
-from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_ebm import EnergyDistribution, MissingNormalizerError, energy_factor
+from pyro_ebm import EnergyDistribution, MissingNormalizerError
+from pyro_ebm.distributions import guard_schedule
 from pyro_ebm.distributions import normalizer_guard as guard
-from pyro_ebm.energies import GaussianEnergy, MLPEnergy, ScaledEnergy
+from pyro_ebm.energies import GaussianEnergy, MLPEnergy
 from pyro_ebm.errors import MissingNormalizerWarning
+from pyro_ebm.ops import autograd_graph
 
 X = torch.linspace(-1.0, 1.0, 5)
 
 
 @pytest.fixture(autouse=True)
 def first_use(monkeypatch):
-    monkeypatch.setattr(guard, "_calls", {})
+    monkeypatch.setattr(guard_schedule, "_calls", {})
 
 
 def scaled(theta, **kwargs):
@@ -164,7 +164,7 @@ def test_double_backward_raises_for_theta_only():
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_no_graph_no_hook(mode):
     with mode():
-        assert not guard.is_due(None, None, X, None)
+        assert guard_schedule.turn_of(None, None, X, None) is None
         scaled(leaf()).log_prob(X)
 
 
@@ -246,132 +246,6 @@ def test_setting_is_validated():
         pyro.settings.set(ebm_missing_normalizer="raise")
 
 
-# --- the schedule
-
-
-def square(x):
-    return x**2
-
-
-def cube(x):
-    return x**3
-
-
-def due(times, energy=square, x=X, log_z=None):
-    return [i for i in range(times) if guard.is_due(energy, None, x, log_z)]
-
-
-def test_first_calls_and_every_64th_are_due():
-    assert due(200) == [*range(16), 64, 128, 192]
-
-
-def test_another_use_starts_anew():
-    due(100)
-    assert due(1, x=X[:3]) == [0]
-    assert due(1, x=X.clone().requires_grad_()) == [0]
-    assert due(1, log_z=torch.tensor(0.0)) == [0]
-    assert due(1, energy=cube) == [0]
-    with pyro.poutine.trace(param_only=True):
-        assert due(1) == [0]
-    assert due(1) == []
-
-
-def test_a_buffer_that_starts_to_want_gradients_starts_anew():
-    energy = ScaledEnergy(square, torch.tensor(1.0))
-    assert len(due(100, energy=energy)) == 18
-    energy.scale = leaf()
-    assert guard.is_due(energy, None, X, None)
-
-
-def test_energies_built_at_every_call_share_a_schedule():
-    """The first call of an energy counts for its kind; from the second on it has its own."""
-    new = [guard.is_due(ScaledEnergy(square, 2.0), None, X, None) for _ in range(130)]
-    assert [i for i, is_due in enumerate(new) if is_due] == [*range(16), 64, 128]
-    assert due(20, energy=ScaledEnergy(square, 2.0)) == [*range(1, 17)]
-
-
-def test_bases_built_at_every_call_share_a_schedule():
-    def base(scale):
-        return dist.Normal(torch.zeros(2), scale).to_event(1)
-
-    new = [guard.is_due(square, base(1.0), X, None) for _ in range(100)]
-    assert sum(new) == 17
-    assert guard.is_due(square, base(leaf()), X, None)
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda net: net, lambda net: lambda x: net(x), lambda net: net.forward]
-)
-def test_another_energy_of_the_same_kind_starts_anew(wrap):
-    for _ in range(3):  # each may get the address of the one before
-        assert len(due(40, energy=wrap(ScaledEnergy(square, 2.0)))) >= 15
-
-
-@pytest.mark.parametrize("kind", ["closure", "partial", "attribute"])
-def test_a_bound_tensor_that_starts_to_want_gradients_starts_anew(kind):
-    class Energy:
-        def __call__(self, x):
-            return self.t * x
-
-    one = Energy()
-
-    def energy(t):
-        one.t = t
-        bound = {"closure": lambda x: t * x, "partial": partial(torch.mul, t), "attribute": one}
-        return bound[kind]
-
-    assert len(due(100, energy=energy(torch.tensor(1.0)))) <= 18
-    assert guard.is_due(energy(leaf()), None, X, None)
-
-
-def test_change_from_nuts_over_x_to_training_is_caught_at_once():
-    net = MLPEnergy((), (4,), confinement=1.0)
-
-    def model(x=None):
-        pyro.sample("x", EnergyDistribution(pyro.module("net", net), event_shape=()), obs=x)
-
-    infer.MCMC(infer.NUTS(model), 20, 20, disable_progbar=True).run()
-    assert max(guard._calls.values()) > 64
-    with pytest.raises(MissingNormalizerError):
-        infer.SVI(model, lambda x: None, Adam({}), infer.Trace_ELBO()).step(X[0])
-
-
-def test_change_from_nuts_to_training_of_a_factor_is_caught_at_once():
-    def model():
-        a = pyro.param("a", leaf)
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        energy_factor("f", lambda z: a * z**2, z)
-
-    infer.MCMC(infer.NUTS(model), 20, 20, disable_progbar=True).run()
-    assert max(guard._calls.values()) > 64
-    svi = infer.SVI(model, autoguide.AutoNormal(model), Adam({}), infer.Trace_ELBO())
-    with pytest.raises(MissingNormalizerError):
-        svi.step()
-
-
-def test_a_change_that_the_key_cannot_see_is_caught_within_64_calls():
-    """The weights are neither cells nor buffers of the energy, so thawing them is no new use."""
-    weight = nn.Parameter(torch.tensor(1.0), requires_grad=False)
-    holder = [weight]
-    p = EnergyDistribution(lambda x: holder[0] * x**2, event_shape=())
-    for _ in range(100):
-        p.log_prob(X.clone().requires_grad_()).sum().backward()
-    weight.requires_grad_(True)
-
-    def train():
-        for _ in range(64):
-            p.log_prob(X.clone().requires_grad_()).sum().backward()
-
-    with pytest.raises(MissingNormalizerError):
-        train()
-
-
-def test_memory_of_the_schedule_is_bounded():
-    for i in range(5000):
-        guard.is_due(abs, None, torch.empty(i, 0), None)
-    assert len(guard._calls) <= 4097
-
-
 # --- memory
 
 
@@ -408,46 +282,6 @@ def test_graph_is_freed_with_its_result(covered):
         gc.enable()
 
 
-# --- the one private function of torch
-
-
-def seen_in_backward(inputs):
-    """What the engine says of three nodes while it computes the gradients of ``inputs``."""
-    a, b = leaf(), leaf()
-    middle = a * 2.0
-    y = middle * b
-    leaf_a, leaf_b = (t.expand_as(t).grad_fn.next_functions[0][0] for t in (a, b))
-    seen = {}
-
-    def ask(_):
-        for name, node in (("a", leaf_a), ("b", leaf_b), ("middle", middle.grad_fn)):
-            try:
-                seen[name] = guard._engine_will_run(node)
-            except RuntimeError:
-                seen[name] = "asked for"
-
-    y.register_hook(ask)
-    if inputs is None:
-        y.backward()
-    else:
-        torch.autograd.grad(y, {"a": a, "b": b, "middle": middle}[inputs])
-    return seen
-
-
-def test_canary_engine_tells_which_nodes_will_run():
-    assert guard.is_available()
-    assert seen_in_backward(None) == {"a": True, "b": True, "middle": True}
-    assert seen_in_backward("a") == {"a": "asked for", "b": False, "middle": True}
-    assert seen_in_backward("b") == {"a": False, "b": "asked for", "middle": False}
-    assert seen_in_backward("middle") == {"a": False, "b": False, "middle": True}
-
-
-def test_without_it_the_guard_is_off_and_nothing_breaks(monkeypatch):
-    monkeypatch.setattr(guard, "_engine_will_run", None)
-    assert not guard.is_available()
-    scaled(leaf()).log_prob(X).sum().backward()
-
-
 # --- transforms of functions
 
 
@@ -482,8 +316,67 @@ def test_jit_trace_raises_while_tracing():
         torch.jit.trace(density, (leaf(), X))
 
 
-def test_leaves_of_names_every_leaf_once():
-    a, b, c = leaf(), leaf(), torch.tensor(1.0)
-    found = guard.leaves_of(a * b + a * c)
-    assert len(found) == 2
-    assert {id(t) for t in found} == {id(a), id(b)}
+def test_without_it_the_guard_is_off_and_nothing_breaks(monkeypatch):
+    monkeypatch.setattr(autograd_graph, "_engine_will_run", None)
+    assert not autograd_graph.can_see_running_nodes()
+    scaled(leaf()).log_prob(X).sum().backward()
+
+
+# --- mixtures
+
+
+WELLS = torch.tensor([0.5, 4.0])
+
+
+def components(**kwargs):
+    """Two Gaussians of precision ``WELLS``, as energies."""
+    return EnergyDistribution(
+        lambda x: WELLS * x**2 / 2, event_shape=(), batch_shape=(2,), **kwargs
+    )
+
+
+MIXTURES = {
+    "plain": lambda p: dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), p),
+    "wrapped": lambda p: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), p.expand([3, 2]).mask(True)
+    ),
+    "event": lambda p: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(3)), p.expand([3, 2]).to_event(1)
+    ),
+    "zero_inflated": lambda p: dist.ZeroInflatedDistribution(p, gate=torch.tensor(0.2)),
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_mixture_needs_log_z_even_over_x(kind):
+    mixture = MIXTURES[kind](components())
+    x = torch.zeros(mixture.batch_shape + mixture.event_shape)
+    with torch.no_grad(), pytest.raises(MissingNormalizerError, match="weighs its components"):
+        mixture.log_prob(x)
+
+
+def test_a_mixture_of_known_log_z_is_the_mixture():
+    log_z = 0.5 * (2.0 * torch.pi / WELLS).log()
+    ours = MIXTURES["plain"](components(log_normalizer=log_z)).log_prob(X)
+    normal = dist.Normal(0.0, WELLS.rsqrt())
+    assert torch.allclose(ours, MIXTURES["plain"](normal).log_prob(X))
+
+
+def test_without_the_check_the_mixture_is_wrong():
+    """The components' log Z differ by one nat, and with them the weights that they get."""
+    with pyro.settings.context(ebm_missing_normalizer="ignore"):
+        ours = MIXTURES["plain"](components()).log_prob(X)
+    wrong = ours - MIXTURES["plain"](dist.Normal(0.0, WELLS.rsqrt())).log_prob(X)
+    assert wrong.max() - wrong.min() > 0.1
+
+
+def test_mixture_with_latent_weights_is_named_under_nuts():
+    """No gradient reaches the components here, only the weights: the hook alone would be silent."""
+
+    def model(x):
+        weights = dist.Categorical(pyro.sample("w", dist.Dirichlet(torch.ones(2))))
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", dist.MixtureSameFamily(weights, components()), obs=x)
+
+    with pytest.raises(MissingNormalizerError, match="site 'x'.*MixtureSameFamily"):
+        nuts(model, X)

@@ -221,6 +221,21 @@ def test_times_of_rows():
     assert logs.std().item() == pytest.approx(width / math.sqrt(12), rel=0.1)
 
 
+def test_accuracy_is_the_share_of_negatives_that_lie_higher():
+    objective = make(num_negatives=4)
+    points = torch.tensor([[3.0, 0.5], [-2.0, -0.5], [0.1, 5.0], [-4.0, 0.0]])  # 3 of 4, 1 of 4
+    objective.draw = lambda *args: Contrast(points)
+
+    def model(x):
+        with pyro.plate("data", 2):
+            pyro.sample("x", gaussian(1.0), obs=x)
+
+    objective.differentiable_loss(model, lambda x: None, torch.tensor([1.0, 1.0]))
+    assert objective.diagnostics["x"]["accuracy"].item() == 0.5
+    objective.differentiable_loss(model, lambda x: None, torch.tensor([1.0, 0.2]))
+    assert objective.diagnostics["x"]["accuracy"].item() == 0.75
+
+
 # --- supports
 
 

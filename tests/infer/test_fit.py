@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import ExitStack
 
 import pyro
 import pyro.distributions as dist
@@ -26,6 +27,7 @@ from pyro_ebm.infer import (
     RankingNCE,
     fit,
 )
+from pyro_ebm.infer.minibatch import PlateScale
 
 BASE = dist.Normal(torch.zeros(2, dtype=torch.float64), 1.5).to_event(1)
 QUIET = {"disable_progbar": True}
@@ -207,7 +209,8 @@ def test_global_sites_keep_their_weight():
     objective.per_datum = lambda *args: surrogates.append(inner(*args)) or surrogates[-1]
     data = torch.randn(30)
     result = fit(model, data, objective, guide=guide, batch_size=5, num_steps=4, **QUIET)
-    for x, surrogate, loss in zip(seen, surrogates, result.losses, strict=True):
+    batches = seen[1:]  # the first run only looked for the plate
+    for x, surrogate, loss in zip(batches, surrogates, result.losses, strict=True):
         assert len(x) == 5
         rows = surrogate - dist.Normal(0.7, 1.0).log_prob(0.5 * x)
         rows = rows - dist.Normal(0.5 * x, 0.5).log_prob(x) + 0.1
@@ -221,7 +224,7 @@ def test_epochs_visit_every_row_once():
     data = torch.arange(10.0)
     model, guide = hierarchy(seen)
     fit(model, data, RankingNCE(), guide=guide, batch_size=3, num_steps=9, **QUIET)
-    epochs = [torch.cat(seen[i : i + 3]) for i in (0, 3, 6)]
+    epochs = [torch.cat(seen[i : i + 3]) for i in (1, 4, 7)]  # run 0 looked for the plate
     assert all(len(set(rows.tolist())) == 9 for rows in epochs)
     assert not torch.equal(epochs[0], epochs[1])
 
@@ -254,6 +257,39 @@ def test_rows_in_a_python_loop_are_scaled():
     objective.per_datum = constant
     result = fit(model, torch.randn(12), objective, batch_size=4, num_steps=1, **QUIET)
     assert result.losses == [pytest.approx(1.0)]
+
+
+def scale_in(handler, *plates):
+    """The scale of a site in nested plates, outermost first."""
+    with handler, pyro.poutine.trace() as capture, ExitStack() as stack:
+        for i, (name, size) in enumerate(plates):
+            stack.enter_context(pyro.plate(name, size, dim=-len(plates) + i))
+        pyro.sample("x", dist.Normal(torch.zeros(()), 1.0))
+    return capture.trace.nodes["x"]["scale"]
+
+
+def test_plates_of_the_batchs_size_scale_once():
+    """Also where they are nested; only those that are over rows where that is known."""
+    for plates in (("data",), ("data", "columns"), ("columns", "data")):
+        assert scale_in(PlateScale(4, 3.0), *((name, 4) for name in plates)) == 3.0
+    assert scale_in(PlateScale(4, 3.0), ("data", 5), ("columns", 2)) == 1.0
+    rows = frozenset({"data"})
+    assert scale_in(PlateScale(4, 3.0, rows), ("data", 4), ("columns", 4)) == 3.0
+    assert scale_in(PlateScale(4, 3.0, rows), ("columns", 4)) == 1.0
+
+
+def test_a_plate_that_has_the_batchs_size_by_chance():
+    def model(x):
+        with pyro.plate("columns", 4, dim=-1):
+            pyro.sample("column", dist.Normal(torch.zeros(()), 1.0), obs=torch.zeros(4))
+            with pyro.plate("data", len(x), dim=-2):
+                ebm = EnergyDistribution(lambda z: z.square(), base=dist.Normal(0.0, 1.0))
+                pyro.sample("x", ebm, obs=x)
+
+    objective = RankingNCE()
+    objective.per_datum = lambda p, x, contrast, log_z: torch.ones(x.shape)
+    result = fit(model, torch.randn(12, 4), objective, batch_size=4, num_steps=1, **QUIET)
+    assert result.losses == [pytest.approx((12 * 4 + 2 * math.log(2 * math.pi)) / 12)]
 
 
 def test_a_plate_that_subsamples_for_itself():

@@ -273,6 +273,46 @@ def test_penalty_is_taken_between_data_and_base():
     assert contrast.between.mean().item() == pytest.approx(5.0, abs=5 * 10 / math.sqrt(12 * 500))
 
 
+def notes_of(objective, table, c):
+    """What one evaluation of a site with this log Z reports, and the loss per datum."""
+    base = dist.Categorical(torch.ones(4))
+    p = EnergyDistribution(lambda x: table[x], base=base, log_normalizer=lambda: c)
+    objective.draw = lambda *args: Contrast(BASE[None])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", p, obs=x)
+
+    loss = objective.differentiable_loss(model, lambda x: None, DATA) / len(DATA)
+    return objective.diagnostics["x"], loss
+
+
+@pytest.mark.parametrize("excess", [0.7, -0.4])
+def test_log_z_gap_is_positive_where_log_z_is_too_large(excess):
+    table = torch.randn(4)
+    notes, loss = notes_of(KALE(), table, log_z(table) + excess)
+    torch.testing.assert_close(notes["log_z_gap"], torch.tensor(excess), rtol=0, atol=1e-12)
+    torch.testing.assert_close(notes["log_z"], log_z(table) + excess, rtol=0, atol=1e-12)
+    torch.testing.assert_close(notes["bound"], -loss, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [KALE, DonskerVaradhan])
+def test_reported_bound_is_without_the_penalty(make):
+    """A linear energy of slope w: the loss is minus the bound plus lambda |w|^2."""
+    w = torch.tensor([3.0, -4.0])
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    objective = make(gradient_penalty=0.3)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", EnergyDistribution(lambda y: y @ w, base=base), obs=x)
+
+    loss = objective.differentiable_loss(model, lambda x: None, torch.randn(7, 2)) / 7
+    notes = objective.diagnostics["x"]
+    torch.testing.assert_close(loss, -notes["bound"] + 0.3 * 25.0, rtol=0, atol=1e-10)
+    assert notes["gradient_norm"].item() == pytest.approx(5.0, abs=1e-12)
+
+
 # --- the generator
 
 

@@ -307,6 +307,17 @@ def test_fitted_noise_has_the_datas_moments():
     assert nce.noise is first
 
 
+def test_masked_rows_have_no_say_in_fitted_noise():
+    data = torch.randn(30, 2)
+    mask = torch.arange(30) % 3 != 0
+    padded = torch.where(mask[:, None], data, 1e3)
+    nce = NCE(num_noise=1, noise="gaussian")
+    run(nce, pyro.poutine.mask(vectors, mask=mask), padded)
+    torch.testing.assert_close(nce.noise.loc, data[mask].mean(0), rtol=0, atol=1e-12)
+    cov = torch.cov(data[mask].T)
+    torch.testing.assert_close(nce.noise.covariance_matrix, cov, rtol=0, atol=1e-12)
+
+
 def test_noise_is_not_trained():
     """Training the noise here would make it flee from the data, or chase them."""
     scale = torch.tensor(1.5).requires_grad_()
@@ -365,6 +376,29 @@ def test_diagnostics(far):
         assert found["accuracy"] == pytest.approx(2 / 3)  # guess "noise" always
         assert found["noise_ess"] == pytest.approx(1.0)
         assert found["log_z"] == pytest.approx(HALF_LOG_2PI)
+
+
+def test_log_z_gap_is_positive_where_log_z_is_too_large():
+    """Under noise from the model itself every weight is Z."""
+    nce = NCE(num_noise=2, noise=dist.Normal(0.0, 1.0))
+    for excess in (0.7, -0.4):
+        known = torch.tensor(HALF_LOG_2PI + excess)
+
+        def model(x, known=known):
+            ebm = EnergyDistribution(
+                lambda y: 0.5 * y**2, event_shape=(), log_normalizer=lambda: known
+            )
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", ebm, obs=x)
+
+        run(nce, model, torch.randn(10))
+        assert float(nce.diagnostics["x"]["log_z_gap"]) == pytest.approx(excess, abs=1e-12)
+
+
+@pytest.mark.parametrize(("nu", "draws"), [(1, 1), (2, 2), (2.5, 3), (2.01, 3)])
+def test_a_fraction_of_a_draw_is_a_draw_more(nu, draws):
+    contrast = NCE(num_noise=nu, noise=NOISE).draw(quadratic(torch.ones(2)), torch.zeros(5), None)
+    assert contrast.points.shape == contrast.log_noise.shape == (draws, 5)
 
 
 @pytest.mark.parametrize(

@@ -306,6 +306,22 @@ def test_a_copy_has_a_log_z_of_its_own():
     assert second.log_normalizer("x").value.item() == second.log_normalizers["x"].item()
 
 
+def test_a_copy_does_not_take_over_the_firsts_log_z_from_the_store():
+    x = torch.randn(20)
+    first = NCE(num_noise=3, noise=NOISE)
+    svi_for(with_closure, first, None).step(x)
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        second.log_normalizers["x"].fill_(9.0)
+    svi_for(with_closure, second, None).step(x)
+    svi_for(with_closure, first, None).step(x)
+    assert second.log_normalizers["x"].item() == pytest.approx(9.0, abs=0.06)
+    assert first.log_normalizers["x"].item() < 8.0
+    names = {objective.parameter_prefix + "x" for objective in (first, second)}
+    assert len(names) == 2
+    assert names <= set(pyro.get_param_store())
+
+
 def test_state_dict_into_a_new_objective():
     x = torch.randn(20)
     first = trained(NCE(num_noise=3, noise=NOISE), x)

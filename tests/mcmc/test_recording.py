@@ -99,27 +99,32 @@ def test_energy_is_the_hamiltonian_at_the_start(kernel):
     assert (stats["energy"] + stats["energy_error"] + stats["lp"])[moved].min() > 0
 
 
-def test_hmc_acceptance_follows_from_the_energy_error():
-    stats = stats_of(run_gaussian(RecordingHMC, step_size=1.7, num_steps=3))
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_hmc_acceptance_follows_from_the_energy_error(warmup):
+    stats = stats_of(run_gaussian(RecordingHMC, warmup=warmup, step_size=1.7, num_steps=3))
     expected = np.minimum(1.0, np.exp(-stats["energy_error"]))
     np.testing.assert_allclose(stats["acceptance_rate"], expected, rtol=1e-9, atol=0)
-    moved = np.diff(stats["lp"], prepend=0.0) != 0
-    assert (stats["acceptance_rate"][~moved] < 1).all()
+    moved = np.diff(stats["lp"]) != 0
+    assert (stats["acceptance_rate"][1:][~moved] < 1).all()
     assert 0 < moved.mean() < 1
 
 
+@pytest.mark.parametrize("warmup", [0, 9])
 @pytest.mark.parametrize("kernel", [RecordingHMC, RecordingNUTS])
-def test_running_mean_of_the_progress_bar_is_left_right(kernel):
+def test_running_mean_of_the_progress_bar_is_left_right(kernel, warmup):
+    """It starts anew after the warm-up."""
     shown = []
     mcmc = run(
         kernel(potential_fn=gaussian, step_size=1.5, adapt_step_size=False),
-        warmup=0,
+        warmup=warmup,
         initial_params={"x": torch.zeros(4, dtype=torch.float64)},
         hook_fn=lambda k, *_: shown.append(k._mean_accept_prob),
     )
-    acceptance = stats_of(mcmc)["acceptance_rate"]
+    found = mcmc.diagnostics()
+    for stage, means in (("warmup_stats", shown[:warmup]), ("sample_stats", shown[warmup:])):
+        acceptance = found[stage]["chain 0"].get("acceptance_rate", np.ones(0))
+        np.testing.assert_allclose(means, np.cumsum(acceptance) / np.arange(1, len(means) + 1))
     assert acceptance.min() < 0.9
-    np.testing.assert_allclose(shown, np.cumsum(acceptance) / np.arange(1, len(shown) + 1))
 
 
 @pytest.mark.parametrize(
@@ -152,6 +157,34 @@ def test_tree_depth_bounds_the_steps_and_saturation_is_seen():
     cut = stats_of(run_gaussian(RecordingNUTS, step_size=1e-3, max_tree_depth=3))
     assert cut["reached_max_treedepth"].all()
     assert (cut["n_steps"] == 7).all()
+
+
+@pytest.mark.parametrize("kernel", [RecordingNUTS, RecordingHMC])
+def test_step_size_is_the_one_of_the_transition(kernel):
+    """Not the one that adaptation leaves for the next."""
+    after = []
+    mcmc = run(
+        kernel(potential_fn=gaussian),
+        num_samples=5,
+        warmup=30,
+        initial_params={"x": torch.zeros(4, dtype=torch.float64)},
+        hook_fn=lambda k, *_: after.append(float(k.step_size)),
+    )
+    found = mcmc.diagnostics()
+    warming, sampling = (found[f"{stage}_stats"]["chain 0"] for stage in ("warmup", "sample"))
+    recorded = np.concatenate([warming["step_size"], sampling["step_size"]])
+    np.testing.assert_array_equal(recorded[1:], after[:-1])
+    assert (np.diff(after[:30]) != 0).all()
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_divergence_in_the_last_doubling_is_no_saturation(depth):
+    """A step of length 1000 gains far more energy than Pyro allows, at the first leaf."""
+    wild = stats_of(
+        run_gaussian(RecordingNUTS, num_samples=10, step_size=1e3, max_tree_depth=depth)
+    )
+    assert wild["diverging"].all()
+    assert not wild["reached_max_treedepth"].any()
 
 
 @pytest.mark.parametrize("kernel", [RecordingNUTS, RecordingHMC])

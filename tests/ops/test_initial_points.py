@@ -68,6 +68,16 @@ def test_finite_values_are_equally_likely():
     assert (counts - 2000).abs().max() < 5 * (8000 * 0.25 * 0.75) ** 0.5
 
 
+def test_values_between_bounds_of_each_site_are_equally_likely():
+    lower, upper = torch.tensor([0, 2, -5]), torch.tensor([1, 9, -5])
+    x = initial_points(C.integer_interval(lower, upper), torch.Size([8000]), torch.Size([3]))
+    for column, low, high in zip(x.T, lower.tolist(), upper.tolist(), strict=True):
+        counts = torch.bincount(column.long() - low)
+        assert len(counts) == high - low + 1
+        share = 1 / len(counts)
+        assert (counts - 8000 * share).abs().max() <= 5 * (8000 * share * (1 - share)) ** 0.5
+
+
 @pytest.mark.parametrize("support", [C.multinomial(3), C.positive_definite, C.dependent], ids=str)
 def test_support_without_points_is_named(support):
     with pytest.raises(NotImplementedError, match="support"):

@@ -246,6 +246,26 @@ def test_one_wrong_entry_of_a_vector_is_found(wrong):
 
 
 @pytest.mark.parametrize("wrong", [False, True])
+def test_four_hundred_entries_are_one_test(wrong):
+    """The direction fits the noise of its own draws, by 20 standard errors: others must judge it.
+
+    Off by 30 percent in every entry, the slopes differ by as much again.
+    """
+
+    def model():
+        t = pyro.sample("t", dist.Gamma(4.0, 2.0).expand([400]).to_event(1))
+        p = EnergyDistribution(
+            lambda x: (t * x**2).sum(-1) / 2,
+            event_shape=(400,),
+            log_normalizer=lambda: (1.3 if wrong else 1.0) * log_z_of(t).sum(),
+            sampler=lambda d, s: torch.randn(*s, *d.batch_shape, 400) * t.detach().rsqrt(),
+        )
+        pyro.sample("x", p, obs=torch.zeros(400))
+
+    assert [checked(model).is_sound for _ in range(5)] == [not wrong] * 5
+
+
+@pytest.mark.parametrize("wrong", [False, True])
 def test_weights_of_a_network_with_log_z_by_quadrature(wrong):
     net = MLPEnergy((), (8,), confinement=1.0)
     grid = GRID[GRID > 0.0] if wrong else GRID

@@ -364,6 +364,24 @@ def test_flows_are_sampled_before_their_transforms(name):
 
 
 @pytest.mark.parametrize("name", FLOWS)
+def test_the_image_is_that_of_the_whole_flow(name):
+    trace = poutine.trace(reparam(lambda: pyro.sample("x", tilted_flow(name)))).get_trace()
+    z, x = trace.nodes["x_latent"]["value"], trace.nodes["x"]["value"]
+    stick = torch.sigmoid(z - torch.tensor([2.0, 1.0]).log())
+    want = {
+        "log normal": z.exp(),
+        "transformed event": torch.tensor([0.5, -0.5]) + torch.tensor([2.0, 0.3]) * z,
+        "elementwise": z.tanh(),
+        "two steps": 1 + 2 * z.exp(),
+        "lower cholesky": torch.stack([1 + z[0], 1 + 0.7 * z[0] + 0.5 * z[1]]),
+        "simplex": torch.stack(
+            [stick[0], stick[1] * (1 - stick[0]), (1 - stick[1]) * (1 - stick[0])]
+        ),
+    }
+    torch.testing.assert_close(x, want[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FLOWS)
 def test_flows_in_plates(name):
     def model():
         with pyro.plate("rows", 5):

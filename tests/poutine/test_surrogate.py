@@ -206,6 +206,15 @@ def test_distribution_is_the_ebms_in_all_but_density():
     assert isinstance(wide.to_event(1), Independent)
 
 
+def test_expanded_distribution_keeps_its_mask():
+    p = EnergyDistribution(lambda x: x, event_shape=(), validate_args=True)
+    mask = torch.tensor([True, False])
+    wide = SurrogateDistribution(p.expand([2]), lambda p, x: -x, mask).expand([3, 2])
+    assert wide.mask is mask
+    x = torch.tensor([[1.0, float("nan")]] * 3)
+    assert wide.log_prob(x).tolist() == [[-1.0, -1.0]] * 3
+
+
 def test_validation_is_the_ebms():
     p = EnergyDistribution(
         lambda x: x, event_shape=(), support=constraints.positive, validate_args=True

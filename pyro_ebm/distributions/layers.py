@@ -1,0 +1,63 @@
+"""What plates, ``to_event``, masks, transforms and mixtures are made of, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.distributions import Independent
+
+
+def layers(fn: Any) -> Iterator[Any]:
+    """Yields ``fn`` and what it wraps, from the outside in."""
+    while fn is not None:
+        yield fn
+        fn = getattr(fn, "base_dist", None)
+
+
+_PARTS = ("base_dist", "_component_distribution", "component0", "component1")
+
+
+def parts(fn: Any) -> Iterator[Any]:
+    """Yields ``fn`` and every distribution whose density enters its own, at any depth."""
+    yield fn
+    for name in _PARTS:
+        if getattr(fn, name, None) is not None:
+            yield from parts(getattr(fn, name))
+
+
+def is_normalized(fn: Any) -> bool:
+    """Whether a distribution's density is known: an EBM anywhere in it must know its log Z."""
+    return all(getattr(part, "is_normalized", True) for part in parts(fn))
+
+
+def innermost(fn: Any) -> Any:
+    """Returns what all layers wrap."""
+    return list(layers(fn))[-1]
+
+
+def mask_of(fn: Any, mask: Any = None) -> Tensor | bool:
+    """Returns which elements of the innermost distribution count.
+
+    Args:
+        fn: A distribution with its layers.
+        mask: What stands around it: ``None``, a bool, or a tensor over ``fn.batch_shape``.
+
+    Returns:
+        ``True``, ``False``, or a tensor that broadcasts with the innermost batch shape.
+    """
+    found: Tensor | bool = True if mask is None else mask
+    for layer in layers(fn):
+        own = getattr(layer, "_mask", None)
+        if own is not None:
+            found = found & own
+        if isinstance(layer, Independent) and isinstance(found, Tensor):
+            found = found.reshape(found.shape + (1,) * layer.reinterpreted_batch_ndims)
+    return found
+
+
+def num_reinterpreted(fn: Any) -> int:
+    """Returns how many batch dims ``to_event`` has made event dims, over all layers."""
+    kinds = (layer for layer in layers(fn) if isinstance(layer, Independent))
+    return sum(layer.reinterpreted_batch_ndims for layer in kinds)
