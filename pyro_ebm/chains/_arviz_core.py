@@ -27,7 +27,7 @@ def build(
     *,
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
-    attrs: Mapping[str, Any] | None = None,
+    attrs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
     """Returns ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (1.x) of the non-empty groups.
 
@@ -36,7 +36,7 @@ def build(
         groups: Group name to variables; sampled groups begin with ``(chains, draws)``.
         coords: Dimension to labels.
         dims: Variable to the names of the dimensions after ``(chain, draw)``.
-        attrs: Attributes of ``posterior`` and ``sample_stats`` and their warm-up groups.
+        attrs: Group name to its attributes.
 
     Raises:
         ValueError: If two names become one because ``/`` is written as a dot.
@@ -44,11 +44,11 @@ def build(
     data = {group: _safe_names(group, arrays) for group, arrays in groups.items() if arrays}
     labels = {_safe_name(name): list(names) for name, names in (dims or {}).items()}
     shared: dict[str, Any] = {"coords": dict(coords or {}), "dims": labels, "save_warmup": True}
-    described = [group for group in data if group.endswith(("posterior", "sample_stats"))]
+    described = {group: dict(own) for group, own in (attrs or {}).items() if group in data}
     with _quiet():
         if int(az.__version__.split(".")[0]) >= 1:
-            return az.from_dict(data, attrs={g: dict(attrs or {}) for g in described}, **shared)
-        old_style = {f"{_old_attrs_name(group)}_attrs": dict(attrs or {}) for group in described}
+            return az.from_dict(data, attrs=described, **shared)
+        old_style = {f"{_old_attrs_name(group)}_attrs": own for group, own in described.items()}
         return az.from_dict(**data, **old_style, **shared)
 
 

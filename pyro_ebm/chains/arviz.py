@@ -41,6 +41,8 @@ def to_arviz(
     ArviZ's names, ``energy`` being the Hamiltonian and ``lp`` minus the potential on the
     unconstrained space. Both carry ``inference_library``, ``sampler``, ``adjusted`` (0 for chains
     without a Metropolis step), ``approximate`` and, if set, ``inverse_temperature`` as attributes.
+    Predictive groups name in ``approximate_draws`` the sites that
+    :meth:`EnergyDistribution.sample <pyro_ebm.EnergyDistribution.sample>` drew by a short chain.
     A ``/`` in a name is written as a dot.
 
     Args:
@@ -87,7 +89,8 @@ def to_arviz(
         groups["log_likelihood"] = _log_likelihood(record, conditioned, wanted=log_likelihood)
         dims = _without_masked(dims, groups)
     groups |= _predictive_groups(record, prior, posterior_predictive)
-    return core.build(import_arviz(), groups, coords=coords, dims=dims, attrs=_attrs(record))
+    attrs = _attrs_of_groups(record, groups, conditioned)
+    return core.build(import_arviz(), groups, coords=coords, dims=dims, attrs=attrs)
 
 
 def summary(source: Any) -> Any:
@@ -193,6 +196,20 @@ def _predictive_groups(
         "prior_predictive": {name: x for name, x in before.items() if name not in record.draws},
         "posterior_predictive": core.by_chain("posterior_predictive", after, *shape),
     }
+
+
+def _attrs_of_groups(
+    record: Record, groups: Mapping[str, Arrays], conditioned: Conditioned | None
+) -> dict[str, dict[str, Any]]:
+    """Attributes of the run for what was sampled, and a word on draws that short chains made."""
+    sampled = [group for group in groups if group.endswith(("posterior", "sample_stats"))]
+    attrs = {group: _attrs(record) for group in sampled}
+    short = conditioned.sites_drawn_by_short_chains() if conditioned is not None else []
+    for group in ("prior", "prior_predictive", "posterior_predictive"):
+        names = [name for name in groups.get(group, {}) if name in short]
+        if names:
+            attrs[group] = {"approximate_draws": ", ".join(names)}
+    return attrs
 
 
 def _attrs(record: Record) -> dict[str, Any]:

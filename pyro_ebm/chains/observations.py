@@ -18,6 +18,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_ebm.chains.record import to_numpy
+from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.layers import innermost
 from pyro_ebm.ops.rng import rng_preserved
 
@@ -91,6 +92,17 @@ class Conditioned:
         with torch.no_grad():
             sites = self.data_sites(self.trace(self.values(0)))
         return {name: to_numpy(site["value"]) for name, site in sites.items()}
+
+    def sites_drawn_by_short_chains(self) -> list[str]:
+        """Returns the EBM sites whose ``sample`` is neither exact nor the user's."""
+        with torch.no_grad():
+            sites = self.trace(self.values(0)).nodes.items()
+        found = {name: unwrap(site["fn"]) for name, site in sites if site["type"] == "sample"}
+        return [n for n, p in found.items() if p is not None and not _is_drawn_well(p)]
+
+
+def _is_drawn_well(p: EnergyDistribution) -> bool:
+    return p.sampler is not None or p.has_exact_sample
 
 
 def is_subsample(site: Site) -> bool:

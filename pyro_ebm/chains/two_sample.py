@@ -37,6 +37,7 @@ __all__ = ["MMDInterval", "median_distance", "mmd2", "mmd2_bootstrap", "mmd2_dif
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
 MULTIPLES = (0.5, 1.0, 2.0)
+MIN_RESAMPLED_ROWS = 10
 CHUNK_ROWS = 1024
 MOST_POINTS_FOR_MEDIAN = 2000
 
@@ -141,7 +142,8 @@ def mmd2_bootstrap(
         level: Nominal coverage.
 
     Raises:
-        ValueError: As :func:`mmd2`; if ``level`` is not in (0, 1) or ``num_bootstrap`` below 2.
+        ValueError: As :func:`mmd2`; if ``level`` is not in (0, 1), ``num_bootstrap`` is below 2, or
+            a sample has fewer than ten rows.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -238,6 +240,8 @@ def _resampled(x: Tensor, num_bootstrap: int) -> Tensor:
     """How often each row appears: first the sample as it is, then resamples, ``(1 + B, n)``."""
     if num_bootstrap < 2:
         raise ValueError(f"num_bootstrap must be at least 2, got {num_bootstrap}")
+    if len(x) < MIN_RESAMPLED_ROWS:  # a resample of one row repeated has no pairs
+        raise ValueError(f"a bootstrap needs at least {MIN_RESAMPLED_ROWS} rows, got {len(x)}")
     n = len(x)
     drawn = torch.randint(n, (num_bootstrap, n), device=x.device)
     counts = x.new_zeros(num_bootstrap, n).scatter_add_(1, drawn, x.new_ones(num_bootstrap, n))

@@ -22,6 +22,7 @@ _PROTOTYPE = (
     "initialize_model",
     "_setup_prototype",
     "_get_init_params",
+    "check_structure",
 )
 
 _WRAPPERS = frozenset(

@@ -138,7 +138,7 @@ def _output(generator: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
             f"generator failed on one latent of shape {tuple(z.shape)}: {error}. It must take any "
-            "leading dims; give event_shape= if it needs rows"
+            "leading dims: pyro_ebm.energies.RowWise(network, event_dim) makes it"
         ) from error
     if not isinstance(x, Tensor):
         raise TypeError(f"generator must return a tensor, got {type(x).__name__}")

@@ -11,6 +11,7 @@ from pyro_ebm.energies.gaussian import GaussianEnergy
 from pyro_ebm.energies.mixture import GaussianMixtureEnergy
 from pyro_ebm.energies.neural import ConvEnergy, MLPEnergy
 from pyro_ebm.energies.quartic import Quartic
+from pyro_ebm.energies.row_wise import RowWise
 
 __all__ = [
     "Banana",
@@ -22,6 +23,7 @@ __all__ = [
     "GaussianMixtureEnergy",
     "MLPEnergy",
     "Quartic",
+    "RowWise",
     "ScaledEnergy",
     "SumEnergy",
     "check_energy_shape",

@@ -35,6 +35,7 @@ from pyro.infer import HMC, NUTS
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+from pyro_ebm.distributions import unwrap
 from pyro_ebm.ops.constraints import base_measure, plain
 from pyro_ebm.poutine.check_model import check_structure
 
@@ -69,7 +70,7 @@ class _Recorder(HMC):
                 "finitely many values is enumerated), or draw it by a kernel for its support; the "
                 "distribution's own sample() has a small one"
             ) from error
-        if _has_discrete_latent(self._prototype_trace):
+        if _has_energies(self._prototype_trace):
             check_structure(self.model, args, kwargs)
 
     def _begin_transition(self) -> None:
@@ -154,12 +155,10 @@ def _unmovable_site(
     return None
 
 
-def _has_discrete_latent(trace: Any) -> bool:
-    """Whether a latent is summed out, so that no gradient tells what depends on it."""
-    return trace is not None and any(
-        site["fn"].has_enumerate_support and not isinstance(site["fn"], _Subsample)
-        for _, site in trace.iter_stochastic_nodes()
-    )
+def _has_energies(trace: Any) -> bool:
+    """Whether a model has a site whose log Z may matter in ways that gradients do not show."""
+    sites = [s for s in trace.nodes.values() if s["type"] == "sample"] if trace else []
+    return any(unwrap(s["fn"]) is not None or s["infer"].get("energy_factor") for s in sites)
 
 
 def _is_movable(support: Any) -> bool:

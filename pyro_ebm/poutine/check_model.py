@@ -31,6 +31,7 @@ from pyro_ebm.distributions.normalizer_guard import (
     names_of,
     report,
 )
+from pyro_ebm.distributions.supports import tensors_in
 from pyro_ebm.errors import MissingNormalizerError
 from pyro_ebm.ops.autograd import grad_of
 from pyro_ebm.ops.autograd_graph import leaves_of
@@ -138,6 +139,7 @@ class _Known(NamedTuple):
     x: Tensor
     gap: str | None
     latents: tuple[str, ...]
+    latents_of_bounds: tuple[str, ...]
     latents_of_log_z: tuple[str, ...]
     parameters: tuple[Tensor, ...]
     parameters_of_log_z: tuple[Tensor, ...]
@@ -182,8 +184,11 @@ class _Known(NamedTuple):
 
 def _known(pair: Pair) -> _Known:
     p, x = _target(pair.tracked)
+    gap = problem_with(p.log_normalizer)
     with torch.no_grad(), unvalidated():
-        latents = _latents_in(p.unnormalized_log_prob(x), pair)
+        bounds = _latents_in([*tensors_in(p.support)], pair)
+        weighing = [p.unnormalized_log_prob(x), pair.tracked["scale"] if gap else None]
+        latents = _latents_in([*weighing, *tensors_in(p.support)], pair)
         of_log_z = _latents_in(p.log_normalizer_value(), pair)
     p, x = _target(pair.site)
     with torch.enable_grad():
@@ -191,7 +196,7 @@ def _known(pair: Pair) -> _Known:
         log_z = p.log_normalizer_value()
     own = _parameters_in(log_z, pair)
     of_log_z = tuple(n for n in of_log_z if _is_attached(pair.leaves[n], log_z))
-    return _Known(p, x, problem_with(p.log_normalizer), latents, of_log_z, parameters, own)
+    return _Known(p, x, gap, latents, bounds, of_log_z, parameters, own)
 
 
 def _is_attached(latent: Tensor, log_z: Tensor | None) -> bool:
@@ -236,6 +241,8 @@ def _leaves_to_check(pair: Pair, known: _Known) -> dict[str, Tensor]:
     if known.gap is not None or not (known.is_function or known.has_graph):
         return {}
     names = known.latents if known.is_function else known.latents_of_log_z
+    # The slope in a bound of the support is a density at the bound and no mean of slopes.
+    names = tuple(n for n in names if n not in known.latents_of_bounds)
     latents = {n: pair.leaves[n] for n in names if pair.leaves[n].requires_grad}
     parameters = known.parameters if known.is_function else known.parameters_of_log_z
     parameters = () if known.is_learned else parameters

@@ -57,7 +57,8 @@ def tree(record):
         "log_likelihood": {"y": log_likelihood(record)},
         "prior": {"mu": np.zeros((1, 5))},
     }
-    attrs = {"sampler": record.sampler, "adjusted": 1}
+    own = {"sampler": record.sampler, "adjusted": 1}
+    attrs = dict.fromkeys(("posterior", "sample_stats", "warmup_sample_stats"), own)
     dims = {"group/theta": ["group"], "y": ["group"]}
     return core.build(az, groups, attrs=attrs, dims=dims, coords={"group": list("abcdefgh")})
 

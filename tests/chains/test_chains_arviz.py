@@ -18,6 +18,7 @@ from pyro.infer.reparam import LocScaleReparam
 from pyro_ebm.chains import Record, _arviz_core, to_arviz
 from pyro_ebm.chains.arviz import import_arviz
 from pyro_ebm.distributions import EnergyDistribution, energy_factor
+from pyro_ebm.energies import GaussianEnergy
 from pyro_ebm.errors import ImproperEnergyWarning
 from pyro_ebm.mcmc import RecordingHMC, RecordingNUTS
 
@@ -194,11 +195,25 @@ def test_arviz_1_is_handed_one_nested_dict():
         __version__="1.3.0", from_dict=lambda data, **options: calls.append((data, options))
     )
     groups = {"posterior": draws(x=()), "sample_stats": {}, "observed_data": {"y": np.zeros(3)}}
-    _arviz_core.build(newer, groups, attrs={"sampler": "s"}, dims={"x": ["d"]})
+    _arviz_core.build(newer, groups, attrs={"posterior": {"sampler": "s"}}, dims={"x": ["d"]})
     (data, options) = calls[0]
     assert set(data) == {"posterior", "observed_data"}
     assert options["attrs"] == {"posterior": {"sampler": "s"}}
     assert options["dims"] == {"x": ["d"]}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_predictive_draws_of_short_chains_say_so(exact):
+    def model(y=None):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        energy = GaussianEnergy(m, 1.0) if exact else lambda x: 0.5 * (x - m) ** 2
+        with pyro.plate("rows", 4):
+            pyro.sample("y", EnergyDistribution(energy, event_shape=()), obs=y)
+
+    after = {"y": np.zeros((2, 6, 4))}
+    source, options = draws(m=()), {"model": model, "args": (DATA[:, 0],)}
+    attrs = to_arviz(source, posterior_predictive=after, **options)["posterior_predictive"].attrs
+    assert attrs.get("approximate_draws") == (None if exact else "y")
 
 
 def test_importing_the_package_does_not_import_arviz():

@@ -270,3 +270,20 @@ def test_scales_are_left_out():
     source = draws()
     scaled = poutine.scale(normal, scale=0.1)
     np.testing.assert_allclose(scores(scaled, source)["y"], by_hand(source), rtol=1e-12)
+
+
+def test_a_row_of_hidden_parts_is_no_observation():
+    """Masks inside ``to_event`` hide parts of rows; a row is left out if all of it is hidden."""
+    mask = torch.tensor([[True, False], [False, False], [True, True]])
+    y = torch.arange(6.0).reshape(3, 2)
+
+    def model(y):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", dist.Normal(m, 1.0).expand([3, 2]).mask(mask).to_event(1), obs=y)
+
+    m = np.linspace(-1.0, 1.0, 4).reshape(2, 2)
+    values = scores(model, {"m": m}, y)["y"]
+    parts = dist.Normal(torch.tensor(m)[..., None, None], 1.0).log_prob(y.double())
+    want = (parts * mask).sum(-1)[..., [0, 2]]
+    np.testing.assert_allclose(values, want, rtol=1e-6)

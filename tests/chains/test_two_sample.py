@@ -155,7 +155,7 @@ def test_reference_is_resampled_and_alike_in_both_terms():
 
     The gain is then twice a mean over the reference, whose bootstrap error is known.
     """
-    here, there = (torch.full((3, 1), mean, dtype=torch.float64) for mean in (0.0, 2.0))
+    here, there = (torch.full((20, 1), mean, dtype=torch.float64) for mean in (0.0, 2.0))
     y = normals(40, 1)
     assert mmd2_difference(here, here, y).stderr < 1e-12
     gain = mmd2_difference(here, there, y, bandwidth=1.0, num_bootstrap=4000)
@@ -170,7 +170,7 @@ def test_reference_is_resampled_and_alike_in_both_terms():
 @pytest.mark.parametrize("resampled", ["sample", "reference"])
 def test_both_samples_are_resampled(resampled):
     """Each alone, the other on one point: the variance is that of the statistic's linear part."""
-    spread, point = normals(300, 1), torch.full((3, 1), 2.0, dtype=torch.float64)
+    spread, point = normals(300, 1), torch.full((20, 1), 2.0, dtype=torch.float64)
     pair = (spread, point) if resampled == "sample" else (point, spread)
     interval = mmd2_bootstrap(*pair, bandwidth=1.0, num_bootstrap=2000)
     kernel = two_sample._sum_of_gaussians(list(SCALES))
@@ -226,7 +226,8 @@ def test_seed_decides_the_interval():
         (lambda: mmd2(normals(5), normals(5), bandwidth=0.0), "must be positive"),
         (lambda: mmd2(normals(5), normals(5), multiples=()), "must be positive"),
         (lambda: median_distance(torch.zeros(5)), "pass bandwidth="),
-        (lambda: mmd2_bootstrap(normals(5), normals(5), level=1.0), "level"),
+        (lambda: mmd2_bootstrap(normals(10), normals(10), level=1.0), "level"),
+        (lambda: mmd2_bootstrap(normals(10), normals(9)), "at least 10 rows, got 9"),
         (lambda: mmd2_bootstrap(normals(5), normals(5), num_bootstrap=1), "num_bootstrap"),
     ],
 )

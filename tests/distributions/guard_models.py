@@ -46,7 +46,8 @@ class Setup:
         guide: A guide where an automatic one will not do.
         at: Values of the latents with respect to which gradients are compared.
         held: Values of the latents that are events of an EBM site themselves.
-        uncovered: The latents that ``check_model`` must name; none where it must stay silent.
+        uncovered: The latents (of a mixture, the site) that ``check_model`` must name; none where
+            it must stay silent.
         scored: What holds the faulty density, if it is not the model (a guide).
         meant: The model that was meant, if it is not ``model`` with its log Z filled in.
         weights: Network weights, to freeze them.
@@ -947,6 +948,85 @@ def score_function_parent() -> Setup:
         pyro.sample("k", dist.Poisson(rate))
 
     return Setup(model, (X,), guide, at={}, uncovered=("k",))
+
+
+def mixture_weights() -> Setup:
+    """A fixed EBM as component of a mixture whose weights are latent."""
+    log_z = 0.5 * (2.0 * torch.pi * _SCALES**2).log()
+
+    def made(log_normalizer: Tensor | None) -> Callable[[Tensor], None]:
+        def model(x: Tensor) -> None:
+            w = pyro.sample("w", dist.Beta(1.0, 1.0))
+            weights = dist.Categorical(torch.stack([w, 1.0 - w]))
+            fits = _ebm(
+                lambda x: half_square(x / _SCALES), batch_shape=(2,), log_normalizer=log_normalizer
+            )
+            with pyro.plate("n", len(x)):
+                pyro.sample("x", dist.MixtureSameFamily(weights, fits), obs=x)
+
+        return model
+
+    at = {"w": torch.tensor(0.4)}
+    return Setup(made(None), (X,), at=at, uncovered=("x",), meant=made(log_z))
+
+
+def support_bound() -> Setup:
+    """A latent bound of the support, under a fixed energy."""
+
+    def made(*, known: bool) -> Callable[[Tensor], None]:
+        def model(x: Tensor) -> None:
+            t = pyro.sample("theta", dist.Uniform(0.0, 1.0))
+            above = constraints.greater_than(t)
+            log_z = (lambda: -t) if known else None
+            p = _ebm(lambda x: 1.0 * x, support=above, log_normalizer=log_z)
+            with pyro.plate("n", len(x)):
+                pyro.sample("x", p, obs=x)
+
+        return model
+
+    at = {"theta": torch.tensor(0.5)}
+    return Setup(
+        made(known=False), (1.0 + X.abs(),), at=at, uncovered=("theta",), meant=made(known=True)
+    )
+
+
+def known_support_bound() -> Setup:
+    """A latent bound of the support, and log Z as a function of it."""
+    setup = support_bound()
+    return Setup(setup.meant, setup.args, at=setup.at)  # type: ignore[arg-type]
+
+
+def latent_scale() -> Setup:
+    """A fixed energy's term multiplied by a latent (``poutine.scale``)."""
+
+    def model(x: Tensor) -> None:
+        t = _theta()
+        with poutine.scale(scale=t), pyro.plate("n", len(x)):
+            pyro.sample("x", _ebm(half_square), obs=x)
+
+    return Setup(model, (X,), uncovered=("theta",))
+
+
+def _cut_parent(cut: Callable[[Tensor], Tensor]) -> Setup:
+    def made(of: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+        def model(x: Tensor) -> None:
+            t = of(_theta())
+            with pyro.plate("n", len(x)):
+                pyro.sample("x", _ebm(lambda x: t * half_square(x)), obs=x)
+
+        return model
+
+    return Setup(made(cut), (X,), uncovered=("theta",), meant=made(lambda t: t))
+
+
+def detached_parent() -> Setup:
+    """A latent that enters the energy without its gradient (``theta.detach()``)."""
+    return _cut_parent(lambda t: t.detach())
+
+
+def branch_on_parent() -> Setup:
+    """A latent that picks the energy (``torch.where(theta > 1, ...)``)."""
+    return _cut_parent(lambda t: torch.where(t > 1.0, 1.0, 9.0))
 
 
 def number_parent() -> Setup:

@@ -411,7 +411,7 @@ ROWS: tuple[Row, ...] = (
             "constant_parameter": "nuts auto_normal",
             "constant_estimate": "nuts auto_normal",
             "constant_detached": "nuts",
-            "half_covered": "nuts auto_normal",
+            "half_covered": "nuts auto_normal auto_mvn auto_flow",
         },
     ),
     *rows(
@@ -440,6 +440,30 @@ ROWS: tuple[Row, ...] = (
         "torch deposits gradient in the weights and cannot know that no optimizer holds them: "
         "freeze them",
         {"pretrained_prior": "elbo_module"},
+    ),
+    *rows(
+        "raises",
+        "a mixture weighs its components by their log Z",
+        {"mixture_weights": "nuts auto_normal importance"},
+    ),
+    *rows(
+        "raises",
+        "log Z depends on the bounds of the support",
+        {"support_bound": "nuts auto_normal"},
+    ),
+    *rows(
+        "raises",
+        "log Z would weigh the scale",
+        {"latent_scale": "nuts auto_normal"},
+    ),
+    *rows(
+        "raises",
+        "RecordingNUTS runs check_model when it is set up",
+        {
+            "enumerated_mixture": "recording_nuts",
+            "detached_parent": "recording_nuts",
+            "branch_on_parent": "recording_nuts",
+        },
     ),
     *rows(
         "raises",
@@ -491,6 +515,7 @@ ROWS: tuple[Row, ...] = (
             "exact_quartic": "nuts auto_normal",
             "covering_tensor": "nuts auto_normal elbo_module func_hessian",
             "covering_callable": "nuts auto_normal",
+            "known_support_bound": "nuts auto_normal",
         },
     ),
     *rows("silent", "log Z is known for the parameter", {"param_exact": "trace_elbo elbo_module"}),
@@ -542,6 +567,11 @@ ROWS: tuple[Row, ...] = (
         {"param": "compiled"},
     ),
     *rows("not caught", "a Python number remembers nothing", {"number_parent": "nuts"}),
+    *rows(
+        "not caught",
+        "no gradient reaches the latent; check_model sees the dependence",
+        {"detached_parent": "nuts auto_normal", "branch_on_parent": "nuts"},
+    ),
     *rows(
         "not caught",
         "the inner backward pass is not part of the graph: checkpoint(use_reentrant=False) is",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import pickle
 import weakref
 
@@ -380,3 +381,52 @@ def test_mixture_with_latent_weights_is_named_under_nuts():
 
     with pytest.raises(MissingNormalizerError, match="site 'x'.*MixtureSameFamily"):
         nuts(model, X)
+
+
+# --- variational factors and scales
+
+
+def test_a_fixed_ebm_in_the_guide_needs_log_z():
+    """No gradient is wrong there, but the value of the ELBO is off by log Z."""
+    normal = dist.Normal(0.0, 1.0)
+
+    def guide_of(**kwargs):
+        p = EnergyDistribution(lambda z: z**2 / 2, event_shape=(), sampler=draw, **kwargs)
+        return lambda: pyro.sample("z", p)
+
+    def draw(p, shape):
+        return normal.sample(shape)
+
+    def model():
+        pyro.sample("z", normal)
+
+    log_z = 0.5 * math.log(2.0 * math.pi)
+    loss = infer.Trace_ELBO().loss(model, guide_of(log_normalizer=log_z))
+    assert loss == pytest.approx(0.0, abs=1e-6)
+    with pyro.settings.context(ebm_missing_normalizer="ignore"):
+        assert infer.Trace_ELBO().loss(model, guide_of()) == pytest.approx(log_z, abs=1e-6)
+    with pytest.raises(MissingNormalizerError, match="a variational factor must be normalized"):
+        infer.SVI(model, guide_of(), Adam({}), infer.Trace_ELBO()).step()
+
+
+def test_a_vector_latent_counts_as_one():
+    """Its parts are not told apart: log Z of the first part passes, and check_model names it."""
+    theta = torch.tensor([2.0, 3.0], requires_grad=True)
+    p = EnergyDistribution(
+        lambda x: theta.prod() * x**2, event_shape=(), log_normalizer=-0.5 * theta[0].log()
+    )
+    p.log_prob(X).sum().backward()
+
+
+def test_subclass_with_another_energy_has_another_log_z():
+    class Quartically(GaussianEnergy):
+        def forward(self, x):
+            return super().forward(x) + 0.1 * x**4
+
+    class Shifted(GaussianEnergy):
+        def log_normalizer(self):
+            return super().log_normalizer() + 0.0
+
+    assert EnergyDistribution(GaussianEnergy(0.0, 1.0)).is_normalized
+    assert EnergyDistribution(Shifted(0.0, 1.0)).is_normalized
+    assert not EnergyDistribution(Quartically(0.0, 1.0), event_shape=()).is_normalized

@@ -59,7 +59,7 @@ def test_given_event_shape_spares_the_trial_run():
     rows_only = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     law = PushforwardDistribution(rows_only, standard_normal(), event_shape=(3,))
     assert law.sample((7,)).shape == (7, 3)
-    with pytest.raises(ValueError, match="give event_shape= if it needs rows"):
+    with pytest.raises(ValueError, match="RowWise.network, event_dim. makes it"):
         PushforwardDistribution(rows_only, standard_normal())
 
 

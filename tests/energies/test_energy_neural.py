@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_ebm.energies import ConvEnergy, MLPEnergy
+from pyro_ebm import GeneralizedEBM
+from pyro_ebm.energies import ConvEnergy, MLPEnergy, RowWise
 
 SMOOTH = ("silu", "softplus", "gelu", "tanh", "mish")
 
@@ -174,3 +176,34 @@ def test_score_matching_loss_reaches_every_weight():
     grads = {name: p.grad for name, p in energy.named_parameters()}
     silent = [name for name, g in grads.items() if g is None or not g.abs().sum() > 0]
     assert silent == ["net.4.bias"]  # a constant of the energy
+
+
+# --- networks that want rows
+
+
+def upsampler():
+    network = nn.Sequential(
+        nn.Linear(3, 16),
+        nn.BatchNorm1d(16),
+        nn.Unflatten(1, (4, 2, 2)),
+        nn.ConvTranspose2d(4, 1, 4, 4),
+    )
+    return RowWise(network.double().eval(), event_dim=1)
+
+
+def test_row_wise_keeps_leading_dims():
+    generator, z = upsampler(), torch.randn(2, 4, 3, dtype=torch.float64)
+    x = generator(z)
+    assert x.shape == (2, 4, 1, 8, 8)
+    torch.testing.assert_close(x[1, 2], generator(z[1, 2]))
+    torch.testing.assert_close(x[1], generator.network(z[1]))
+    with pytest.raises(ValueError, match="was given an input of shape"):
+        generator(torch.tensor(1.0))
+
+
+def test_a_convolutional_generator_works_with_chains_and_single_latents():
+    prior = dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1)
+    gebm = GeneralizedEBM(upsampler(), prior, ConvEnergy((1, 8, 8), channels=(4,)).double())
+    z = prior.sample((6, 2))
+    assert gebm.latent.log_prob(z).shape == (6, 2)
+    torch.testing.assert_close(gebm.latent.log_prob(z)[3, 1], gebm.latent.log_prob(z[3, 1]))

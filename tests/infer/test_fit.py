@@ -638,3 +638,52 @@ def test_bad_arguments(options, match):
     options = {"data": torch.randn(9, 2), **options}
     with pytest.raises(ValueError, match=match):
         fit(model_of(new_net()), options.pop("data"), NCE(), num_steps=1, **options, **QUIET)
+
+
+# --- which plate is over the rows
+
+
+def with_features(x):
+    """A plate that has the batch's size by chance, before the plate over rows."""
+    with pyro.plate("features", 4):
+        pyro.sample("w", dist.Normal(0.0, 1.0), obs=torch.arange(4.0))
+    base = dist.Normal(0.0, 1.0)
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", EnergyDistribution(lambda x: 0.1 * x**2, base, log_normalizer=0.0), obs=x)
+
+
+def test_a_plate_of_the_batchs_size_by_chance_is_not_scaled():
+    data, objective = torch.randn(12), RankingNCE(num_noise=1)
+    rows = []
+    inner = objective.per_datum
+    objective.per_datum = lambda *args: rows.append(inner(*args)) or rows[-1]
+    result = fit(with_features, data, objective, batch_size=4, num_steps=2, **QUIET)
+    features = -dist.Normal(0.0, 1.0).log_prob(torch.arange(4.0)).sum()
+    for per_datum, loss in zip(rows, result.losses, strict=True):
+        assert loss == pytest.approx(((3 * per_datum.sum() + features) / 12).item(), abs=1e-6)
+
+
+def test_plates_that_do_not_follow_the_rows_are_refused():
+    def model(x):
+        with pyro.plate("features", 4):
+            pyro.sample("w", dist.Normal(0.0, 1.0), obs=torch.arange(4.0))
+        with pyro.plate("data", 4):
+            pyro.sample("x", EnergyDistribution(lambda x: x**2, dist.Normal(0.0, 1.0)), obs=x)
+
+    with pytest.raises(ValueError, match=r"\['data', 'features'\] have that size and none follows"):
+        fit(model, torch.randn(12), RankingNCE(), batch_size=4, num_steps=1, **QUIET)
+
+
+def test_the_schedule_of_a_fit_is_not_kept():
+    objective = KALE(schedule=(2, 1))
+
+    def model(x):
+        slope = pyro.param("slope", torch.tensor(0.1))
+        with pyro.plate("data", len(x)):
+            ebm = EnergyDistribution(lambda x: slope * x, base=dist.Normal(0.0, 1.0))
+            pyro.sample("x", ebm, obs=x)
+
+    fit(model, torch.randn(12), objective, schedule=(1, 0), num_steps=2, **QUIET)
+    assert objective.schedule == (2, 1)
+    with pytest.raises(TypeError, match="Trace_ELBO has no two players"):
+        fit(model, torch.randn(12), Trace_ELBO(), schedule=(1, 1), num_steps=1, **QUIET)

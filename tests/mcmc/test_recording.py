@@ -174,7 +174,7 @@ def test_step_size_is_the_one_of_the_transition(kernel):
     warming, sampling = (found[f"{stage}_stats"]["chain 0"] for stage in ("warmup", "sample"))
     recorded = np.concatenate([warming["step_size"], sampling["step_size"]])
     np.testing.assert_array_equal(recorded[1:], after[:-1])
-    assert (np.diff(after[:30]) != 0).all()
+    assert (np.diff(after[:30]) != 0).sum() > 20
 
 
 @pytest.mark.parametrize("depth", [1, 3])
