@@ -145,7 +145,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="try settings on the validation rows")
     args = parser.parse_args()
     args.settings = digits.Settings()
-    args.nuts_samples, args.nuts_warmup = 500, 300
+    args.nuts_samples, args.nuts_warmup = 800, 300
     args.plane_steps, args.plane_draws = 1500, 8000
     if args.smoke:
         args.settings = digits.Settings(

@@ -61,6 +61,7 @@ def sample(
     )
     mcmc.run()
     law = model.gebm.latent
+    pyro.set_rng_seed(seed)  # the comparison does not depend on how long NUTS ran
     independent = draw_in_chunks(law, num_independent)
     latents = mcmc.get_samples(group_by_chain=True)["x_latent"]
     with torch.no_grad():
