@@ -4,8 +4,7 @@ from __future__ import annotations
 
 
 class MissingNormalizerError(RuntimeError):
-    """A parameter would be inferred through an energy whose log Z is missing, constant, free or
-    stale.
+    """A parameter would be inferred through a missing, constant, free or stale log Z.
 
     A ``RuntimeError`` and not a ``ValueError``: Pyro rewraps the latter while tracing and its type
     would be lost.
@@ -29,9 +28,7 @@ class UnregisteredParameterError(RuntimeError):
 
 
 class ApproximateSampleWarning(UserWarning):
-    """Draws come from a short chain that had visibly not converged, or cost more than they need
-    to.
-    """
+    """Draws come from a short chain, visibly not converged or costlier than it need be."""
 
 
 class ImproperEnergyWarning(UserWarning):

@@ -55,8 +55,8 @@ def draw(target: Target, shape: torch.Size) -> Tensor:
     if result.rhat > MAX_RHAT and not is_prototype_run():
         warnings.warn(
             f"{target!r}.sample() ran a short chain that has not converged (rank R-hat "
-            f"{result.rhat:.2f} > {MAX_RHAT}): "
-            "use MCMC for answers, or pass sampler= to the distribution",
+            f"{result.rhat:.2f} > {MAX_RHAT}): use MCMC for answers, or pass sampler= to the "
+            "distribution",
             ApproximateSampleWarning,
             stacklevel=4,
         )
@@ -64,8 +64,9 @@ def draw(target: Target, shape: torch.Size) -> Tensor:
 
 
 def _without_validation(law: Any) -> Any:
-    """A copy that does not check values: float32 rounding takes points off a simplex by more than
-    torch allows.
+    """A copy that does not check values.
+
+    Float32 rounding takes points off a simplex by more than torch allows.
     """
     unchecked = copy.copy(law)
     unchecked._validate_args = False
@@ -76,9 +77,7 @@ def _without_validation(law: Any) -> Any:
 
 
 def draw_exactly(target: Target, shape: torch.Size) -> Tensor:
-    """Returns draws of an energy that samples itself, independent also along expanded batch
-    dims.
-    """
+    """Returns draws of an energy that samples itself, independent along expanded batch dims too."""
     energy = target.energy_function
     own, batch = energy.log_normalizer().shape, target.batch_shape
     lead, tail = batch[: len(batch) - len(own)], batch[len(batch) - len(own) :]
@@ -116,9 +115,7 @@ def _start(target: Target, chains: int, batch: torch.Size) -> Tensor:
 
 
 def _like(target: Target) -> Tensor:
-    """A tensor whose dtype and device the draws take: a parameter of the energy, else torch's
-    default.
-    """
+    """The draws' dtype and device, as a tensor: a parameter of the energy, else torch's default."""
     energy = target.energy_function
     if isinstance(energy, torch.nn.Module):
         for tensor in (*energy.parameters(), *energy.buffers()):

@@ -41,8 +41,7 @@ Sampler = Callable[["EnergyDistribution", torch.Size], Tensor]
 
 
 class EnergyDistribution(TorchDistribution):
-    r"""The law proportional to :math:`e^{-E(x)}` with respect to a base distribution or a support's
-    measure.
+    r"""The law with density :math:`\propto e^{-E(x)}` relative to a base or a support's measure.
 
     The distribution is a cheap view: it owns no weights. Random weights (``PyroSample`` attributes)
     are drawn where the distribution is made. Register a network with ``pyro.module`` (or use a
@@ -137,9 +136,7 @@ class EnergyDistribution(TorchDistribution):
 
     @property
     def is_exact_energy(self) -> bool:
-        """Whether the energy itself knows log Z and how to sample, on this support and without a
-        base.
-        """
+        """Whether the energy itself knows log Z and samples, on this support and with no base."""
         return self._is_exact
 
     @property
@@ -155,9 +152,7 @@ class EnergyDistribution(TorchDistribution):
         return self._energy.log_normalizer if self.is_exact_energy else None  # type: ignore[attr-defined]
 
     def log_normalizer_value(self) -> Tensor | None:
-        """Log Z in nats as a tensor that broadcasts with ``batch_shape``; ``None`` if unknown or
-        stale.
-        """
+        """Log Z in nats, broadcasting with ``batch_shape``; ``None`` if unknown or stale."""
         with self.fixed_weights():
             return known_normalizer.value_of(self.log_normalizer)
 
@@ -262,8 +257,9 @@ class EnergyDistribution(TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """Draws: exactly where the energy can, else by ``sampler``, else by a short chain started
-        from the base.
+        """Draws: exactly where the energy can, else by ``sampler``, else by a short chain.
+
+        The chain starts from the base.
 
         Returns:
             Detached draws of shape ``sample_shape + batch_shape + event_shape``.
@@ -281,9 +277,7 @@ class EnergyDistribution(TorchDistribution):
 
     @property
     def has_exact_sample(self) -> bool:
-        """Whether :meth:`sample` draws from the distribution itself rather than from a short
-        chain.
-        """
+        """Whether :meth:`sample` draws from the distribution itself, not from a short chain."""
         return self.sampler is None and self.is_exact_energy
 
     @property
@@ -309,8 +303,7 @@ class EnergyDistribution(TorchDistribution):
     def expand(
         self, batch_shape: torch.Size | tuple[int, ...], _instance: EnergyDistribution | None = None
     ) -> EnergyDistribution:
-        """Returns the same kind of distribution with a larger batch shape (Pyro's plates call
-        this).
+        """Returns the same kind of distribution with a larger batch shape; plates call this.
 
         Raises:
             ValueError: If the present batch shape does not broadcast to ``batch_shape``.
@@ -333,8 +326,9 @@ class EnergyDistribution(TorchDistribution):
         return self._with_energy(SumEnergy(self._energy, energy), energy)
 
     def temper(self, inverse_temperature: float | Tensor) -> EnergyDistribution:
-        """Returns the law with energy beta E on the same base; log Z stays known at beta 0 (with a
-        base) and 1 only.
+        """Returns the law with energy beta E on the same base.
+
+        Log Z stays known at beta 0 (with a base) and at beta 1 only.
         """
         if isinstance(inverse_temperature, Number) and inverse_temperature == 1:
             return self._copy()
@@ -352,15 +346,12 @@ class EnergyDistribution(TorchDistribution):
         if not self.is_normalized:
             raise ValueError(
                 "as_base needs a normalized distribution: give log_normalizer=, or use "
-                "tilt(energy), "
-                "which keeps this distribution's own base"
+                "tilt(energy), which keeps this distribution's own base"
             )
         return EnergyDistribution(energy, base=self)
 
     def with_log_normalizer(self, log_normalizer: LogNormalizerLike | None) -> EnergyDistribution:
-        """Returns the same law with this knowledge of log Z (see the class on what may be
-        given).
-        """
+        """Returns the same law with this knowledge of log Z; the class says what may be given."""
         new = self._copy()
         new._log_normalizer = known_normalizer.checked(log_normalizer)
         return new

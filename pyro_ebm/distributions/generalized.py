@@ -130,16 +130,13 @@ class GeneralizedEBM(EnergyDistribution):
         """Raises: there is no density with respect to Lebesgue measure."""
         raise NotImplementedError(
             "a GeneralizedEBM has no density in x. Learn it from observations with "
-            "pyro_ebm.infer.KALE or "
-            "DonskerVaradhan; sample it in latent space with poutine.reparam(model, "
-            "{site: LatentReparam()}); to "
-            "condition on data, sample x without obs= and put a likelihood after x"
+            "pyro_ebm.infer.KALE or DonskerVaradhan; sample it in latent space with "
+            "poutine.reparam(model, {site: LatentReparam()}); to condition on data, sample x "
+            "without obs= and put a likelihood after x"
         )
 
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """Returns ``generator(z)`` for ``z`` drawn from :attr:`latent` (or what ``sampler``
-        returns).
-        """
+        """Returns ``generator(z)``, z drawn from :attr:`latent`, or what ``sampler`` returns."""
         if self.sampler is not None:
             return super().sample(sample_shape)
         z = self.latent.sample(sample_shape)
@@ -159,8 +156,9 @@ class GeneralizedEBM(EnergyDistribution):
         return new
 
     def tilt(self, energy: EnergyFn) -> EnergyDistribution:
-        """Returns the law with energy beta E + ``energy`` on the same base; beta becomes part of
-        the energy.
+        """Returns the law with energy beta E + ``energy`` on the same base.
+
+        Beta becomes part of the energy.
         """
         own = (
             ScaledEnergy(self._energy, self.inverse_temperature)

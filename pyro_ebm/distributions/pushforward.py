@@ -1,5 +1,4 @@
-r"""The law of a generator's output: :math:`x = G(z),\ z \sim \eta`. It can be drawn and has no
-density.
+r"""The law of a generator's output, :math:`x = G(z),\ z \sim \eta`: drawn, without a density.
 
 As a guide site it is the natural base of KALE and the generator of an MMD fit: every draw is fresh,
 where a ``Delta(generator(z))`` would repeat one point.
@@ -59,9 +58,8 @@ class PushforwardDistribution(TorchDistribution):
             raise TypeError(f"generator must be callable, z -> x, got {type(generator).__name__}")
         if not isinstance(prior, torch.distributions.Distribution):
             raise TypeError(
-                "prior must be a Pyro distribution, for example dist.Normal(0, "
-                "1).expand([2]).to_event(1), "
-                f"got {type(prior).__name__}"
+                "prior must be a Pyro distribution, for example "
+                f"dist.Normal(0, 1).expand([2]).to_event(1), got {type(prior).__name__}"
             )
         self.generator = generator
         self.prior = prior
@@ -81,9 +79,7 @@ class PushforwardDistribution(TorchDistribution):
         return bool(self.prior.has_rsample)
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """Returns draws with gradients to the generator and, if the prior has them, to the
-        prior.
-        """
+        """Returns draws with gradients to the generator and, if it has them, to the prior."""
         return self.generator(self.prior.rsample(torch.Size(sample_shape)))
 
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
@@ -95,10 +91,9 @@ class PushforwardDistribution(TorchDistribution):
         """Raises: the law of a generator's output has no density."""
         raise NotImplementedError(
             "a PushforwardDistribution has no density: as a contrast (guide site under KALE or "
-            "EnergyDiscrepancy) it "
-            "needs none; for a likelihood put one after it, e.g. pyro.sample('obs', dist.Normal(x, "
-            "sigma), obs=data); "
-            "an invertible generator is dist.TransformedDistribution; an energy on top of one is "
+            "EnergyDiscrepancy) it needs none; for a likelihood put one after it, e.g. "
+            "pyro.sample('obs', dist.Normal(x, sigma), obs=data); an invertible generator is "
+            "dist.TransformedDistribution; an energy on top of one is "
             "GeneralizedEBM(generator, prior, energy)"
         )
 
@@ -116,9 +111,7 @@ class PushforwardDistribution(TorchDistribution):
 
 
 def _event_shape(generator: Callable[[Tensor], Tensor], prior: Any) -> torch.Size:
-    """Runs the generator on one latent, without touching the random state or the enclosing
-    trace.
-    """
+    """Runs the generator on one latent; leaves the random state and the enclosing trace alone."""
     with torch.no_grad(), rng_preserved(), pyro.poutine.block():
         z = prior.sample()
         x = _output(generator, z)
@@ -126,8 +119,7 @@ def _event_shape(generator: Callable[[Tensor], Tensor], prior: Any) -> torch.Siz
     if x.shape[: len(batch)] != batch:
         raise ValueError(
             f"generator returned shape {tuple(x.shape)} for latents of shape {tuple(z.shape)}; "
-            "expected the leading "
-            f"dims {tuple(batch)} to be kept"
+            f"expected the leading dims {tuple(batch)} to be kept"
         )
     return x.shape[len(batch) :]
 

@@ -126,9 +126,7 @@ def _plate_shape() -> torch.Size:
 
 
 def _values_so_far() -> dict[str, tuple[Tensor, bool]]:
-    """Values of the sample sites before this statement in the innermost trace, and whether they are
-    observed.
-    """
+    """Sample sites so far in the innermost trace: values, and whether they are observed."""
     for handler in reversed(_PYRO_STACK):
         if isinstance(handler, TraceMessenger) and not handler.param_only:
             sites = handler.trace.nodes.items()
@@ -155,8 +153,7 @@ def _warn_if_simulating(name: str, latents: list[str]) -> None:
     _warned.add(name)
     warnings.warn(
         f"energy_factor {name!r} is ignored when its inputs are simulated from the prior: "
-        "condition on draws of MCMC "
-        "(posterior_samples=) to respect it",
+        "condition on draws of MCMC (posterior_samples=) to respect it",
         UserWarning,
         stacklevel=3,
     )

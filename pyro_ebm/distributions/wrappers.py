@@ -1,6 +1,4 @@
-"""Finding the energy-based distribution inside what plates, ``to_event`` and masks wrap around
-it.
-"""
+"""Finding the energy-based distribution that plates, ``to_event`` and masks have wrapped."""
 
 from __future__ import annotations
 
@@ -34,9 +32,7 @@ def unwrap(fn: Any) -> EnergyDistribution | None:
 
 
 def rewrap(fn: Any, replace: Callable[[EnergyDistribution], Any]) -> Any:
-    """Returns ``fn`` with the EBM inside it replaced, its ``Independent`` and mask layers rebuilt
-    around the result.
-    """
+    """Returns ``fn`` with the EBM inside replaced and ``Independent`` and mask layers rebuilt."""
     if isinstance(fn, EnergyDistribution):
         return replace(fn)
     inner = rewrap(fn.base_dist, replace)

@@ -27,8 +27,9 @@ class Run(Protocol):
 
 
 def save_checkpoint(path: Path, run: Run) -> None:
-    """Writes parameters, optimizer, objective, curves and random state; the old file survives a
-    failure.
+    """Writes parameters, optimizer, objective, curves and random state.
+
+    The old file survives a failure.
     """
     result = run.result
     state: dict[str, Any] = {

@@ -124,28 +124,28 @@ def not_degenerate(name: str, notes: Mapping[str, Tensor], who: str, step: int) 
 
 
 def full_data(name: str, site: Any) -> None:
-    """Raises ``ValueError`` if a site that is to be frozen sees a subsample: the next one would be
-    other rows.
+    """Raises ``ValueError`` if a site that is to be frozen sees a subsample.
+
+    The next subsample would be other rows.
     """
     for frame in site["cond_indep_stack"]:
         full = getattr(frame, "full_size", None)
         if full is not None and full != frame.size:
             raise ValueError(
                 f"EBM site {name!r} is in the subsampling plate {frame.name!r} ({frame.size} of "
-                f"{full} rows): a frozen "
-                "objective needs the full data, take subsample_size away"
+                f"{full} rows): a frozen objective needs the full data, take subsample_size away"
             )
 
 
 def guide(given: Any, who: str) -> None:
-    """Raises ``TypeError`` for a guide that runs the model itself: its sites would be taken for
-    contrasts.
+    """Raises ``TypeError`` for a guide that runs the model itself.
+
+    Its sites would be taken for contrasts.
     """
     if isinstance(poutine.unwrap(given), Messenger):
         raise TypeError(
             f"{type(given).__name__} is an effect-style guide, which runs the model by itself: "
-            "build it on "
-            f"poutine.surrogate(model, {who}()) and use it with pyro.infer.Trace_ELBO"
+            f"build it on poutine.surrogate(model, {who}()) and use it with pyro.infer.Trace_ELBO"
         )
 
 
@@ -156,8 +156,7 @@ def traces(model_trace: Any, guide_trace: Any, used: Collection[str]) -> None:
         if node["type"] == "sample" and node["infer"].get("enumerate"):
             raise NotImplementedError(
                 f"site {name!r} is enumerated; objectives do not sum out sites. Marginalize it in "
-                "the energy, or infer "
-                "it with a guide"
+                "the energy, or infer it with a guide"
             )
     for name, node in guide_trace.nodes.items():
         ebm = unwrap(node["fn"]) if node["type"] == "sample" else None
@@ -165,15 +164,12 @@ def traces(model_trace: Any, guide_trace: Any, used: Collection[str]) -> None:
         if ebm is not None and not contrast and not ebm.is_normalized:
             raise ValueError(
                 f"guide site {name!r} is an EnergyDistribution with unknown log Z: a variational "
-                "factor must be "
-                "normalized. Use a normal or a flow, or sample the latent by MCMC"
+                "factor must be normalized. Use a normal or a flow, or sample the latent by MCMC"
             )
 
 
 def shapes(model_trace: Any, guide_trace: Any, max_plate_nesting: float) -> None:
-    """Raises ``ValueError`` where a site has batch dims that no plate declares, as Pyro's own ELBOs
-    do.
-    """
+    """Raises ``ValueError`` for batch dims that no plate declares, as Pyro's own ELBOs do."""
     if not is_validation_enabled():
         return
     for trace in (model_trace, guide_trace):
@@ -210,8 +206,9 @@ def _is_point(fn: Any) -> bool:
 
 
 def finite(model_trace: Any, used: Collection[str], step: int) -> None:
-    """Raises ``NonFiniteEnergyError`` naming an EBM site whose surrogate is not finite (masked rows
-    do not count).
+    """Raises ``NonFiniteEnergyError`` naming an EBM site whose surrogate is not finite.
+
+    Masked rows do not count.
     """
     for name in used:
         log_prob = model_trace.nodes[name]["log_prob"]
@@ -219,9 +216,8 @@ def finite(model_trace: Any, used: Collection[str], step: int) -> None:
         if bad.any():
             raise NonFiniteEnergyError(
                 f"EBM site {name!r}: the surrogate is not finite in {int(bad.sum())} of "
-                f"{bad.numel()} rows at step {step}. "
-                "Look for overflow in the energy at data or contrast, standardize the data, or "
-                "lower the learning rate"
+                f"{bad.numel()} rows at step {step}. Look for overflow in the energy at data or "
+                "contrast, standardize the data, or lower the learning rate"
             )
 
 
@@ -245,8 +241,6 @@ def registered(
             energy = sites[name].energy_function
             raise UnregisteredParameterError(
                 f"EBM site {name!r}: {names_of(lost, energy)} would get gradients and never move, "
-                "because Pyro does not "
-                "know of it. Call pyro.module('energy', energy) in the model, make it a "
-                "PyroModule, or freeze it with "
-                "requires_grad_(False)"
+                "because Pyro does not know of it. Call pyro.module('energy', energy) in the "
+                "model, make it a PyroModule, or freeze it with requires_grad_(False)"
             )

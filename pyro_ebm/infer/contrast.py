@@ -55,8 +55,7 @@ def contrast_law(
     if law is None:
         raise ValueError(
             f"{who} has no contrast for {p!r}: give the distribution a base=, let the guide hold "
-            "one (a sample site "
-            "of the same name), or pass it to the objective"
+            "one (a sample site of the same name), or pass it to the objective"
         )
     law = elementwise(law, len(p.event_shape))
     _check_events(law, p, who)
@@ -81,14 +80,12 @@ def _check_events(law: Any, p: EnergyDistribution, who: str) -> None:
     if law.event_shape != p.event_shape:
         raise ValueError(
             f"the contrast of {who} has event_shape {tuple(law.event_shape)}, the EBM "
-            f"{tuple(p.event_shape)}; "
-            "use to_event(n) to make them agree"
+            f"{tuple(p.event_shape)}; use to_event(n) to make them agree"
         )
     if not p.shares_support_with(law):
         raise ValueError(
             f"the contrast of {who} lives on {law.support}, the EBM on {p.support}: their supports "
-            "must be the same, "
-            "or the log ratio is not defined where only one of them has mass"
+            "must be the same, or the log ratio is not defined where only one of them has mass"
         )
 
 

@@ -1,5 +1,6 @@
-r"""Energy discrepancy: learning an energy by comparing data with perturbed data. No log Z, no MCMC,
-no score.
+r"""Energy discrepancy: learning an energy by comparing data with perturbed data.
+
+It needs no log Z, no MCMC and no score.
 
 .. math::
     L = E\,\log\Big(\frac wM + \frac1M \sum_{j=1}^M e^{U(x) - U(x'_j)}\Big), \qquad
@@ -87,8 +88,7 @@ class EnergyDiscrepancy(Objective):
         if num_negatives < 1 or not stabilization > 0:
             raise ValueError(
                 f"num_negatives and stabilization must be positive, got {num_negatives!r} and "
-                f"{stabilization!r}; "
-                "at stabilization 0 the loss is unbounded below"
+                f"{stabilization!r}; at stabilization 0 the loss is unbounded below"
             )
         if stabilization != 1:
             warnings.warn(
@@ -125,8 +125,7 @@ class EnergyDiscrepancy(Objective):
         if law.event_shape != event:
             raise ValueError(
                 f"the guide's law of the perturbation has event_shape {tuple(law.event_shape)}; "
-                "the unconstrained "
-                f"coordinates of an event have {tuple(event)}"
+                f"the unconstrained coordinates of an event have {tuple(event)}"
             )
         return law.expand(rows)
 

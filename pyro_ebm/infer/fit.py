@@ -1,5 +1,4 @@
-"""A training loop: one torch optimizer over everything the model, the guide and the objective
-register.
+"""A training loop: one torch optimizer for all that model, guide and objective register.
 
 Pyro's ``SVI`` works with every objective; ``fit`` adds what training an energy usually wants:
 mini-batches, a validation curve, an average of the weights, gradient clipping, checkpoints, and a
@@ -262,9 +261,7 @@ class _Run:
         return ", ".join([f"loss {loss:.4g}", *parts[:5]])
 
     def _announce_modules(self) -> None:
-        """Parameters of plain modules are optimized although no ``pyro.module`` statement names
-        them.
-        """
+        """Tells the objective of parameters optimized although no ``pyro.module`` names them."""
         modules = [m for m in (self.model, self.guide) if isinstance(m, nn.Module)]
         own = {id(p) for m in modules for p in m.parameters()}
         if isinstance(self.objective, Objective):
@@ -295,9 +292,7 @@ class _Run:
                 self.optimizer.add_param_group(group)
 
     def _local(self, name: str) -> str:
-        """The objective's own parameters under names that do not depend on how many objectives
-        there were.
-        """
+        """A parameter's name, without the count of objectives where it is this objective's own."""
         for prefix in getattr(self.objective, "parameter_prefixes", ()):
             if name.startswith(prefix):
                 return _OWN + name.removeprefix(prefix)

@@ -93,9 +93,7 @@ class FrozenObjective:
 
 
 class _LatentsAsLeaves(Messenger):
-    """Lets latents require gradients, so that a log Z computed from them can be told from a
-    constant.
-    """
+    """Lets latents require gradients: this tells a log Z computed from them from a constant."""
 
     def _pyro_post_sample(self, msg: Any) -> None:
         value = msg["value"]
@@ -122,9 +120,7 @@ def freeze(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> FrozenObjective:
-    """Runs the model once and draws one contrast for every observed EBM site (see
-    ``Objective.freeze``).
-    """
+    """Runs the model once and draws a contrast per observed EBM site (``Objective.freeze``)."""
     held = poutine.trace(guide).get_trace(*args, **kwargs).nodes if guide is not None else {}
     handler = SurrogateMessenger(_Unscored())
     with torch.enable_grad(), _LatentsAsLeaves():

@@ -1,6 +1,4 @@
-"""Letting a gradient pass to one argument and to nothing else, without touching any parameter's
-flags.
-"""
+"""Letting a gradient pass to one argument only, without touching any parameter's flags."""
 
 from __future__ import annotations
 
@@ -12,8 +10,7 @@ from pyro_ebm.ops.autograd import grad_of
 
 
 def hold_parameters(fn: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> Tensor:
-    """Returns ``fn(x)`` with gradient to ``x`` only, as if every parameter inside ``fn`` were
-    frozen.
+    """Returns ``fn(x)`` with gradient to ``x`` only, as if ``fn``'s parameters were frozen.
 
     Args:
         fn: Maps ``sample + batch + event`` to one value per event, row by row.

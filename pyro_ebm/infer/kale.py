@@ -44,9 +44,7 @@ CUpdate = Literal["gradient", "newton", "closed_form"]
 
 
 class BaseContrast(Objective):
-    """What KALE and Donsker–Varadhan share: base draws, the gradient penalty and the generator's
-    step.
-    """
+    """What KALE and Donsker–Varadhan share: base draws, gradient penalty, the generator's step."""
 
     needs_density = False
     has_second_player = True
@@ -82,8 +80,8 @@ class BaseContrast(Objective):
         if has_density and isinstance(p, GeneralizedEBM):
             raise ValueError(
                 f"the guide holds {type(noise).__name__} for {p!r}, whose energy refers to its "
-                "generator's law: "
-                "take the site out of the guide, or let it hold a PushforwardDistribution"
+                "generator's law: take the site out of the guide, or let it hold a "
+                "PushforwardDistribution"
             )
         return contrast_law(noise, p, x, needs_density=has_density, who=type(self).__name__)
 
@@ -109,8 +107,9 @@ class BaseContrast(Objective):
         return values[0], values[1:]
 
     def penalty(self, p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor | float:
-        """Returns the penalty per datum on the energy's squared gradient between data and base
-        draws.
+        """Returns the penalty per datum on the energy's squared gradient.
+
+        It is taken at points between data and base draws.
         """
         if not self.gradient_penalty:
             return 0.0
@@ -122,9 +121,7 @@ class BaseContrast(Objective):
         return self.gradient_penalty * squared
 
     def second_player(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Tensor:
-        """Returns the generator's loss, minus the log mean weight of its draws, with the energy
-        held.
-        """
+        """Returns the generator's loss: minus the log mean weight of its draws, energy held."""
         law = self._law(p, x, noise)
         if not law.has_rsample:
             raise ValueError(

@@ -51,14 +51,13 @@ _instances = itertools.count()
 
 
 class Objective(Trace_ELBO, nn.Module):
-    """Base class of objectives: a loss for ``SVI``, a factory of ``ELBOModule``, a surrogate for
-    MCMC.
+    """Base of objectives: a loss for ``SVI``, a factory of ``ELBOModule``, a surrogate for MCMC.
 
     Args:
         schedule: ``(first, second)`` numbers of steps of the two players, for objectives that have
             two; ``None`` never moves the second.
-        **elbo: Arguments of ``pyro.infer.Trace_ELBO`` (``num_particles``, ``vectorize_particles``,
-        ...).
+        **elbo: Arguments of ``pyro.infer.Trace_ELBO``, such as ``num_particles`` and
+            ``vectorize_particles``.
 
     Attributes:
         diagnostics: ``{site: {name: detached 0-d tensor}}`` of the last evaluation, per datum.
@@ -91,8 +90,9 @@ class Objective(Trace_ELBO, nn.Module):
     # --- what a subclass defines
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast | None:
-        """Draws the contrast for data ``x``; called without gradients. ``None`` for deterministic
-        objectives.
+        """Draws the contrast for data ``x``; ``None`` for deterministic objectives.
+
+        It is called without gradients.
         """
         return None
 
@@ -108,9 +108,7 @@ class Objective(Trace_ELBO, nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not learn log Z")
 
     def second_player(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Tensor:
-        """Returns the second player's loss per datum; only objectives with a ``schedule`` have
-        one.
-        """
+        """Returns the second player's loss per datum, for objectives with a ``schedule``."""
         raise NotImplementedError(f"{type(self).__name__} has no second player")
 
     def update_log_normalizer(
@@ -121,10 +119,10 @@ class Objective(Trace_ELBO, nn.Module):
     # --- log Z
 
     def log_normalizer(self, site: str) -> LogNormalizer:
-        """Returns the learned log Z of a site, to be handed on with
-        ``distribution.with_log_normalizer``.
+        """Returns the learned log Z of a site, in nats.
 
-        It goes stale as soon as a parameter of the energy moves.
+        Hand it on with ``distribution.with_log_normalizer``. It goes stale as soon as a parameter
+        of the energy moves.
 
         Raises:
             KeyError: If nothing was learned for this site, or it was not evaluated since a copy or
@@ -142,9 +140,7 @@ class Objective(Trace_ELBO, nn.Module):
     def _log_normalizer(
         self, name: str, p: EnergyDistribution, x: Tensor, contrast: Any
     ) -> Tensor | None:
-        """The site's own log Z where it holds for all parameters, else the one this objective
-        keeps.
-        """
+        """The site's own log Z where it holds for all parameters, else the objective's."""
         learned = _key(name) in self.log_normalizers
         known = p.log_normalizer_value() if covers_parameters(p, learned=learned) else None
         if self._is_check_due(name):
@@ -170,11 +166,10 @@ class Objective(Trace_ELBO, nn.Module):
         return learned and not covers_parameters(self._sites[site], learned=True)
 
     def _is_check_due(self, name: str) -> bool:
-        """At first sight, and ever more rarely while training: an energy may become conditional as
-        it learns.
+        """Whether to check a site: at first sight, then ever more rarely while training.
 
-        Counted in steps, which are saved: energies with a state of their own see the same calls
-        after a resume.
+        An energy may become conditional as it learns. Counted in steps, which are saved: energies
+        with a state of their own see the same calls after a resume.
         """
         steps = int(self.num_steps_taken)
         first = name not in self._checked
@@ -216,9 +211,7 @@ class Objective(Trace_ELBO, nn.Module):
 
     @property
     def parameter_prefix(self) -> str:
-        """What the names of this objective's own parameters begin with in Pyro's parameter
-        store.
-        """
+        """What names of this objective's own parameters begin with in Pyro's parameter store."""
         return f"{self._name}."
 
     @property
@@ -318,17 +311,16 @@ class Objective(Trace_ELBO, nn.Module):
         return model_trace, guide_trace
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the loss in nats for the whole data set, with gradients to this step's player
-        only.
-        """
+        """Returns the whole data set's loss in nats; gradients reach this step's player only."""
         loss = Trace_ELBO.differentiable_loss(self, model, guide, *args, **kwargs)
         if torch.is_grad_enabled():
             self.num_steps_taken += 1
         return loss
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """Returns the loss and deposits gradients; a resting player's stay ``None``, so that no
-        optimizer moves it.
+        """Returns the loss and deposits gradients.
+
+        A resting player's stay ``None``, so that no optimizer moves it.
         """
         with poutine.trace(param_only=True) as capture:
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
@@ -351,8 +343,9 @@ class Objective(Trace_ELBO, nn.Module):
     def freeze(
         self, model: Callable[..., Any], *args: Any, guide: Any = None, **kwargs: Any
     ) -> FrozenObjective:
-        """Returns this objective with contrasts drawn once, for MCMC over ``surrogate(model,
-        frozen)``.
+        """Returns this objective with contrasts drawn once.
+
+        For MCMC over ``surrogate(model, frozen)``.
 
         Args:
             model: The model, with EBM sites; called once.
@@ -370,9 +363,7 @@ class Objective(Trace_ELBO, nn.Module):
         return {**self.__dict__, **seen}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy has parameters of its own, so it needs a name of its own in the parameter
-        store.
-        """
+        """Names a copy anew in the parameter store: it has parameters of its own."""
         super().__setstate__(state)
         self._name = f"{type(self).__name__}_{next(_instances)}"
 
@@ -386,8 +377,9 @@ class Objective(Trace_ELBO, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __call__(self, model: Any, guide: Any) -> ELBOModule:
-        """Returns the loss as a module for a torch loop; call it on data once before asking for
-        ``parameters()``.
+        """Returns the loss as a module for a torch loop.
+
+        Call it on data once before asking for ``parameters()``.
         """
         return ObjectiveModule(model, guide, self)
 

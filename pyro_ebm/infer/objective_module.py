@@ -28,8 +28,7 @@ class ObjectiveModule(ELBOModule):
         ):
             warnings.warn(
                 f"{type(objective).__name__} creates its log Z at the first batch: call it on data "
-                "once before "
-                "parameters(), or log Z is never optimized",
+                "once before parameters(), or log Z is never optimized",
                 SurrogateWarning,
                 stacklevel=2,
             )

@@ -24,8 +24,7 @@ from pyro_ebm.distributions.wrappers import rewrap
 
 
 class LatentReparam(Reparam):
-    """Reparametrizes a :class:`GeneralizedEBM` site, or an EBM site whose base is a flow, by its
-    latent.
+    """Reparametrizes by its latent a :class:`GeneralizedEBM` site, or an EBM with a flow as base.
 
     The latent site ``{name}_latent`` is an ordinary ``EnergyDistribution`` with the same log Z.
     Wrappers (``to_event``, masks, plates) are rebuilt around it.
@@ -67,8 +66,9 @@ class LatentReparam(Reparam):
 
 
 class PushforwardDelta(dist.Delta):
-    """A point mass at a generator's output; conditioning the site on anything else is an error, not
-    a zero density.
+    """A point mass at a generator's output.
+
+    Conditioning the site on anything else is an error, not a zero density.
     """
 
     def __init__(self, v: Tensor, *, event_dim: int, site: str) -> None:
@@ -85,9 +85,8 @@ class PushforwardDelta(dist.Delta):
         if x is not self.own_value and not _same_values(x, self.own_value):
             raise RuntimeError(
                 f"site {self.site!r} is a generator's output after LatentReparam and cannot be "
-                "conditioned on another "
-                f"value: condition on {self.site + '_latent'!r}, or put a likelihood after "
-                f"{self.site!r}"
+                f"conditioned on another value: condition on {self.site + '_latent'!r}, or put a "
+                f"likelihood after {self.site!r}"
             )
         return torch.zeros(self.batch_shape, dtype=self.v.dtype, device=self.v.device)
 
@@ -114,8 +113,7 @@ def _observed(msg: Any, ebm: EnergyDistribution) -> Any:
     if isinstance(ebm, GeneralizedEBM):
         raise ValueError(  # noqa: TRY004 - the model is wrong, not an argument's type
             f"GeneralizedEBM site {msg['name']!r} is observed, but it has no density in x: learn "
-            "it with "
-            "pyro_ebm.infer.KALE, or sample x and put a likelihood after it"
+            "it with pyro_ebm.infer.KALE, or sample x and put a likelihood after it"
         )
     return {"fn": msg["fn"], "value": msg["value"], "is_observed": True}
 

@@ -51,9 +51,7 @@ class SurrogateObjective(Protocol):
 
 
 class SurrogateDistribution(TorchDistribution):
-    """An EBM whose ``log_prob`` is an objective's surrogate; made by
-    :class:`SurrogateMessenger`.
-    """
+    """An EBM with an objective's surrogate as ``log_prob``; made by :class:`SurrogateMessenger`."""
 
     arg_constraints: dict[str, Constraint] = {}
     has_rsample = False
@@ -135,9 +133,7 @@ class SurrogateMessenger(Messenger):
         self.log_normalizers: dict[str, Tensor] = {}
 
     def __enter__(self) -> Any:
-        """Installs the handler and draws log Z of a frozen objective's sites, outside all
-        plates.
-        """
+        """Installs the handler; draws log Z of a frozen objective's sites, outside all plates."""
         self.used.clear()
         entered = super().__enter__()
         self.log_normalizers = {
@@ -174,8 +170,8 @@ class SurrogateMessenger(Messenger):
             if not (self.fresh_noise or objective.is_frozen or _inside_elbo()):
                 raise RuntimeError(
                     f"the surrogate of EBM site {name!r} draws fresh noise at every evaluation, so "
-                    "its density is not "
-                    "a fixed target: freeze it first, objective.freeze(model, *args)"
+                    "its density is not a fixed target: freeze it first, "
+                    "objective.freeze(model, *args)"
                 )
             log_z = self.log_normalizers.get(name)
             return objective.site_log_prob(
@@ -196,8 +192,9 @@ class SurrogateMessenger(Messenger):
 
 
 def _mask_of(fn: Any, mask: Any) -> Tensor | None:
-    """Returns which elements of the EBM inside ``fn`` count; all of them where none does, ``None``
-    where all do.
+    """Returns which elements of the EBM inside ``fn`` count.
+
+    All of them where none does, ``None`` where all do.
 
     Args:
         fn: The site's distribution with its wrappers.
