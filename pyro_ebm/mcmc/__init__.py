@@ -1,5 +1,31 @@
-"""Kernels and drivers that draw from energies."""
+"""Kernels and drivers: many chains in one batch, and Pyro's own kernels with statistics."""
 
+from pyro_ebm.mcmc.chees import ChEESHMC
+from pyro_ebm.mcmc.driver import MCMC
+from pyro_ebm.mcmc.elliptical_slice import EllipticalSlice
+from pyro_ebm.mcmc.hmc import HMC
+from pyro_ebm.mcmc.kernel import Kernel, State
+from pyro_ebm.mcmc.kinetic_langevin import KineticLangevin
+from pyro_ebm.mcmc.mala import MALA
+from pyro_ebm.mcmc.pcn import PCN
+from pyro_ebm.mcmc.pcnl import PCNL
+from pyro_ebm.mcmc.random_walk import RandomWalk
 from pyro_ebm.mcmc.recording import RecordingHMC, RecordingNUTS
+from pyro_ebm.mcmc.ula import ULA
 
-__all__ = ["RecordingHMC", "RecordingNUTS"]
+__all__ = [
+    "HMC",
+    "MALA",
+    "MCMC",
+    "PCN",
+    "PCNL",
+    "ULA",
+    "ChEESHMC",
+    "EllipticalSlice",
+    "Kernel",
+    "KineticLangevin",
+    "RandomWalk",
+    "RecordingHMC",
+    "RecordingNUTS",
+    "State",
+]

@@ -86,6 +86,11 @@ class PooledVariance:
         self._mean = torch.zeros(())
         self._spread = torch.zeros(())
 
+    @property
+    def count(self) -> int:
+        """How many values of each coordinate were seen."""
+        return self._count
+
     def update(self, x: Tensor) -> None:
         """Adds the rows of ``x``, shape ``(chains, ...)``."""
         mean = x.mean(0, keepdim=True)

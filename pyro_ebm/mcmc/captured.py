@@ -1,0 +1,102 @@
+r"""The gradient of a target as a graph: captured once per batch shape, replayed without Python.
+
+Running a Pyro model costs a millisecond of handlers for every gradient. ``make_fx`` records the
+tensor operations of one evaluation; replaying them gives the same numbers. Parameters of networks
+are live in the graph, so training does not make it stale. Python numbers are frozen in it: a
+temperature must be a tensor. The graph is compared with the target itself whenever a run starts,
+and captured anew if they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_ebm.mcmc.target import Target
+
+ValueAndGrad = tuple[Tensor, Tensor]
+
+
+class CapturedPotential:
+    """U and its gradient for a batch of chains.
+
+    Args:
+        target: What is sampled.
+        compile: Whether to hand the graphs to ``torch.compile``: slow to begin with and several
+            times faster after; needs a C++ compiler.
+    """
+
+    def __init__(self, target: Target, *, compile: bool = False) -> None:  # noqa: A002
+        self.target = target
+        self._with_grad = _Captured(target.potential_and_grad, compile=compile)
+        self._value = _Captured(lambda q: (target.potential(q),), compile=compile)
+        self._energy = _Captured(lambda q: (target.energy(q),), compile=compile)
+
+    def __call__(self, q: Tensor) -> ValueAndGrad:
+        """Returns U ``(C,)`` and its gradient ``(C, D)``."""
+        u, grad = self._with_grad(q)
+        return u, grad
+
+    def value(self, q: Tensor) -> Tensor:
+        """Returns U alone, ``(C,)``."""
+        return self._value(q)[0]
+
+    def energy(self, q: Tensor) -> Tensor:
+        """Returns the energy relative to the target's Gaussian prior, ``(C,)``."""
+        return self._energy(q)[0]
+
+    def refresh(self, q: Tensor) -> None:
+        """Drops graphs that no longer say what the target says."""
+        for captured in (self._with_grad, self._value, self._energy):
+            captured.refresh(q)
+
+
+class _Captured:
+    """A function of positions, replayed as a graph wherever that gives the same numbers."""
+
+    def __init__(self, fn: Callable[[Tensor], tuple[Tensor, ...]], *, compile: bool) -> None:  # noqa: A002
+        self.fn = fn
+        self.compile = compile
+        self._graphs: dict[tuple[Any, ...], Callable[[Tensor], tuple[Tensor, ...]]] = {}
+
+    def __call__(self, q: Tensor) -> tuple[Tensor, ...]:
+        key = (q.shape, q.dtype, q.device)
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._graphs[key] = self._capture(q)
+        with torch.no_grad():
+            return graph(q)
+
+    def refresh(self, q: Tensor) -> None:
+        key = (q.shape, q.dtype, q.device)
+        if key in self._graphs and not _agree(self(q), self._eager(q)):
+            del self._graphs[key]
+
+    def _eager(self, q: Tensor) -> tuple[Tensor, ...]:
+        with pyro.validation_enabled(is_validate=False):
+            return tuple(t.detach() for t in self.fn(q))
+
+    def _capture(self, q: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """Records the operations; what branches on its values is evaluated as it is."""
+        try:
+            with torch.no_grad(), pyro.validation_enabled(is_validate=False):
+                graph = make_fx(lambda q: self.fn(q))(q)
+        except RuntimeError:
+            return self._eager
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        other = q.roll(1, 0) * 0.9  # no random numbers are used up
+        with torch.no_grad():
+            if not _agree(graph(other), self._eager(other)):
+                return self._eager
+        return torch.compile(graph) if self.compile else graph
+
+
+def _agree(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
+    pairs = zip(ours, theirs, strict=True)
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True) for a, b in pairs)

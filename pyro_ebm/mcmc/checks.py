@@ -1,0 +1,36 @@
+"""Arguments of kernels and drivers that can be wrong in the same ways."""
+
+from __future__ import annotations
+
+
+def positive(name: str, value: float) -> float:
+    """Returns a positive number.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value!r}")
+    return value
+
+
+def probability(name: str, value: float) -> float:
+    """Returns a number strictly between 0 and 1.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must lie strictly between 0 and 1, got {value!r}")
+    return value
+
+
+def whole(name: str, value: int, *, least: int) -> int:
+    """Returns a whole number.
+
+    Raises:
+        ValueError: If it is not one, or below ``least``.
+    """
+    if isinstance(value, bool) or int(value) != value or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return int(value)

@@ -1,0 +1,123 @@
+r"""ChEES-HMC: HMC whose trajectory length is tuned by many chains together.
+
+A trajectory is as long as it should be when it moves the distance from the centre most. ChEES, the
+change in the estimator of the expected square,
+
+.. math:: \tfrac14\, E\big[(\|q' - m'\|^2 - \|q - m\|^2)^2\big],
+
+is climbed by Adam on :math:`\log T`. Along the trajectory of length :math:`u T` the derivative of
+one chain's term is :math:`u T\, (\|q' - m'\|^2 - \|q - m\|^2)\, (q' - m')^\top v'` with the
+velocity :math:`v'` at the end; chains are weighted by acceptance. The step size is tuned to the
+harmonic mean of acceptance, which a few stuck chains pull down.
+
+References:
+    Hoffman, Radul, Sountsov, An adaptive-MCMC scheme for setting trajectory lengths in Hamiltonian
+    Monte Carlo, AISTATS 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.hamiltonian import draw_momentum, leapfrog, metropolis
+from pyro_ebm.mcmc.hmc import HMC, MAX_STEPS, halton
+from pyro_ebm.mcmc.kernel import Info, State
+
+RATE, BETA2 = 0.05, 0.95
+LARGEST_CHANGE = 0.35  # of log T, in one iteration
+OUTLIER = 10.0  # medians
+
+
+class ChEESHMC(HMC):
+    """HMC with a trajectory length tuned by ChEES; wants 32 chains or more.
+
+    Args:
+        target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
+        potential_fn: Instead of it, a potential (see :class:`Kernel`).
+        step_size: The first leapfrog step; found by doubling if not given.
+        trajectory_length: The first length, in units of the whitened coordinates.
+        target_accept_prob: What the step size is adapted to; .651 is best for many chains.
+        adapt_step_size: Whether warm-up tunes the step size.
+        adapt_mass_matrix: Whether warm-up tunes the diagonal of the inverse mass.
+
+    Example:
+        >>> ChEESHMC(lambda: None).target_accept_prob
+        0.651
+    """
+
+    def __init__(
+        self,
+        target: Any = None,
+        *,
+        potential_fn: Any = None,
+        step_size: float | None = None,
+        trajectory_length: float = 1.0,
+        target_accept_prob: float = 0.651,
+        adapt_step_size: bool = True,
+        adapt_mass_matrix: bool = True,
+    ) -> None:
+        super().__init__(
+            target,
+            potential_fn=potential_fn,
+            step_size=step_size,
+            trajectory_length=trajectory_length,
+            target_accept_prob=target_accept_prob,
+            adapt_step_size=adapt_step_size,
+            adapt_mass_matrix=adapt_mass_matrix,
+        )
+
+    uses_harmonic_mean = True
+
+    def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
+        """Returns HMC's, and the memory of Adam."""
+        zero = q.new_zeros(())
+        adam = {"adam_square": zero, "adam_count": zero}
+        return super().first_tuning(q) | adam
+
+    def warm_step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
+        """Moves every chain, and the trajectory length uphill."""
+        num_steps, share = self.num_steps(state), 2.0 * halton(int(state.tuning["iteration"]) + 1)
+        p = draw_momentum(state)
+        end, p_end = leapfrog(potential, state, p, state.tuning["step_size"], num_steps)
+        moved, info = metropolis(state, end, p, p_end, num_steps)
+        slope = _chees_slope(state, end, p_end, info["acceptance_rate"]) * share
+        tuning = _climb(state, slope) | {"iteration": state.tuning["iteration"] + 1}
+        return moved.with_tuning(**tuning), info
+
+
+def _chees_slope(state: State, end: State, p_end: Tensor, weights: Tensor) -> Tensor:
+    """The derivative of ChEES in log T, in whitened coordinates, weighted by acceptance."""
+    inverse_mass = state.tuning["inverse_mass"]
+    scale = inverse_mass.rsqrt()
+    finite = torch.isfinite(end.position).all(-1)
+    weights = torch.where(finite, weights, 0.0)[:, None]
+    there = torch.where(finite[:, None], end.position, state.position) * scale
+    here = state.position * scale
+    centre = (weights * there).sum(0) / weights.sum().clamp_min(1e-12)
+    there, here = there - centre, here - here.mean(0)
+    velocity = torch.where(finite[:, None], p_end, 0.0) * inverse_mass.sqrt()
+    change = there.square().sum(-1) - here.square().sum(-1)
+    slopes = change * (there * velocity).sum(-1) * state.tuning["trajectory_length"]
+    # One chain far out would say everything, and Adam would remember it for long.
+    bound = OUTLIER * slopes.abs().median()
+    slopes = torch.minimum(torch.maximum(slopes, -bound), bound)
+    return (weights[:, 0] * slopes).sum() / weights.sum().clamp_min(1e-12)
+
+
+def _climb(state: State, slope: Tensor) -> dict[str, Tensor]:
+    """One step of Adam on log T; steps are bounded, and T stays between one step and a thousand."""
+    tuning = state.tuning
+    slope = torch.where(torch.isfinite(slope), slope, 0.0)
+    count = tuning["adam_count"] + 1
+    square = BETA2 * tuning["adam_square"] + (1.0 - BETA2) * slope.square()
+    corrected = square / (1.0 - BETA2**count)
+    change = (RATE * slope / (corrected.sqrt() + 1e-8)).clamp(-LARGEST_CHANGE, LARGEST_CHANGE)
+    log_length = tuning["trajectory_length"].log() + change
+    step = tuning["step_size"].log()
+    log_length = torch.minimum(torch.maximum(log_length, step), step + math.log(MAX_STEPS))
+    return {"trajectory_length": log_length.exp(), "adam_square": square, "adam_count": count}

@@ -1,0 +1,142 @@
+"""``EnergyDistribution`` and ``GeneralizedEBM`` as targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from pyro.distributions import MultivariateNormal, Normal
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
+from pyro_ebm.mcmc.target import (
+    GaussianPrior,
+    Target,
+    Values,
+    check_names,
+    gaussian_energy,
+)
+from pyro_ebm.ops.constraints import base_measure
+from pyro_ebm.ops.initial_points import initial_points
+from pyro_ebm.ops.spaces import bijection
+
+
+class DistributionTarget(Target):
+    """A distribution's own density, batch elements side by side in one position.
+
+    A generalized EBM is sampled in its latent space: the values are ``x_latent`` and ``x``.
+
+    Args:
+        dist: The distribution.
+
+    Raises:
+        TypeError: If the support is not continuous.
+        NotImplementedError: If no bijection from the reals leads to the support.
+    """
+
+    def __init__(self, dist: EnergyDistribution) -> None:
+        self.dist = dist
+        self.law = dist.latent if isinstance(dist, GeneralizedEBM) else dist
+        _check_continuous(self.law)
+        self.transform = bijection(self.law.support, len(self.law.event_shape))
+        events = torch.Size(self.transform.inverse_shape(self.law.event_shape))
+        self.shape = self.law.batch_shape + events
+        self.dim = prod(self.shape)
+        start = self.draw_start(1)
+        self.dtype, self.device = start.dtype, start.device
+        self.prior = _gaussian_prior(self.law, self.shape, start)
+
+    def __repr__(self) -> str:
+        return repr(self.dist)
+
+    def potential(self, q: Tensor) -> Tensor:
+        """Returns U in nats, summed over the batch of the distribution."""
+        u = self._shaped(q)
+        x = self.transform(u)
+        value = self.law.potential(x) - self.transform.log_abs_det_jacobian(u, x)
+        return value.flatten(1).sum(1) if value.dim() > 1 else value
+
+    def energy(self, q: Tensor) -> Tensor:
+        """Returns E in nats, ``(C,)``."""
+        if self.prior is None:
+            return super().energy(q)
+        if self.law.base is None:
+            return gaussian_energy(self.potential(q), q, self.prior)
+        value = self.law.energy(self._shaped(q))
+        return value.flatten(1).sum(1) if value.dim() > 1 else value
+
+    def _shaped(self, q: Tensor) -> Tensor:
+        return q.reshape(q.shape[:-1] + self.shape)
+
+    def constrain(self, q: Tensor) -> Values:
+        """Returns ``x``, and ``x_latent`` of a generalized EBM."""
+        x = self.transform(self._shaped(q))
+        if not isinstance(self.dist, GeneralizedEBM):
+            return {"x": x}
+        rows = x.flatten(0, q.dim() - 2)
+        images = self.dist.generator(rows)
+        return {"x": images.reshape(q.shape[:-1] + images.shape[1:]), "x_latent": x}
+
+    @property
+    def _name(self) -> str:
+        return "x_latent" if isinstance(self.dist, GeneralizedEBM) else "x"
+
+    def split(self, q: Tensor) -> Values:
+        """Returns the unconstrained ``x``, of a generalized EBM ``x_latent``."""
+        return {self._name: self._shaped(q)}
+
+    def join(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Returns positions for the unconstrained value."""
+        check_names(values, {self._name})
+        u = values[self._name]
+        lead = u.shape[: u.dim() - len(self.shape)]
+        if u.shape[len(lead) :] != self.shape:
+            raise ValueError(
+                f"{self._name} of shape {tuple(u.shape)} does not end in {tuple(self.shape)}"
+            )
+        return u.reshape(lead + (self.dim,))
+
+    def position_of(self, x: Tensor) -> Tensor:
+        """Returns positions ``lead + (D,)`` for values of the sampled law, on their support."""
+        return self.join({self._name: self.transform.inv(x)})
+
+    @torch.no_grad()
+    def draw_start(self, num_chains: int) -> Tensor:
+        """Draws from the base, or spread over the support where there is none."""
+        law, lead = self.law, torch.Size((num_chains,))
+        if law.base is not None:
+            x = law.base.sample(lead)
+        else:
+            x = initial_points(law.support, lead + law.batch_shape, law.event_shape)
+        return self.position_of(x)
+
+
+def _check_continuous(law: EnergyDistribution) -> None:
+    if base_measure(law.support) != "lebesgue":
+        raise TypeError(
+            f"{law!r} lives on {law.support}, which has no real coordinates to move along; draw it "
+            "by a kernel for its support"
+        )
+
+
+def _gaussian_prior(
+    law: EnergyDistribution, shape: torch.Size, like: Tensor
+) -> GaussianPrior | None:
+    """The base as a Gaussian in the flat coordinates, if it is one with independent coordinates."""
+    base = law.base
+    while isinstance(base, Independent):
+        base = base.base_dist
+    if isinstance(base, MultivariateNormal):
+        covariance = base.covariance_matrix
+        diagonal = torch.diagonal(covariance, dim1=-2, dim2=-1)
+        if not torch.equal(covariance, torch.diag_embed(diagonal)):
+            return None
+        loc, scale = base.loc, diagonal.sqrt()
+    elif isinstance(base, Normal):
+        loc, scale = base.loc, base.scale
+    else:
+        return None
+    flat = [t.detach().expand(shape).reshape(-1).to(like.dtype) for t in (loc, scale)]
+    return GaussianPrior(*flat)

@@ -1,0 +1,294 @@
+"""The driver: all chains of a kernel in one batch, with Pyro's verbs.
+
+``run`` binds the kernel's target, finds starting points, warms up, and keeps draws; everything is
+on the unconstrained space until it is asked for. What was drawn is never lost: interrupting keeps
+it, and the last state continues the chains without a new warm-up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_ebm.chains import Record, summary
+from pyro_ebm.chains.record import to_numpy
+from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.mcmc.adaptation import Adaptation, find_step_size
+from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.checks import whole
+from pyro_ebm.mcmc.kernel import Info, Kernel, State, finite_start
+from pyro_ebm.mcmc.target import Target, Values
+from pyro_ebm.ops.rank_rhat import rank_rhat
+from pyro_ebm.ops.rng import rng_preserved
+
+_POSTFIX_EVERY = 0.25  # seconds
+
+
+class MCMC:
+    """Runs a kernel's chains in one batch.
+
+    Args:
+        kernel: One of :mod:`pyro_ebm.mcmc`'s kernels.
+        num_samples: Draws kept of each chain.
+        warmup_steps: Iterations that tune the kernel and are not kept; ``num_samples`` if not
+            given.
+        num_chains: C; hundreds cost little more than one.
+        thinning: Iterations per kept draw.
+        save_params: Names of the sites that :meth:`get_samples` returns; all if not given.
+        compile: Whether to hand the captured gradient to ``torch.compile``.
+        disable_progbar: Hides the progress bar.
+
+    Raises:
+        TypeError: If the kernel is one of Pyro's.
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro_ebm.mcmc import HMC
+        >>> def model(y):
+        ...     m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("n", len(y)):
+        ...         pyro.sample("y", dist.Normal(m, 1.0), obs=y)
+        >>> mcmc = MCMC(HMC(model), 100, 100, num_chains=32, disable_progbar=True)
+        >>> mcmc.run(torch.ones(4))
+        >>> mcmc.get_samples(group_by_chain=True)["m"].shape
+        torch.Size([32, 100])
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        num_samples: int,
+        warmup_steps: int | None = None,
+        *,
+        num_chains: int = 64,
+        thinning: int = 1,
+        save_params: Sequence[str] | None = None,
+        compile: bool = False,  # noqa: A002
+        disable_progbar: bool = False,
+    ) -> None:
+        if not isinstance(kernel, Kernel):
+            raise TypeError(
+                f"MCMC runs the kernels of pyro_ebm.mcmc, got {type(kernel).__name__}: run Pyro's "
+                "kernels, RecordingNUTS and RecordingHMC by pyro.infer.MCMC"
+            )
+        self.kernel = kernel
+        self.num_samples = whole("num_samples", num_samples, least=1)
+        warmup_steps = num_samples if warmup_steps is None else warmup_steps
+        self.warmup_steps = whole("warmup_steps", warmup_steps, least=0)
+        self.num_chains = whole("num_chains", num_chains, least=1)
+        self.thinning = whole("thinning", thinning, least=1)
+        self.save_params = None if save_params is None else list(save_params)
+        self.compile = compile
+        self.disable_progbar = disable_progbar
+        self.target: Target | None = None
+        self.state: State | None = None
+        self.interrupted = False
+        self.seconds = 0.0
+        self._draws = torch.empty(0)
+        self._stats: dict[str, Tensor] = {}
+        self._num_kept = 0
+
+    # --- running
+
+    def run(
+        self,
+        *args: Any,
+        initial_params: Mapping[str, Tensor] | None = None,
+        initial_state: State | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Draws ``num_samples`` of every chain.
+
+        Args:
+            *args: Arguments of the model.
+            initial_params: Site name to unconstrained values, ``(num_chains, ...)``.
+            initial_state: A former run's :attr:`state`: its chains go on from there, as they were
+                tuned, without a warm-up.
+            **kwargs: Keyword arguments of the model.
+
+        Raises:
+            NonFiniteEnergyError: If a chain cannot start.
+            ValueError: If starting values are not of this target and number of chains.
+        """
+        started = time.perf_counter()
+        with rng_preserved():  # a run that goes on must not notice that it was bound anew
+            target = self.kernel.bind(*args, initial_params=initial_params, **kwargs)
+        potential = CapturedPotential(target, compile=self.compile)
+        warmup_steps = 0 if initial_state is not None else self.warmup_steps
+        state = self._start(target, potential, initial_params, initial_state)
+        self._keep_nothing(target, state)
+        total = warmup_steps + self.num_samples * self.thinning
+        with tqdm(total=total, disable=self.disable_progbar) as bar:
+            try:
+                self.state = state = self._warm_up(potential, state, warmup_steps, bar)
+                self._draw(potential, state, bar)
+            except KeyboardInterrupt:
+                self.interrupted = True
+        self.state = replace(self.state or state, rng=torch.get_rng_state())
+        self.seconds = time.perf_counter() - started
+
+    def _start(
+        self,
+        target: Target,
+        potential: CapturedPotential,
+        initial_params: Mapping[str, Tensor] | None,
+        initial_state: State | None,
+    ) -> State:
+        if initial_state is not None:
+            self._check_start(target, initial_state.position)
+            return initial_state
+        if initial_params is None:
+            q = finite_start(target, potential.value, self.num_chains)
+        else:
+            q = target.join(initial_params)
+            self._check_start(target, q)
+        state = self.kernel.init(potential, q)
+        bad = int((~torch.isfinite(state.potential)).sum())
+        if bad:
+            raise NonFiniteEnergyError(
+                f"{target!r}: the potential is not finite where {bad} of {self.num_chains} chains "
+                "start: give other initial_params"
+            )
+        return state
+
+    def _check_start(self, target: Target, q: Tensor) -> None:
+        want = (self.num_chains, target.dim)
+        if tuple(q.shape) != want:
+            raise ValueError(
+                f"starting values for {q.shape[0]} chains and {q.shape[1]} unconstrained "
+                f"coordinates were given, expected {want[0]} and {want[1]}"
+            )
+
+    def _keep_nothing(self, target: Target, state: State) -> None:
+        self.target, self.state, self.interrupted = target, state, False
+        self._draws = state.position.new_empty(self.num_chains, self.num_samples, target.dim)
+        self._stats, self._num_kept = {}, 0
+
+    def _warm_up(
+        self, potential: CapturedPotential, state: State, num_steps: int, bar: Any
+    ) -> State:
+        if num_steps == 0:
+            return state
+        state = find_step_size(self.kernel, potential, state)
+        adaptation = Adaptation(self.kernel, state, num_steps)
+        show = _Postfix(bar, "warmup")
+        for _ in range(num_steps):
+            state, info = self.kernel.warm_step(potential, state)
+            state = adaptation.update(state, info)
+            show(state, info)
+        return adaptation.finish(state)
+
+    def _draw(self, potential: CapturedPotential, state: State, bar: Any) -> None:
+        show = _Postfix(bar, "sample", self)
+        for i in range(self.num_samples):
+            for _ in range(self.thinning):
+                state, info = self.kernel.step(potential, state)
+                show(state, info)
+            self._keep(i, state, info)
+            self.state = state
+
+    def _keep(self, i: int, state: State, info: Info) -> None:
+        self._draws[:, i] = state.position
+        kept = {"lp": -state.potential, **info}
+        if "step_size" in state.tuning:
+            kept["step_size"] = state.tuning["step_size"].expand(self.num_chains)
+        for name, value in kept.items():
+            if name not in self._stats:
+                shape = (self.num_chains, self.num_samples)
+                self._stats[name] = value.new_empty(shape)
+            self._stats[name][:, i] = value
+        self._num_kept = i + 1
+
+    # --- reading
+
+    def get_samples(
+        self,
+        num_samples: int | None = None,
+        *,
+        group_by_chain: bool = True,
+        unconstrained: bool = False,
+    ) -> Values:
+        """Returns the draws by site, ``(num_chains, draws) + event_shape``.
+
+        Args:
+            num_samples: The last so many draws of every chain; all if not given.
+            group_by_chain: ``False`` joins chains and draws into one dim.
+            unconstrained: Whether to return the coordinates that the kernel moved.
+
+        Raises:
+            RuntimeError: If nothing was drawn.
+        """
+        target, draws = self._drawn()
+        draws = draws if num_samples is None else draws[:, -num_samples:]
+        values = target.split(draws) if unconstrained else target.constrain(draws)
+        if self.save_params is not None:
+            values = {name: values[name] for name in self.save_params}
+        if group_by_chain:
+            return values
+        return {name: value.flatten(0, 1) for name, value in values.items()}
+
+    def _drawn(self) -> tuple[Target, Tensor]:
+        if self.target is None or self._num_kept == 0:
+            raise RuntimeError("nothing was drawn yet: call run() first")
+        return self.target, self._draws[:, : self._num_kept]
+
+    @property
+    def record(self) -> Record:
+        """Draws and statistics as a :class:`~pyro_ebm.chains.Record`."""
+        return Record(
+            {name: to_numpy(value) for name, value in self.get_samples().items()},
+            sample_stats={name: to_numpy(value) for name, value in self.diagnostics().items()},
+            sampler=type(self.kernel).__name__,
+            adjusted=self.kernel.adjusted,
+            seconds=self.seconds,
+        )
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Returns the statistics of every kept draw, ``(num_chains, draws)``."""
+        self._drawn()
+        return {name: value[:, : self._num_kept] for name, value in self._stats.items()}
+
+    def summary(self) -> Any:
+        """Returns a table with mean, sd, rank R-hat and effective sample sizes."""
+        return summary(self.record)
+
+
+class _Postfix:
+    """What the progress bar says: acceptance, step size, divergences, running R-hat."""
+
+    def __init__(self, bar: Any, phase: str, mcmc: MCMC | None = None) -> None:
+        bar.set_description(phase)
+        self.bar, self.mcmc = bar, mcmc
+        self.divergences = 0
+        self.shown = 0.0
+
+    def __call__(self, state: State, info: Info) -> None:
+        self.bar.update()
+        if self.bar.disable:
+            return
+        if "diverging" in info:
+            self.divergences += int(info["diverging"].sum())
+        now = time.perf_counter()
+        if now - self.shown > _POSTFIX_EVERY:
+            self.shown = now
+            self.bar.set_postfix_str(self._text(state, info), refresh=False)
+
+    def _text(self, state: State, info: Info) -> str:
+        parts = []
+        if "acceptance_rate" in info:
+            parts.append(f"acceptance {float(info['acceptance_rate'].mean()):.2f}")
+        if "step_size" in state.tuning:
+            parts.append(f"step {float(state.tuning['step_size']):.2e}")
+        if self.divergences:
+            parts.append(f"divergences {self.divergences}")
+        if self.mcmc is not None and self.mcmc._num_kept >= 8:
+            lp = self.mcmc._stats["lp"][:, : self.mcmc._num_kept].T
+            parts.append(f"R-hat of lp {float(rank_rhat(lp)):.2f}")
+        return ", ".join(parts)

@@ -1,0 +1,70 @@
+r"""Hamiltonian dynamics shared by HMC, MALA, ChEES and NUTS.
+
+:math:`H(q, p) = U(q) + \tfrac12 p^\top M^{-1} p` with a diagonal :math:`M^{-1}`; leapfrog steps
+
+.. math:: p \leftarrow p - \tfrac\epsilon2 \nabla U(q), \quad q \leftarrow q + \epsilon M^{-1} p,
+          \quad p \leftarrow p - \tfrac\epsilon2 \nabla U(q)
+
+preserve volume and are reversible. L of them cost exactly L gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.kernel import MAX_ENERGY_ERROR, Info, State, accept
+
+
+def draw_momentum(state: State) -> Tensor:
+    """Draws momenta from N(0, M), ``(C, D)``."""
+    return torch.randn_like(state.position) * state.tuning["inverse_mass"].rsqrt()
+
+
+def kinetic_energy(p: Tensor, inverse_mass: Tensor) -> Tensor:
+    """Returns K in nats, ``(C,)``."""
+    return 0.5 * (p.square() * inverse_mass).sum(-1)
+
+
+def leapfrog(
+    potential: CapturedPotential, state: State, p: Tensor, step_size: Tensor, num_steps: int
+) -> tuple[State, Tensor]:
+    """Returns the end of a trajectory, position and momentum.
+
+    Args:
+        potential: U and its gradient.
+        state: Its beginning.
+        p: Momenta, ``(C, D)``.
+        step_size: 0-d, or ``(C, 1)``; negative goes back in time.
+        num_steps: L.
+    """
+    drift = step_size * state.tuning["inverse_mass"]
+    q, u, gradient = state.position, state.potential, state.gradient
+    p = p - 0.5 * step_size * gradient
+    for i in range(num_steps):
+        q = torch.addcmul(q, drift, p)
+        u, gradient = potential(q)
+        p = p - (step_size if i < num_steps - 1 else 0.5 * step_size) * gradient
+    return replace(state, position=q, potential=u, gradient=gradient), p
+
+
+def metropolis(
+    state: State, end: State, p_start: Tensor, p_end: Tensor, num_steps: int
+) -> tuple[State, Info]:
+    """Accepts or rejects the end of a trajectory, chain by chain."""
+    inverse_mass = state.tuning["inverse_mass"]
+    energy = state.potential + kinetic_energy(p_start, inverse_mass)
+    error = end.potential + kinetic_energy(p_end, inverse_mass) - energy
+    error = torch.where(error.isnan(), torch.inf, error)
+    moved, accept_prob = accept(state, end, -error)
+    info = {
+        "acceptance_rate": accept_prob,
+        "diverging": error > MAX_ENERGY_ERROR,
+        "energy": energy,
+        "energy_error": error,
+        "n_steps": torch.full_like(error, num_steps, dtype=torch.long),
+    }
+    return moved, info

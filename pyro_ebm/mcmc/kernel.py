@@ -1,0 +1,214 @@
+"""What a kernel is: configuration bound to a target, a state, and a step for all chains at once.
+
+``step`` takes a :class:`State` and returns the next one with an :data:`Info`. The state holds all
+that the next step needs, adaptation included, and nothing that cannot be saved; the info holds what
+diagnostics need, under ArviZ's names.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from os import PathLike
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.distribution_target import DistributionTarget
+from pyro_ebm.mcmc.model_target import ModelTarget, Potential, target_of_model
+from pyro_ebm.mcmc.target import Target
+
+Info = dict[str, Tensor]
+"""Statistic to one value per chain, shape ``(C,)``."""
+
+MAX_ENERGY_ERROR = 1000.0
+"""Nats above which a trajectory counts as divergent."""
+
+_TRIES = 100
+
+
+@dataclass(frozen=True)
+class State:
+    """What the next step needs.
+
+    Args:
+        position: Unconstrained positions, ``(C, D)``.
+        potential: U there in nats, ``(C,)``.
+        gradient: Its gradient, ``(C, D)``; of a kernel without gradients, empty.
+        tuning: What adaptation sets: ``step_size``, ``inverse_mass`` and the like.
+        extra: What a kernel keeps besides, such as momenta.
+        rng: State of torch's generator when this state was reached, if it was noted.
+    """
+
+    position: Tensor
+    potential: Tensor
+    gradient: Tensor
+    tuning: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    rng: Tensor | None = None
+
+    @property
+    def num_chains(self) -> int:
+        """C."""
+        return self.position.shape[0]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the state, to go on from it in another process."""
+        torch.save({f.name: getattr(self, f.name) for f in fields(self)}, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> State:
+        """Reads what :meth:`save` wrote."""
+        return cls(**torch.load(path, weights_only=True))
+
+    def restore_rng(self) -> None:
+        """Sets torch's generator to where it stood, so that a run goes on bit for bit."""
+        if self.rng is None:
+            raise ValueError("this state was taken before its run ended: it notes no generator")
+        torch.set_rng_state(self.rng)
+
+    def with_tuning(self, **values: Tensor) -> State:
+        """Returns a state tuned anew."""
+        return replace(self, tuning={**self.tuning, **values})
+
+
+class Kernel(ABC):
+    """Base of kernels that move a batch of chains.
+
+    A subclass defines :meth:`step`; :attr:`adjusted` says whether it keeps its target exactly.
+
+    Args:
+        target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
+        potential_fn: Instead of it, a potential in nats of named unconstrained values of one chain;
+            ``initial_params`` of the run then gives their shapes.
+    """
+
+    adjusted = True
+    needs_gradient = True
+    has_step_size = True
+
+    def __init__(self, target: Any = None, *, potential_fn: Potential | None = None) -> None:
+        if (target is None) == (potential_fn is None):
+            raise TypeError(
+                f"{type(self).__name__} needs a target (a Pyro model, an EnergyDistribution) or "
+                "potential_fn=, and not both"
+            )
+        if target is not None and not callable(target) and not isinstance(target, _DISTRIBUTIONS):
+            raise TypeError(
+                f"{type(self).__name__}: the target must be a Pyro model, an EnergyDistribution or "
+                f"a GeneralizedEBM, got {type(target).__name__}"
+            )
+        self.given = target
+        self.potential_fn = potential_fn
+
+    # --- binding
+
+    def bind(self, *args: Any, initial_params: Any = None, **kwargs: Any) -> Target:
+        """Returns the target with its arguments."""
+        if self.potential_fn is not None:
+            if not initial_params:
+                raise ValueError(
+                    "potential_fn= needs initial_params=, one value per name and chain"
+                )
+            like = {name: value[0] for name, value in initial_params.items()}
+            return ModelTarget(self.potential_fn, like)
+        if isinstance(self.given, _DISTRIBUTIONS):
+            return DistributionTarget(self.given)
+        return target_of_model(self.given, args, kwargs)
+
+    # --- the chain
+
+    def init(self, potential: CapturedPotential, q: Tensor) -> State:
+        """Returns the first state at positions ``(C, D)``."""
+        u, gradient = self.evaluate(potential, q)
+        return State(q, u, gradient, self.first_tuning(q))
+
+    @abstractmethod
+    def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
+        """Returns the next state and its statistics."""
+
+    def warm_step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
+        """Returns the next state of the warm-up, with what only this kernel tunes tuned."""
+        return self.step(potential, state)
+
+    def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
+        """Returns the tuning to start with."""
+        return {}
+
+    def evaluate(self, potential: CapturedPotential, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns U and, for kernels that use it, its gradient."""
+        if self.needs_gradient:
+            return potential(q)
+        return potential.value(q), q.new_empty(q.shape[0], 0)
+
+    # --- Pyro's driver
+
+    def setup(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises: Pyro's ``MCMC`` runs one chain at a time."""
+        raise TypeError(
+            f"{type(self).__name__} moves many chains in one batch: run it by pyro_ebm.mcmc.MCMC, "
+            "or use RecordingNUTS or RecordingHMC with pyro.infer.MCMC"
+        )
+
+    @property
+    def initial_params(self) -> Any:
+        """Raises, as :meth:`setup`; Pyro's driver asks for it first."""
+        self.setup()
+
+    @initial_params.setter
+    def initial_params(self, params: Any) -> None:
+        self.setup()
+
+
+_DISTRIBUTIONS = (EnergyDistribution,)
+
+
+def finite_start(target: Target, value: Callable[[Tensor], Tensor], num_chains: int) -> Tensor:
+    """Returns starting positions ``(C, D)`` of finite potential.
+
+    Raises:
+        NonFiniteEnergyError: If some chain finds none in a hundred tries.
+    """
+    q = target.draw_start(num_chains)
+    for _ in range(_TRIES):
+        bad = ~torch.isfinite(value(q))
+        if not bool(bad.any()):
+            return q
+        q = torch.where(bad[:, None], target.draw_start(num_chains), q)
+    raise NonFiniteEnergyError(
+        f"{target!r}: no starting point of finite potential was found for {int(bad.sum())} of "
+        f"{num_chains} chains in {_TRIES} tries. Give initial_params=, or look for NaN in the model"
+    )
+
+
+def accept(state: State, proposal: State, log_ratio: Tensor) -> tuple[State, Tensor]:
+    """Moves the chains whose proposals are accepted; one decision per chain.
+
+    Args:
+        state: Where the chains are.
+        proposal: Where they may go.
+        log_ratio: Log acceptance ratios ``(C,)``; what is not finite is rejected.
+
+    Returns:
+        The next state and the acceptance probabilities ``(C,)``.
+    """
+    log_ratio = torch.where(torch.isfinite(log_ratio), log_ratio, -torch.inf)
+    moves = torch.rand_like(log_ratio).log() < log_ratio
+    rows = moves[:, None]
+    moved = replace(
+        state,
+        position=torch.where(rows, proposal.position, state.position),
+        potential=torch.where(moves, proposal.potential, state.potential),
+        gradient=torch.where(rows, proposal.gradient, state.gradient),
+        extra={k: _where(moves, proposal.extra[k], old) for k, old in state.extra.items()},
+    )
+    return moved, log_ratio.clamp(max=0.0).exp()
+
+
+def _where(moves: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(moves.reshape(moves.shape + (1,) * (new.dim() - 1)), new, old)

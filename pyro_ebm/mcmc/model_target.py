@@ -1,0 +1,138 @@
+"""Pyro models and potential functions as targets, vectorized over chains by ``vmap``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.mcmc.util import initialize_model
+from torch import Tensor
+from torch.distributions import Transform
+
+from pyro_ebm.mcmc.target import Target, Values, check_names
+
+Potential = Callable[[dict[str, Tensor]], Tensor]
+
+
+class ModelTarget(Target):
+    """A potential over named unconstrained values of one chain.
+
+    Args:
+        potential_fn: Named unconstrained values, without a chain dim, to a 0-d potential in nats.
+        like: One value per name, for shapes and dtypes.
+        transforms: Name to the transform *to* unconstrained space; missing names are real.
+        name: What messages call it.
+    """
+
+    def __init__(
+        self,
+        potential_fn: Potential,
+        like: Mapping[str, Tensor],
+        transforms: Mapping[str, Transform] | None = None,
+        name: str = "potential_fn",
+    ) -> None:
+        if not like:
+            raise ValueError(f"{name} has no latent site to sample")
+        self.name = name
+        self._potential_fn = potential_fn
+        self._shapes = {site: value.shape for site, value in like.items()}
+        self._transforms = dict(transforms or {})
+        self.dim = sum(prod(shape) for shape in self._shapes.values())
+        first = next(iter(like.values()))
+        self.dtype, self.device = first.dtype, first.device
+        self._is_vectorized = self._try_vmap()
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def split(self, q: Tensor) -> Values:
+        """Returns the unconstrained values by name, for positions ``lead + (D,)``."""
+        sizes = [prod(shape) for shape in self._shapes.values()]
+        parts = zip(self._shapes.items(), q.split(sizes, -1), strict=True)
+        return {site: part.reshape(q.shape[:-1] + shape) for (site, shape), part in parts}
+
+    def _potential_of_one(self, q: Tensor) -> Tensor:
+        return self._potential_fn(self.split(q)).reshape(())
+
+    def potential(self, q: Tensor) -> Tensor:
+        """Returns U in nats, ``(C,)``; under ``vmap`` Pyro wants to be differentiated."""
+        if self._is_vectorized:
+            return self.potential_and_grad(q)[0]
+        return torch.stack([self._potential_of_one(row) for row in q])
+
+    def potential_and_grad(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns U ``(C,)`` and its gradient ``(C, D)``."""
+        one = torch.func.grad_and_value(self._potential_of_one)
+        if self._is_vectorized:
+            grad, u = torch.vmap(one)(q)
+            return u, grad
+        rows = [_value_and_grad(self._potential_of_one, row) for row in q]
+        return torch.stack([u for u, _ in rows]), torch.stack([g for _, g in rows])
+
+    def _try_vmap(self) -> bool:
+        """Whether ``vmap`` can follow the potential."""
+        q = torch.rand(2, self.dim, dtype=self.dtype, device=self.device)
+        try:
+            with pyro.validation_enabled(is_validate=False), torch.no_grad():
+                torch.vmap(torch.func.grad_and_value(self._potential_of_one))(q)
+        except Exception as error:  # vmap and models fail in many ways
+            warnings.warn(
+                f"{self.name} cannot be vectorized, so its chains run one after another, many "
+                f"times slower. vmap said: {_first_line(error)}. Known causes: enumerated sites, "
+                "branches on values, dropout, batch norm in training mode",
+                stacklevel=4,
+            )
+            return False
+        return True
+
+    def constrain(self, q: Tensor) -> Values:
+        """Returns the sites' values on their supports."""
+        values = self.split(q)
+        return {
+            site: self._transforms[site].inv(u) if site in self._transforms else u
+            for site, u in values.items()
+        }
+
+    def join(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Returns positions for unconstrained values by site."""
+        check_names(values, self._shapes.keys())
+        parts = []
+        for site, shape in self._shapes.items():
+            u = values[site]
+            lead = u.shape[: u.dim() - len(shape)]
+            if u.shape[len(lead) :] != shape:
+                raise ValueError(f"{site} of shape {tuple(u.shape)} does not end in {tuple(shape)}")
+            parts.append(u.reshape(lead + (-1,)))
+        return torch.cat(parts, -1)
+
+    def draw_start(self, num_chains: int) -> Tensor:
+        """Draws uniformly from (-2, 2) in every unconstrained coordinate, as Stan and Pyro do."""
+        q = torch.rand(num_chains, self.dim, dtype=self.dtype, device=self.device)
+        return 4.0 * q - 2.0
+
+
+def target_of_model(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ModelTarget:
+    """Returns the target of a Pyro model with these arguments."""
+    with pyro.validation_enabled(is_validate=False), poutine.block():
+        params, potential_fn, transforms, _ = initialize_model(model, args, kwargs)
+    name = f"model {getattr(model, '__name__', type(model).__name__)!r}"
+    return ModelTarget(potential_fn, params, transforms, name)
+
+
+def _value_and_grad(fn: Callable[[Tensor], Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = q.detach().requires_grad_()
+        value = fn(leaf)
+        (grad,) = torch.autograd.grad(value, leaf)
+    return value.detach(), grad
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

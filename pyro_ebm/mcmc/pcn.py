@@ -1,0 +1,66 @@
+r"""Preconditioned Crank–Nicolson: a walk that keeps a Gaussian prior in any dimension.
+
+With the prior :math:`N(m, \Sigma)` and :math:`z = q - m`, :math:`z' = \sqrt{1 - s^2}\, z + s\,\nu`
+for :math:`\nu \sim N(0, \Sigma)` is reversible with respect to the prior, so it is accepted by
+:math:`E(q) - E(q')` alone.
+
+References:
+    Cotter, Roberts, Stuart, White, MCMC methods for functions, Statistical Science 28, 2013.
+    arXiv:1202.0709.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.checks import probability
+from pyro_ebm.mcmc.kernel import Info, State, accept
+from pyro_ebm.mcmc.prior_kernel import PriorKernel
+
+
+class PCN(PriorKernel):
+    """Preconditioned Crank–Nicolson, for targets with a Gaussian base.
+
+    Args:
+        target: An ``EnergyDistribution`` or ``GeneralizedEBM`` with a Gaussian base or prior.
+        step_size: The first s, in (0, 1): the share of the prior's scale that is renewed.
+        target_accept_prob: What s is adapted to.
+        adapt_step_size: Whether warm-up tunes s.
+
+    Example:
+        >>> PCN(lambda: None).step_size
+        0.5
+    """
+
+    largest_step_size = 1.0
+    adapt_mass_matrix = False
+
+    def __init__(
+        self,
+        target: Any = None,
+        *,
+        step_size: float = 0.5,
+        target_accept_prob: float = 0.3,
+        adapt_step_size: bool = True,
+    ) -> None:
+        super().__init__(target)
+        self.step_size = probability("step_size", step_size)
+        self.target_accept_prob = probability("target_accept_prob", target_accept_prob)
+        self.adapt_step_size = adapt_step_size
+
+    def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
+        """Returns s."""
+        return {"step_size": q.new_tensor(self.step_size)}
+
+    def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
+        """Moves every chain; one energy."""
+        s, loc = state.tuning["step_size"], self.prior(potential).loc
+        z = state.position - loc
+        q = loc + (1.0 - s.square()).sqrt() * z + s * self.draw_prior(potential, state)
+        proposal = self.at(potential, state, q)
+        log_ratio = state.extra["energy"] - proposal.extra["energy"]
+        moved, accept_prob = accept(state, proposal, log_ratio)
+        return moved, {"acceptance_rate": accept_prob}

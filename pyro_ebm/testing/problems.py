@@ -1,0 +1,132 @@
+"""Targets whose moments, normalizer and exact draws are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A distribution and what is known of it.
+
+    Args:
+        name: What it is called.
+        dist: The distribution, float64.
+        sample: ``n -> n`` exact independent draws, of a generalized EBM in its latent space.
+        mean: Exact mean of a draw.
+        variance: Exact variances.
+        log_normalizer: Log Z in nats, with respect to the distribution's own base.
+    """
+
+    name: str
+    dist: EnergyDistribution
+    sample: Callable[[int], Tensor]
+    mean: Tensor
+    variance: Tensor
+    log_normalizer: float
+
+
+def gaussian() -> Problem:
+    """Two coordinates of standard deviations 1 and 1/2, without a base."""
+    scale = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    law = EnergyDistribution(
+        lambda x: 0.5 * (x / scale).square().sum(-1), event_shape=(2,), sampler=_double
+    )
+    return Problem(
+        "gaussian",
+        law,
+        lambda n: scale * torch.randn(n, 2, dtype=torch.float64),
+        torch.zeros(2, dtype=torch.float64),
+        scale.square(),
+        math.log(2.0 * math.pi) + float(scale.log().sum()),
+    )
+
+
+def tilted_gaussian() -> Problem:
+    """An energy on a Gaussian base: ``E = x^2/2`` on N(1, 1) is N(1/2, 1/2) with log Z known."""
+    base = dist.Normal(torch.ones(3, dtype=torch.float64), 1.0).to_event(1)
+    law = EnergyDistribution(lambda x: 0.5 * x.square().sum(-1), base)
+    mean = torch.full((3,), 0.5, dtype=torch.float64)
+    return Problem(
+        "tilted gaussian",
+        law,
+        lambda n: mean + 0.5**0.5 * torch.randn(n, 3, dtype=torch.float64),
+        mean,
+        mean,
+        3.0 * (-0.25 - 0.5 * math.log(2.0)),
+    )
+
+
+def gamma() -> Problem:
+    """Gamma(3, 2) on the positive numbers: wrong without the Jacobian of the logarithm."""
+    shape, rate = 3.0, 2.0
+    law = EnergyDistribution(
+        lambda x: rate * x - (shape - 1.0) * x.log(),
+        event_shape=(),
+        support=constraints.positive,
+        sampler=_double,
+    )
+    exact = dist.Gamma(torch.tensor(shape, dtype=torch.float64), rate)
+    log_z = math.lgamma(shape) - shape * math.log(rate)
+    return Problem("gamma", law, lambda n: exact.sample((n,)), exact.mean, exact.variance, log_z)
+
+
+def dirichlet() -> Problem:
+    """Dirichlet(2, 3, 4) on the simplex."""
+    weights = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64)
+    law = EnergyDistribution(
+        lambda x: -((weights - 1.0) * x.log()).sum(-1),
+        event_shape=(3,),
+        support=constraints.simplex,
+        sampler=_double,
+    )
+    exact = dist.Dirichlet(weights)
+    log_z = float(weights.lgamma().sum() - weights.sum().lgamma())
+    return Problem(
+        "dirichlet", law, lambda n: exact.sample((n,)), exact.mean, exact.variance, log_z
+    )
+
+
+def linear_gebm() -> Problem:
+    """A linear generator under a quadratic energy: its latent law is a Gaussian."""
+    matrix = torch.tensor([[1.0, 0.0], [0.5, 1.0], [-0.3, 0.2]], dtype=torch.float64)
+    pull = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
+    prior = dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1)
+    law = GeneralizedEBM(
+        lambda z: z @ matrix.T, prior, lambda x: 0.5 * x.square().sum(-1) - x @ pull
+    )
+    precision = torch.eye(2, dtype=torch.float64) + matrix.T @ matrix
+    covariance = precision.inverse()
+    mean = covariance @ matrix.T @ pull
+    root = torch.linalg.cholesky(covariance)
+    log_z = 0.5 * float(mean @ precision @ mean - torch.logdet(precision))
+    return Problem(
+        "linear gebm",
+        law,
+        lambda n: mean + torch.randn(n, 2, dtype=torch.float64) @ root.T,
+        mean,
+        covariance.diagonal(),
+        log_z,
+    )
+
+
+def _double(law: EnergyDistribution, shape: torch.Size) -> Tensor:
+    raise NotImplementedError("a problem is drawn by its own sample")
+
+
+MAKERS: dict[str, Callable[[], Problem]] = {
+    "gaussian": gaussian,
+    "tilted gaussian": tilted_gaussian,
+    "gamma": gamma,
+    "dirichlet": dirichlet,
+    "linear gebm": linear_gebm,
+}
