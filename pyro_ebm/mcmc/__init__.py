@@ -7,6 +7,7 @@ from pyro_ebm.mcmc.hmc import HMC
 from pyro_ebm.mcmc.kernel import Kernel, State
 from pyro_ebm.mcmc.kinetic_langevin import KineticLangevin
 from pyro_ebm.mcmc.mala import MALA
+from pyro_ebm.mcmc.nuts import NUTS
 from pyro_ebm.mcmc.pcn import PCN
 from pyro_ebm.mcmc.pcnl import PCNL
 from pyro_ebm.mcmc.random_walk import RandomWalk
@@ -17,6 +18,7 @@ __all__ = [
     "HMC",
     "MALA",
     "MCMC",
+    "NUTS",
     "PCN",
     "PCNL",
     "ULA",

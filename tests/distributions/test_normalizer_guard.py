@@ -430,3 +430,9 @@ def test_subclass_with_another_energy_has_another_log_z():
     assert EnergyDistribution(GaussianEnergy(0.0, 1.0)).is_normalized
     assert EnergyDistribution(Shifted(0.0, 1.0)).is_normalized
     assert not EnergyDistribution(Quartically(0.0, 1.0), event_shape=()).is_normalized
+
+
+def test_a_leaf_that_is_asked_for_by_name_counts():
+    theta = leaf()
+    with pytest.raises(MissingNormalizerError):
+        torch.autograd.grad(scaled(theta).log_prob(X).sum(), theta)

@@ -11,6 +11,7 @@ import torch
 from pyro_ebm.mcmc import (
     HMC,
     MALA,
+    NUTS,
     PCN,
     PCNL,
     ULA,
@@ -34,6 +35,7 @@ KERNELS = {
     "hmc": lambda d: HMC(d, step_size=0.6, trajectory_length=1.5),
     "chees": lambda d: ChEESHMC(d, step_size=0.6, trajectory_length=1.5),
     "mala": lambda d: MALA(d, step_size=0.8),
+    "nuts": lambda d: NUTS(d, step_size=0.5),
     "random walk": lambda d: RandomWalk(d, step_size=0.8),
 }
 WITH_PRIOR = {

@@ -227,8 +227,8 @@ def test_importance_sampling_from_the_prior_looks_better_than_it_is():
 
 @pytest.mark.slow
 def test_long_nuts_runs_cross_between_the_modes():
-    """With 4 x 2000 draws the crossings are many enough for the masses, and the report agrees."""
-    mcmc = run(RecordingNUTS(in_latent_space(three_modes())), 2000, num_chains=4, warmup=200)
+    """With 4 x 4000 draws the crossings are many enough for the masses, and the report agrees."""
+    mcmc = run(RecordingNUTS(in_latent_space(three_modes())), 4000, num_chains=4, warmup=200)
     z = mcmc.get_samples(group_by_chain=True)["x_latent"]
     nearest = (z.unsqueeze(-2) - CENTRES).square().sum(-1).argmin(-1)
     for k in range(3):
