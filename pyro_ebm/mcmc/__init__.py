@@ -12,6 +12,7 @@ from pyro_ebm.mcmc.pcn import PCN
 from pyro_ebm.mcmc.pcnl import PCNL
 from pyro_ebm.mcmc.random_walk import RandomWalk
 from pyro_ebm.mcmc.recording import RecordingHMC, RecordingNUTS
+from pyro_ebm.mcmc.sample import sample
 from pyro_ebm.mcmc.ula import ULA
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "RecordingHMC",
     "RecordingNUTS",
     "State",
+    "sample",
 ]

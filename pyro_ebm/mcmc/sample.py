@@ -1,0 +1,87 @@
+"""The short way: draws of one distribution by many short chains of a kernel."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.errors import ApproximateSampleWarning
+from pyro_ebm.mcmc.chees import ChEESHMC
+from pyro_ebm.mcmc.driver import MCMC
+from pyro_ebm.mcmc.kernel import Kernel
+from pyro_ebm.ops.rank_rhat import rank_rhat
+
+MIN_CHAINS = 32
+MAX_RHAT = 1.1
+
+
+def sample(
+    dist: EnergyDistribution,
+    sample_shape: torch.Size | tuple[int, ...] = (),
+    *,
+    kernel: Callable[[EnergyDistribution], Kernel] = ChEESHMC,
+    num_steps: int = 100,
+    warmup_steps: int = 300,
+    disable_progbar: bool = True,
+) -> Tensor:
+    """Draws from a distribution: the last states of as many chains.
+
+    Draws are independent of each other as far as the chains' starts are forgotten, which R-hat
+    judges. It can be passed as ``sampler=`` of a distribution; bind other options by
+    ``functools.partial``.
+
+    Args:
+        dist: An ``EnergyDistribution`` or ``GeneralizedEBM`` with a continuous support.
+        sample_shape: Shape of the sample; its number is the number of chains, at least 32.
+        kernel: Makes the kernel.
+        num_steps: Iterations after the warm-up.
+        warmup_steps: Iterations that tune the kernel.
+        disable_progbar: Hides the progress bar.
+
+    Returns:
+        Detached draws, ``sample_shape + batch_shape + event_shape``.
+
+    Raises:
+        TypeError: If the support is not continuous.
+
+    Warns:
+        ApproximateSampleWarning: If rank R-hat of a coordinate or of U exceeds 1.1.
+
+    Example:
+        >>> law = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=(), sampler=sample)
+        >>> law.sample((40,)).shape
+        torch.Size([40])
+    """
+    shape = torch.Size(sample_shape)
+    mcmc = MCMC(
+        kernel(dist),
+        max(4, num_steps),
+        warmup_steps,
+        num_chains=max(MIN_CHAINS, shape.numel()),
+        disable_progbar=disable_progbar,
+    )
+    mcmc.run()
+    rhat = _worst_rhat(mcmc)
+    if rhat > MAX_RHAT:
+        warnings.warn(
+            f"the chains of {dist!r} do not agree (rank R-hat {rhat:.2f} > {MAX_RHAT}): raise "
+            "num_steps and warmup_steps, or run pyro_ebm.mcmc.MCMC and look at its diagnostics",
+            ApproximateSampleWarning,
+            stacklevel=2,
+        )
+    ends = mcmc.get_samples(1)["x"][:, 0]
+    return ends[: shape.numel()].reshape(shape + ends.shape[1:])
+
+
+def _worst_rhat(mcmc: MCMC) -> float:
+    """Over the coordinates and U; of constant ones R-hat does not exist."""
+    (draws,) = mcmc.get_samples(unconstrained=True).values()
+    flat = draws.reshape(draws.shape[:2] + (-1,))
+    values = torch.cat([flat, mcmc.diagnostics()["lp"].unsqueeze(2)], 2)
+    worst = float(rank_rhat(values.transpose(0, 1)).nan_to_num(1.0).max())
+    return worst if math.isfinite(worst) else math.inf
