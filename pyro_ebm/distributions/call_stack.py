@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any, NamedTuple
 
-from pyro.distributions import ExpandedDistribution, MaskedDistribution, ZeroInflatedDistribution
+from pyro.distributions import ZeroInflatedDistribution
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import Independent, MixtureSameFamily
+from torch.distributions import MixtureSameFamily
 
 _PROTOTYPE = (
     "_guess_max_plate_nesting",
@@ -25,9 +25,6 @@ _PROTOTYPE = (
     "check_structure",
 )
 
-_WRAPPERS = frozenset(
-    kind.log_prob.__code__ for kind in (ExpandedDistribution, MaskedDistribution, Independent)
-)
 _MIXTURES = {
     kind.log_prob.__code__: kind.__name__ for kind in (MixtureSameFamily, ZeroInflatedDistribution)
 }
@@ -82,11 +79,13 @@ def is_sequential_predictive() -> bool:
 
 
 def caller_weighing_components() -> str | None:
-    """Returns the name of the mixture whose ``log_prob`` called ours, wrappers in between aside.
+    """Returns the name of the mixture whose ``log_prob`` called ours, by way of others or not.
 
     To be called from ``EnergyDistribution.log_prob`` itself.
     """
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code in _WRAPPERS:
+    while frame is not None and frame.f_code.co_name == "log_prob":
+        if frame.f_code in _MIXTURES:
+            return _MIXTURES[frame.f_code]
         frame = frame.f_back
-    return _MIXTURES.get(frame.f_code) if frame is not None else None
+    return None

@@ -104,6 +104,7 @@ class EnergyDistribution(TorchDistribution):
         self._weights = draw_weights(energy, getattr(base, "generator", None))
         self._support, event = supports.resolve(energy, base, support, event_shape)
         self._is_exact = base is None and _is_exact(energy, self._support, event)
+        self._draws_exactly = self._is_exact and _is_own(energy, "sample")
         batch = supports.size_of("batch_shape", batch_shape)
         if base is not None:
             batch = supports.broadcast_batch(base.batch_shape, batch, "base")
@@ -271,14 +272,14 @@ class EnergyDistribution(TorchDistribution):
         with pyro.poutine.block():
             if self.sampler is not None:
                 return self.sampler(self, shape)
-            if self.is_exact_energy:
+            if self._draws_exactly:
                 return default_sample.draw_exactly(self, shape)
             return default_sample.draw(self, shape)
 
     @property
     def has_exact_sample(self) -> bool:
         """Whether :meth:`sample` draws from the distribution itself, not from a short chain."""
-        return self.sampler is None and self.is_exact_energy
+        return self.sampler is None and self._draws_exactly
 
     @property
     def has_enumerate_support(self) -> bool:
@@ -361,7 +362,7 @@ class EnergyDistribution(TorchDistribution):
         new._energy = energy
         new._weights = self._weights | draw_weights(*added)
         new._log_normalizer = None
-        new._is_exact = False
+        new._is_exact = new._draws_exactly = False
         return new
 
     def _copy(self) -> EnergyDistribution:
@@ -409,20 +410,21 @@ def _check_callable(energy: Any) -> None:
 
 
 def _is_exact(energy: EnergyFn, support: Constraint, event_shape: torch.Size) -> bool:
-    """Whether the energy knows log Z and how to sample *on this support*, not only on its own."""
+    """Whether the energy knows its log Z *on this support*, not only on its own."""
     return (
         isinstance(energy, Tractable)
-        and _has_own_log_normalizer(type(energy))
+        and _is_own(energy, "log_normalizer")
         and energy.event_shape == event_shape
         and supports.same_support(energy.support, support)
     )
 
 
-def _has_own_log_normalizer(kind: type) -> bool:
-    """Whether log Z and the sampler are of the class that says what the energy is, or below it.
+def _is_own(energy: Any, method: str) -> bool:
+    """Whether a method is of the class that says what the energy is, or below it.
 
-    A subclass that changes the energy alone has inherited the log Z of another energy.
+    A subclass that changes the energy alone has inherited the log Z and the draws of another.
     """
-    depth = {name: i for i, k in reversed([*enumerate(kind.__mro__)]) for name in vars(k)}
-    energy = min(depth.get(name, len(kind.__mro__)) for name in ("forward", "__call__"))
-    return max(depth.get(name, 0) for name in ("log_normalizer", "sample")) <= energy
+    kinds = type(energy).__mro__
+    depth = {name: i for i, kind in reversed([*enumerate(kinds)]) for name in vars(kind)}
+    at = min(depth.get(name, len(kinds)) for name in ("forward", "__call__"))
+    return depth.get(method, 0) <= at

@@ -21,10 +21,12 @@ from pyro_ebm.distributions.captured import captured_only
 from pyro_ebm.distributions.layers import innermost
 from pyro_ebm.distributions.normalizer_guard import names_of
 from pyro_ebm.errors import NonFiniteEnergyError, SurrogateWarning, UnregisteredParameterError
+from pyro_ebm.infer.evaluation import Evaluation
 from pyro_ebm.ops.autograd import grad_of
 from pyro_ebm.ops.autograd_graph import children, graph, leaves_of, node_of
 
 SETTLED = 128  # in the first steps every comparison may be degenerate
+FEWEST_BASE_DRAWS = 32
 
 
 class Traits(Protocol):
@@ -101,10 +103,19 @@ def site(name: str, p: EnergyDistribution, x: Tensor, *, observed: bool, objecti
             )
 
 
-def not_degenerate(name: str, notes: Mapping[str, Tensor], who: str, step: int) -> None:
+def not_degenerate(name: str, evaluation: Evaluation, who: str, step: int) -> None:
     """Warns if a comparison has nothing left to compare: its gradients then mean little."""
+    notes = evaluation.notes
     if step < SETTLED:
         return
+    if "weight_ess" in notes and evaluation.num_weights < FEWEST_BASE_DRAWS:
+        warnings.warn(
+            f"{who} at EBM site {name!r}: {evaluation.num_weights} base draws a step are few for "
+            "the log of their mean weight, which is biased by about their relative variance over "
+            "twice their number. Give num_base=256 or a larger batch",
+            SurrogateWarning,
+            stacklevel=2,
+        )
     if float(notes.get("weight_ess", 1.0)) < 0.01:
         warnings.warn(
             f"{who} at EBM site {name!r}, step {step}: the effective sample size of the base draws "
@@ -183,6 +194,8 @@ def free_of_latents(name: str, model_trace: Any, guide_trace: Any, who: str) -> 
 
     Latents with a point estimate (``Delta``) are parameters: log Z is learned along with them.
     """
+    if not torch.is_grad_enabled():  # nothing is inferred, and there is no graph
+        return
     node = model_trace.nodes[name]
     reached = graph(children(node["log_prob"]), stop=node_of(node["value"]))
 

@@ -43,8 +43,21 @@ def _depends_on_rows(p: EnergyDistribution, x: Tensor) -> bool:
             if not torch.allclose(
                 moved, value.roll(1, dim - rows), rtol=1e-3, atol=1e-4, equal_nan=True
             ):
-                return True
+                return not _is_random(p, x)
     return False
+
+
+def _is_random(p: EnergyDistribution, x: Tensor) -> bool:
+    """Whether two evaluations at one point differ; nothing can be said of such an energy."""
+    if torch.allclose(p.unnormalized_log_prob(x), p.unnormalized_log_prob(x), equal_nan=True):
+        return False
+    warnings.warn(
+        f"{p!r} is random (dropout?), so it could not be checked whether it depends on row-wise "
+        "values other than x; say conditional=True or False",
+        SurrogateWarning,
+        stacklevel=2,
+    )
+    return True
 
 
 def needs_arguments(p: EnergyDistribution, x: Tensor) -> bool:

@@ -31,12 +31,14 @@ class Evaluation:
 
     Attributes:
         notes: Diagnostics by name, detached 0-d tensors.
+        num_weights: How many draws the last effective sample size was of.
     """
 
     def __init__(self, mask: Tensor | None = None, *, shares: bool = False) -> None:
         self.mask = mask
         self._shares = shares
         self.notes: dict[str, Tensor] = {}
+        self.num_weights = 0
         self._has_graph = torch.is_grad_enabled()
         self._results: dict[str, object] = {}
 
@@ -83,6 +85,7 @@ class Evaluation:
     def relative_ess(self, log_weights: Tensor) -> Tensor:
         """Returns the effective share of the weights ``(...) + rows`` that count, in (0, 1]."""
         weights = self.weights(log_weights)
+        self.num_weights = weights.numel()
         return effective_sample_size(weights) / (weights > -math.inf).sum()
 
 

@@ -100,8 +100,8 @@ def fit(
         guide: Latents' variational factors and the objective's contrasts.
         optim: A torch optimizer class.
         lr: Learning rate; ten times as much for a log Z learned by gradient.
-        batch_size: Rows per step, drawn without replacement in each epoch. Sites in a plate of that
-            size are scaled by N / batch_size.
+        batch_size: Rows per step, drawn without replacement in each epoch. Sites in the plate over
+            rows, found by running the model on one row more, are scaled by N / batch_size.
         num_steps: Steps to do, those of the checkpoint included.
         ema: Decay of the moving average of parameters, for example 0.999.
         grad_clip: Largest gradient norm over all parameters.
@@ -224,7 +224,6 @@ class _Run:
                 self.objective.differentiable_loss(self.model, self.guide, *batch)
                 / self.batches.num_rows
             )
-        scaling.check()
         self._collect(capture.trace)
         for p in self.parameters.values():
             p.grad = None

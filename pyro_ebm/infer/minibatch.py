@@ -14,37 +14,42 @@ from pyro_ebm.ops.rng import rng_preserved
 
 
 class PlateScale(Messenger):
-    """Scales the sites inside a plate of the mini-batch's size as if the plate subsampled.
+    """Scales the sites inside the plate over rows as if it subsampled.
 
     Args:
-        size: Rows of the mini-batch.
+        plates: Names of the plates over rows.
         scale: Rows of the data over rows of the mini-batch.
-        plates: Names of the plates over rows; ``None`` for every plate of that size.
     """
 
-    def __init__(self, size: int, scale: float, plates: frozenset[str] | None = None) -> None:
+    def __init__(self, plates: frozenset[str], scale: float) -> None:
         super().__init__()
-        self.size, self.scale, self.plates = size, scale, plates
-        self.seen: set[str] = set()
+        self.plates, self.scale = plates, scale
 
     def _pyro_sample(self, msg: Any) -> None:
-        frames = {frame.name for frame in msg["cond_indep_stack"] if frame.size == self.size}
-        frames = frames if self.plates is None else frames & self.plates
-        if frames:
-            msg["scale"] = msg["scale"] * self.scale
-            self.seen |= frames
-
-    def check(self) -> None:
-        """Raises ``ValueError`` if no site was in such a plate.
-
-        Data and priors would have the wrong weights.
-        """
-        if not self.seen and self.scale != 1:
+        over_rows = [f.name for f in msg["cond_indep_stack"] if f.name in self.plates]
+        if len(over_rows) > 1:
             raise ValueError(
-                f"batch_size={self.size}: the model has no site in a plate of that size, so "
-                "nothing was scaled to the whole data set. Use pyro.plate(name, len(x)), or "
-                "batch_size=None where the model subsamples for itself"
+                f"site {msg['name']!r} is in the plates {over_rows}, which both follow the rows of "
+                "a mini-batch: pairs of rows cannot be scaled to the whole data set. Use "
+                "batch_size=None"
             )
+        if over_rows:
+            msg["scale"] = msg["scale"] * self.scale
+
+
+class _Plates(Messenger):
+    """Notes the size of every plate that holds a site, and whether it subsamples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[str, int] = {}
+        self.subsampled: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        for frame in msg["cond_indep_stack"]:
+            self.sizes[frame.name] = frame.size
+            if frame.full_size is not None and frame.full_size != frame.size:
+                self.subsampled.add(frame.name)
 
 
 class Batches(Iterator[tuple[tuple[Tensor, ...], PlateScale]]):
@@ -67,7 +72,6 @@ class Batches(Iterator[tuple[tuple[Tensor, ...], PlateScale]]):
             raise ValueError(f"batch_size must be between 1 and {self.num_rows}, got {batch_size}")
         self.batch_size = batch_size
         self.plates: frozenset[str] | None = None
-        self._identified = False
         self.rows_left = torch.empty(0, dtype=torch.long)
 
     @property
@@ -77,43 +81,66 @@ class Batches(Iterator[tuple[tuple[Tensor, ...], PlateScale]]):
 
     def __next__(self) -> tuple[tuple[Tensor, ...], PlateScale]:
         if self.batch_size is None:
-            return self.data, PlateScale(self.num_rows, 1.0)
+            return self.data, PlateScale(frozenset(), 1.0)
         if len(self.rows_left) < self.batch_size:
             self.rows_left = torch.randperm(self.num_rows)
         rows, self.rows_left = self.rows_left[: self.batch_size], self.rows_left[self.batch_size :]
-        return self._rows(rows), PlateScale(self.batch_size, self.scale, self.plates)
+        return self._rows(rows), PlateScale(self.plates or frozenset(), self.scale)
 
     def _rows(self, rows: Tensor) -> tuple[Tensor, ...]:
         return tuple(t[rows.to(t.device)] for t in self.data)
 
     def identify_plates(self, model: Callable[..., Any], guide: Callable[..., Any]) -> None:
-        """Finds out, once, which plates are over rows where several have the batch's size.
+        """Finds out, once, which plates are over rows: those that grow with the mini-batch.
 
-        A plate of another meaning may have that size by chance. The model is run on one row more:
-        the plates that grow are those of the rows.
+        The model is run on a mini-batch and on one row more. If it can be run on one size only,
+        the one plate of that size is taken.
 
         Raises:
-            ValueError: If none grows.
+            ValueError: If it cannot be told which plate is over rows, or such a plate has another
+                size than the mini-batch or subsamples by itself.
         """
-        if self._identified or self.batch_size is None or self.scale == 1:
+        if self.batch_size is None or self.scale == 1 or self.plates is not None:
             return
-        self._identified = True
-        candidates = self._plates_of_size(model, guide, self.batch_size)
-        if len(candidates) < 2:
-            return
-        self.plates = candidates & self._plates_of_size(model, guide, self.batch_size + 1)
-        if not self.plates:
+        now = self._plates_at(model, guide, self.batch_size)
+        try:
+            larger = self._plates_at(model, guide, self.batch_size + 1).sizes
+        except Exception:  # the model is made for one size
+            larger = now.sizes
+        grow = {name for name, size in now.sizes.items() if larger.get(name, size) != size}
+        fit = {name for name, size in now.sizes.items() if size == self.batch_size}
+        self._check(now, grow, fit)
+        self.plates = frozenset(grow or fit)
+
+    def _check(self, now: _Plates, grow: set[str], fit: set[str]) -> None:
+        who = f"batch_size={self.batch_size}"
+        advice = "Use pyro.plate(name, len(x)), or batch_size=None where the model subsamples"
+        if now.subsampled & (grow | fit):
             raise ValueError(
-                f"batch_size={self.batch_size}: plates {sorted(candidates)} have that size and "
-                "none follows the number of rows, so it is not known which to scale to the whole "
-                "data set. Use pyro.plate(name, len(x)), or another batch_size"
+                f"{who}: plate {sorted(now.subsampled & (grow | fit))[0]!r} subsamples by itself, "
+                f"so its sites would be scaled twice. {advice}"
+            )
+        if not grow and not fit:
+            raise ValueError(
+                f"{who}: the model has no site in a plate of that size, so nothing would be scaled "
+                f"to the whole data set. {advice}"
+            )
+        if other := sorted(grow - fit):
+            raise ValueError(
+                f"{who}: plate {other[0]!r} of size {now.sizes[other[0]]} follows the rows of a "
+                f"mini-batch with another size, so it is not known how to scale it. {advice}"
+            )
+        if not grow and len(fit) > 1:
+            raise ValueError(
+                f"{who}: plates {sorted(fit)} have that size and none follows the number of rows, "
+                f"so it is not known which to scale. {advice}, or another batch_size"
             )
 
-    def _plates_of_size(
+    def _plates_at(
         self, model: Callable[..., Any], guide: Callable[..., Any], size: int
-    ) -> frozenset[str]:
-        batch, probe = self._rows(torch.arange(size)), PlateScale(size, 1.0)
-        with torch.no_grad(), rng_preserved(), poutine.block(), probe:
+    ) -> _Plates:
+        batch, plates = self._rows(torch.arange(size)), _Plates()
+        with torch.no_grad(), rng_preserved(), poutine.block(), plates:
             guided = poutine.trace(guide).get_trace(*batch)
             poutine.replay(model, trace=guided)(*batch)
-        return frozenset(probe.seen)
+        return plates

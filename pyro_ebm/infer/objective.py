@@ -253,7 +253,7 @@ class Objective(Trace_ELBO, nn.Module):
             loss = self._loss(name, p, data, noise, log_z)
         self.diagnostics[name] = self.diagnostics.get(name, {}) | evaluation.notes
         if self._checked.get(name) == int(self.num_steps_taken):
-            checks.not_degenerate(name, evaluation.notes, type(self).__name__, self._checked[name])
+            checks.not_degenerate(name, evaluation, type(self).__name__, self._checked[name])
         if observed and not x.requires_grad:
             return -loss
         held = hold_parameters(p.unnormalized_log_prob, p.broadcast_value(x), len(p.event_shape))

@@ -344,6 +344,10 @@ MIXTURES = {
     "event": lambda p: dist.MixtureSameFamily(
         dist.Categorical(torch.ones(3)), p.expand([3, 2]).to_event(1)
     ),
+    "transformed": lambda p: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)),
+        dist.TransformedDistribution(p, [dist.transforms.AffineTransform(0.0, 2.0)]),
+    ),
     "zero_inflated": lambda p: dist.ZeroInflatedDistribution(p, gate=torch.tensor(0.2)),
 }
 
@@ -424,11 +428,15 @@ def test_subclass_with_another_energy_has_another_log_z():
             return super().forward(x) + 0.1 * x**4
 
     class Shifted(GaussianEnergy):
+        def forward(self, x):
+            return super().forward(x) + 3.0
+
         def log_normalizer(self):
-            return super().log_normalizer() + 0.0
+            return super().log_normalizer() - 3.0
 
     assert EnergyDistribution(GaussianEnergy(0.0, 1.0)).is_normalized
     assert EnergyDistribution(Shifted(0.0, 1.0)).is_normalized
+    assert not EnergyDistribution(Shifted(0.0, 1.0)).has_exact_sample
     assert not EnergyDistribution(Quartically(0.0, 1.0), event_shape=()).is_normalized
 
 

@@ -209,7 +209,7 @@ def test_global_sites_keep_their_weight():
     objective.per_datum = lambda *args: surrogates.append(inner(*args)) or surrogates[-1]
     data = torch.randn(30)
     result = fit(model, data, objective, guide=guide, batch_size=5, num_steps=4, **QUIET)
-    batches = seen[1:]  # the first run only looked for the plate
+    batches = seen[2:]  # the first runs only looked for the plate
     for x, surrogate, loss in zip(batches, surrogates, result.losses, strict=True):
         assert len(x) == 5
         rows = surrogate - dist.Normal(0.7, 1.0).log_prob(0.5 * x)
@@ -224,7 +224,7 @@ def test_epochs_visit_every_row_once():
     data = torch.arange(10.0)
     model, guide = hierarchy(seen)
     fit(model, data, RankingNCE(), guide=guide, batch_size=3, num_steps=9, **QUIET)
-    epochs = [torch.cat(seen[i : i + 3]) for i in (1, 4, 7)]  # run 0 looked for the plate
+    epochs = [torch.cat(seen[i : i + 3]) for i in (2, 5, 8)]  # the first two looked for the plate
     assert all(len(set(rows.tolist())) == 9 for rows in epochs)
     assert not torch.equal(epochs[0], epochs[1])
 
@@ -268,14 +268,58 @@ def scale_in(handler, *plates):
     return capture.trace.nodes["x"]["scale"]
 
 
-def test_plates_of_the_batchs_size_scale_once():
-    """Also where they are nested; only those that are over rows where that is known."""
-    for plates in (("data",), ("data", "columns"), ("columns", "data")):
-        assert scale_in(PlateScale(4, 3.0), *((name, 4) for name in plates)) == 3.0
-    assert scale_in(PlateScale(4, 3.0), ("data", 5), ("columns", 2)) == 1.0
-    rows = frozenset({"data"})
-    assert scale_in(PlateScale(4, 3.0, rows), ("data", 4), ("columns", 4)) == 3.0
-    assert scale_in(PlateScale(4, 3.0, rows), ("columns", 4)) == 1.0
+def test_only_plates_over_rows_are_scaled():
+    rows = frozenset({"data", "other"})
+    assert scale_in(PlateScale(rows, 3.0), ("data", 4), ("columns", 4)) == 3.0
+    assert scale_in(PlateScale(rows, 3.0), ("columns", 4)) == 1.0
+    with pytest.raises(ValueError, match=r"plates \['data', 'other'\], which both follow the rows"):
+        scale_in(PlateScale(rows, 3.0), ("data", 4), ("other", 4))
+
+
+def ebm_in(plate):
+    def model(x):
+        with plate(x):
+            pyro.sample("x", EnergyDistribution(lambda z: z**2, dist.Normal(0.0, 1.0)), obs=x[:3])
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("plate", "message"),
+    [
+        (lambda x: pyro.plate("d", 12, subsample_size=len(x)), "'d' subsamples by itself"),
+        (lambda x: pyro.plate("d", len(x) - 1), "plate 'd' of size 3 follows the rows"),
+        (lambda x: pyro.plate("d", 3), "no site in a plate of that size"),
+    ],
+)
+def test_plates_that_fit_cannot_scale_are_refused(plate, message):
+    with pytest.raises(ValueError, match=message):
+        fit(ebm_in(plate), torch.randn(12), RankingNCE(), batch_size=4, num_steps=1, **QUIET)
+
+
+def test_a_model_made_for_one_batch_size_is_taken_at_its_word():
+    def model(x):
+        with pyro.plate("d", 4):
+            assert len(x) == 4
+            pyro.sample("x", EnergyDistribution(lambda z: z**2, dist.Normal(0.0, 1.0)), obs=x)
+
+    objective = RankingNCE()
+    objective.per_datum = lambda p, x, contrast, log_z: torch.ones(x.shape)
+    result = fit(model, torch.randn(12), objective, batch_size=4, num_steps=1, **QUIET)
+    assert result.losses == [pytest.approx(1.0)]
+
+
+def test_validation_with_a_point_estimate_of_a_latent():
+    def model(x):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            ebm = EnergyDistribution(lambda z: (z - a) ** 2, dist.Normal(0.0, 1.0))
+            pyro.sample("x", ebm, obs=x)
+
+    guide = pyro.infer.autoguide.AutoDelta(model)
+    x = torch.randn(12)
+    options = {"num_steps": 4, "validation": x, "validate_every": 2}
+    assert len(fit(model, x, NCE(), guide=guide, **options, **QUIET).validation) == 2
 
 
 def test_a_plate_that_has_the_batchs_size_by_chance():

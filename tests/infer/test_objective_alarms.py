@@ -145,3 +145,19 @@ def test_one_learned_log_z_and_a_latent(make):
 def test_no_learned_log_z_and_a_latent(make):
     model = with_latent
     make().differentiable_loss(model, AutoNormal(surrogate(model, make())), torch.randn(5))
+
+
+def test_few_base_draws_are_told():
+    """The log of a mean of four weights is biased by their relative variance over eight."""
+    with pytest.warns(SurrogateWarning, match="4 base draws a step are few"):
+        train(DonskerVaradhan(), tilted(STANDARD), 0.1 * torch.randn(4), 140)
+
+
+def test_a_random_energy_is_not_called_conditional():
+    def model(x):
+        ebm = EnergyDistribution(lambda y: 0.5 * y**2 * torch.rand_like(y), base=STANDARD)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", ebm, obs=x)
+
+    with pytest.warns(SurrogateWarning, match="is random .dropout"):
+        NCE().differentiable_loss(model, no_guide, torch.randn(5))
