@@ -54,9 +54,9 @@ def load_checkpoint(path: Path, run: Run) -> None:
     The model is run once so that every parameter exists; values are then copied in place.
 
     Raises:
-        ValueError: If the checkpoint's parameters are not those of this model.
+        ValueError: If the file is no checkpoint, or its parameters are not those of this model.
     """
-    state = torch.load(path, weights_only=True)
+    state = _read(path)
     run.materialize()
     saved = state["parameters"]
     if saved.keys() != run.parameters.keys():
@@ -78,6 +78,16 @@ def load_checkpoint(path: Path, run: Run) -> None:
 
 
 _CURVES = ("losses", "diagnostics", "diagnostic_steps", "validation", "averaged", "num_steps")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    except Exception as error:  # whatever a file that is no checkpoint does to the reader
+        raise ValueError(
+            f"{path} is not a checkpoint of fit, or is damaged; delete it to start anew"
+        ) from error
+    return state
 
 
 def _rng_state() -> dict[str, Any]:

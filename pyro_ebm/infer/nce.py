@@ -40,7 +40,7 @@ class NoiseContrast(Objective):
 
     def __init__(self, num_noise: float, noise: Any, **options: Any) -> None:
         super().__init__(**options)
-        if not num_noise > 0:
+        if not isinstance(num_noise, (int, float)) or not num_noise > 0:
             raise ValueError(f"num_noise must be positive, got {num_noise!r}")
         if isinstance(noise, str) and noise != "gaussian":
             raise ValueError(f"noise must be a distribution, 'gaussian' or None, got {noise!r}")

@@ -731,3 +731,10 @@ def test_the_schedule_of_a_fit_is_not_kept():
     assert objective.schedule == (2, 1)
     with pytest.raises(TypeError, match="Trace_ELBO has no two players"):
         fit(model, torch.randn(12), Trace_ELBO(), schedule=(1, 1), num_steps=1, **QUIET)
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path):
+    path = tmp_path / "fit.pt"
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="not a checkpoint of fit, or is damaged"):
+        fit(with_features, torch.randn(12), RankingNCE(), checkpoint=path, num_steps=1, **QUIET)
