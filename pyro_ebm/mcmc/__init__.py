@@ -13,6 +13,7 @@ from pyro_ebm.mcmc.pcnl import PCNL
 from pyro_ebm.mcmc.random_walk import RandomWalk
 from pyro_ebm.mcmc.recording import RecordingHMC, RecordingNUTS
 from pyro_ebm.mcmc.sample import sample
+from pyro_ebm.mcmc.tempering import ParallelTempering
 from pyro_ebm.mcmc.ula import ULA
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "EllipticalSlice",
     "Kernel",
     "KineticLangevin",
+    "ParallelTempering",
     "RandomWalk",
     "RecordingHMC",
     "RecordingNUTS",
