@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import prod
 
 import torch
-from pyro.distributions import MultivariateNormal, Normal
+from pyro.distributions import MultivariateNormal, Normal, constraints
 from torch import Tensor
 from torch.distributions import Independent
 
@@ -18,7 +18,7 @@ from pyro_ebm.mcmc.target import (
     check_names,
     gaussian_energy,
 )
-from pyro_ebm.ops.constraints import base_measure
+from pyro_ebm.ops.constraints import base_measure, plain
 from pyro_ebm.ops.initial_points import initial_points
 from pyro_ebm.ops.spaces import bijection
 
@@ -41,6 +41,7 @@ class DistributionTarget(Target):
         self.law = dist.latent if isinstance(dist, GeneralizedEBM) else dist
         _check_continuous(self.law)
         self.transform = bijection(self.law.support, len(self.law.event_shape))
+        self._is_real = isinstance(plain(self.law.support), type(constraints.real))
         events = torch.Size(self.transform.inverse_shape(self.law.event_shape))
         self.shape = self.law.batch_shape + events
         self.dim = prod(self.shape)
@@ -54,8 +55,10 @@ class DistributionTarget(Target):
     def potential(self, q: Tensor) -> Tensor:
         """Returns U in nats, summed over the batch of the distribution."""
         u = self._shaped(q)
-        x = self.transform(u)
-        value = self.law.potential(x) - self.transform.log_abs_det_jacobian(u, x)
+        x = u if self._is_real else self.transform(u)
+        value = self.law.energy(x) if self.law.base is None else self.law.potential(x)
+        if not self._is_real:
+            value = value - self.transform.log_abs_det_jacobian(u, x)
         return value.flatten(1).sum(1) if value.dim() > 1 else value
 
     def energy(self, q: Tensor) -> Tensor:

@@ -41,13 +41,13 @@ def leapfrog(
         step_size: 0-d, or ``(C, 1)``; negative goes back in time.
         num_steps: L.
     """
-    drift = step_size * state.tuning["inverse_mass"]
+    drift, kick, half_kick = step_size * state.tuning["inverse_mass"], -step_size, -0.5 * step_size
     q, u, gradient = state.position, state.potential, state.gradient
-    p = p - 0.5 * step_size * gradient
+    p = torch.addcmul(p, half_kick, gradient)
     for i in range(num_steps):
         q = torch.addcmul(q, drift, p)
         u, gradient = potential(q)
-        p = p - (step_size if i < num_steps - 1 else 0.5 * step_size) * gradient
+        p = torch.addcmul(p, kick if i < num_steps - 1 else half_kick, gradient)
     return replace(state, position=q, potential=u, gradient=gradient), p
 
 
