@@ -26,7 +26,7 @@ def draw_momentum(state: State) -> Tensor:
 
 def kinetic_energy(p: Tensor, inverse_mass: Tensor) -> Tensor:
     """Returns K in nats, ``(C,)``."""
-    return 0.5 * (p.square() * inverse_mass).sum(-1)
+    return 0.5 * torch.mv(p.square(), inverse_mass)
 
 
 def leapfrog(
