@@ -3,8 +3,8 @@ r"""The gradient of a target as a graph: captured once per batch shape, replayed
 Running a Pyro model costs a millisecond of handlers for every gradient. ``make_fx`` records the
 tensor operations of one evaluation; replaying them gives the same numbers. Parameters of networks
 are live in the graph, so training does not make it stale. Python numbers are frozen in it: a
-temperature must be a tensor. The graph is compared with the target itself whenever a run starts,
-and captured anew if they differ.
+temperature must be a tensor. Every run captures anew, and compares the graph with the target itself
+at other points: what branches on its values is evaluated as it is.
 """
 
 from __future__ import annotations
@@ -50,11 +50,6 @@ class CapturedPotential:
         """Returns the energy relative to the target's Gaussian prior, ``(C,)``."""
         return self._energy(q)[0]
 
-    def refresh(self, q: Tensor) -> None:
-        """Drops graphs that no longer say what the target says."""
-        for captured in (self._with_grad, self._value, self._energy):
-            captured.refresh(q)
-
 
 class _Captured:
     """A function of positions, replayed as a graph wherever that gives the same numbers."""
@@ -71,11 +66,6 @@ class _Captured:
             graph = self._graphs[key] = self._capture(q)
         with torch.no_grad():
             return graph(q)
-
-    def refresh(self, q: Tensor) -> None:
-        key = (q.shape, q.dtype, q.device)
-        if key in self._graphs and not _agree(self(q), self._eager(q)):
-            del self._graphs[key]
 
     def _eager(self, q: Tensor) -> tuple[Tensor, ...]:
         with pyro.validation_enabled(is_validate=False):

@@ -37,8 +37,6 @@ class EllipticalSlice(PriorKernel):
         False
     """
 
-    has_step_size = False
-
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
         """Moves every chain to a new point of its slice."""
         loc, nu = self.prior(potential).loc, self.draw_prior(potential, state)

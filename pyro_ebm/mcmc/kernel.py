@@ -90,7 +90,6 @@ class Kernel(ABC):
 
     adjusted = True
     needs_gradient = True
-    has_step_size = True
 
     def __init__(self, target: Any = None, *, potential_fn: Potential | None = None) -> None:
         if (target is None) == (potential_fn is None):

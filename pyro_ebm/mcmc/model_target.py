@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_ebm.mcmc.target import Target, Values, check_names
+from pyro_ebm.poutine.check_model import check_structure, has_energies
 
 Potential = Callable[[dict[str, Tensor]], Tensor]
 
@@ -119,9 +120,15 @@ class ModelTarget(Target):
 def target_of_model(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ModelTarget:
-    """Returns the target of a Pyro model with these arguments."""
+    """Returns the target of a Pyro model with these arguments.
+
+    Raises:
+        MissingNormalizerError: If a latent would be inferred through an EBM without its log Z.
+    """
     with pyro.validation_enabled(is_validate=False), poutine.block():
-        params, potential_fn, transforms, _ = initialize_model(model, args, kwargs)
+        params, potential_fn, transforms, trace = initialize_model(model, args, kwargs)
+    if has_energies(trace):
+        check_structure(model, args, kwargs)
     name = f"model {getattr(model, '__name__', type(model).__name__)!r}"
     return ModelTarget(potential_fn, params, transforms, name)
 

@@ -35,9 +35,8 @@ from pyro.infer import HMC, NUTS
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyro_ebm.distributions import unwrap
 from pyro_ebm.ops.constraints import base_measure, plain
-from pyro_ebm.poutine.check_model import check_structure
+from pyro_ebm.poutine.check_model import check_structure, has_energies
 
 __all__ = ["RecordingHMC", "RecordingNUTS"]
 
@@ -70,7 +69,7 @@ class _Recorder(HMC):
                 "finitely many values is enumerated), or draw it by a kernel for its support; the "
                 "distribution's own sample() has a small one"
             ) from error
-        if _has_energies(self._prototype_trace):
+        if self._prototype_trace is not None and has_energies(self._prototype_trace):
             check_structure(self.model, args, kwargs)
 
     def _begin_transition(self) -> None:
@@ -153,12 +152,6 @@ def _unmovable_site(
             continue
         return name, str(plain(fn.support))
     return None
-
-
-def _has_energies(trace: Any) -> bool:
-    """Whether a model has a site whose log Z may matter in ways that gradients do not show."""
-    sites = [s for s in trace.nodes.values() if s["type"] == "sample"] if trace else []
-    return any(unwrap(s["fn"]) is not None or s["infer"].get("energy_factor") for s in sites)
 
 
 def _is_movable(support: Any) -> bool:

@@ -51,8 +51,6 @@ class ParallelTempering(PriorKernel):
         6
     """
 
-    has_step_size = False
-
     def __init__(
         self,
         target: Any = None,

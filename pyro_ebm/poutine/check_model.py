@@ -100,6 +100,12 @@ def check_model(
     return ModelCheck(sites)
 
 
+def has_energies(trace: Any) -> bool:
+    """Whether a model has a site whose log Z may matter in ways that gradients do not show."""
+    sites = [s for s in trace.nodes.values() if s["type"] == "sample"]
+    return any(unwrap(s["fn"]) is not None or s["infer"].get("energy_factor") for s in sites)
+
+
 def check_structure(model: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> None:
     """Runs :func:`check_model` without slopes, for entry points that no gradient protects.
 

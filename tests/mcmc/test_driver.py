@@ -111,6 +111,17 @@ def test_missing_log_z_raises_before_the_first_draw():
         run(HMC(model), Y)
 
 
+def test_a_detached_parent_raises_too():
+    def model(y):
+        theta = pyro.sample("theta", dist.Gamma(2.0, 1.0)).detach()
+        with pyro.plate("n", len(y)):
+            p = ebm.EnergyDistribution(lambda x: theta * x**2, event_shape=())
+            pyro.sample("y", p, obs=y)
+
+    with pytest.raises(ebm.MissingNormalizerError, match="latent 'theta'"):
+        run(HMC(model), Y)
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_distributions(name):
     made = PROBLEMS[name]()
