@@ -13,7 +13,7 @@ script then
 
 Run it from anywhere; it needs scikit-learn for the digits::
 
-    python examples/quickstart.py              # one seed, about three minutes on two cores
+    python examples/quickstart.py              # one seed, three to four minutes on two cores
     python examples/quickstart.py --seeds 5    # the same for seeds 0 to 4
     python examples/quickstart.py --smoke      # a few seconds, nothing is learned
     python examples/quickstart.py --tune       # how the settings were chosen, about half an hour
