@@ -11,13 +11,11 @@ from pyro import poutine
 from pyro.distributions import Delta
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
-from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
-from pyro_ebm.distributions.captured import captured_only
+from pyro_ebm.distributions.captured import capture_in_progress, captured_only
 from pyro_ebm.distributions.layers import innermost
 from pyro_ebm.distributions.normalizer_guard import names_of
 from pyro_ebm.errors import NonFiniteEnergyError, SurrogateWarning, UnregisteredParameterError
@@ -196,6 +194,9 @@ def free_of_latents(name: str, model_trace: Any, guide_trace: Any, who: str) -> 
     """
     if not torch.is_grad_enabled():  # nothing is inferred, and there is no graph
         return
+    drawn = {n for n, s in guide_trace.nodes.items() if s["type"] == "sample"}
+    if all(n == name or _is_point(guide_trace.nodes[n]["fn"]) for n in drawn):
+        return
     node = model_trace.nodes[name]
     reached = graph(children(node["log_prob"]), stop=node_of(node["value"]))
 
@@ -244,7 +245,7 @@ def registered(
 
     Only decidable while parameters are being captured, as in ``SVI.step`` and ``fit``.
     """
-    if not any(isinstance(h, TraceMessenger) and h.param_only for h in _PYRO_STACK):
+    if capture_in_progress() is None:
         return
     for name in used:
         leaves = leaves_of(model_trace.nodes[name]["log_prob"])

@@ -179,6 +179,10 @@ class Objective(Trace_ELBO, nn.Module):
             self._checked[name] = steps
         return due
 
+    def is_checked_now(self, site: str) -> bool:
+        """Whether this step is one of those that look at a site closely."""
+        return self._checked.get(site) == int(self.num_steps_taken)
+
     def check_unconditional(
         self, name: str, p: EnergyDistribution, x: Tensor, known: Tensor | None
     ) -> None:
@@ -252,7 +256,7 @@ class Objective(Trace_ELBO, nn.Module):
         with evaluating(self, mask) as evaluation:
             loss = self._loss(name, p, data, noise, log_z)
         self.diagnostics[name] = self.diagnostics.get(name, {}) | evaluation.notes
-        if self._checked.get(name) == int(self.num_steps_taken):
+        if self.is_checked_now(name):
             checks.not_degenerate(name, evaluation, type(self).__name__, self._checked[name])
         if observed and not x.requires_grad:
             return -loss
@@ -305,7 +309,8 @@ class Objective(Trace_ELBO, nn.Module):
         checks.shapes(model_trace, guide_trace, self.max_plate_nesting)  # type: ignore[arg-type]
         checks.finite(model_trace, handler.used, int(self.num_steps_taken))
         for name in filter(self.keeps_log_normalizer, handler.used):
-            checks.free_of_latents(name, model_trace, guide_trace, type(self).__name__)
+            if self.objective_of(name).is_checked_now(name):
+                checks.free_of_latents(name, model_trace, guide_trace, type(self).__name__)
         self._check_contexts(model, model_trace, handler.used, args, kwargs)
         checks.registered(model_trace, handler.used, self._sites, self._optimized)
         return model_trace, guide_trace

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.hamiltonian import draw_momentum, leapfrog, metropolis
-from pyro_ebm.mcmc.hmc import HMC
+from pyro_ebm.mcmc.hamiltonian import LeapfrogKernel, draw_momentum, leapfrog, metropolis
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.ops.adaptation import DualAveraging, PooledVariance
 
@@ -106,7 +105,7 @@ def window_ends(num_steps: int) -> list[int]:
 
 def find_step_size(kernel: Kernel, potential: CapturedPotential, state: State) -> State:
     """Doubles or halves the leapfrog step until the acceptance of one step crosses .8."""
-    if not isinstance(kernel, HMC) or kernel.step_size is not None:
+    if not isinstance(kernel, LeapfrogKernel) or kernel.step_size is not None:
         return state
     direction = 0
     for _ in range(MAX_DOUBLINGS):

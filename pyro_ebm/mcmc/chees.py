@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.hamiltonian import draw_momentum, leapfrog, metropolis
-from pyro_ebm.mcmc.hmc import HMC, MAX_STEPS, halton
+from pyro_ebm.mcmc.hmc import HMC, MAX_STEPS
 from pyro_ebm.mcmc.kernel import Info, State
 
 RATE, BETA2 = 0.05, 0.95
@@ -38,40 +37,21 @@ class ChEESHMC(HMC):
 
     Args:
         target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
-        potential_fn: Instead of it, a potential (see :class:`Kernel`).
-        step_size: The first leapfrog step; found by doubling if not given.
         trajectory_length: The first length, in units of the whitened coordinates.
-        target_accept_prob: What the step size is adapted to; .651 is best for many chains.
-        adapt_step_size: Whether warm-up tunes the step size.
-        adapt_mass_matrix: Whether warm-up tunes the diagonal of the inverse mass.
+        **options: Those of :class:`HMC`; ``target_accept_prob`` is .651, best for many chains.
 
     Example:
         >>> ChEESHMC(lambda: None).target_accept_prob
         0.651
     """
 
-    def __init__(
-        self,
-        target: Any = None,
-        *,
-        potential_fn: Any = None,
-        step_size: float | None = None,
-        trajectory_length: float = 1.0,
-        target_accept_prob: float = 0.651,
-        adapt_step_size: bool = True,
-        adapt_mass_matrix: bool = True,
-    ) -> None:
-        super().__init__(
-            target,
-            potential_fn=potential_fn,
-            step_size=step_size,
-            trajectory_length=trajectory_length,
-            target_accept_prob=target_accept_prob,
-            adapt_step_size=adapt_step_size,
-            adapt_mass_matrix=adapt_mass_matrix,
-        )
-
+    best_accept_prob = 0.651
     uses_harmonic_mean = True
+
+    def __init__(
+        self, target: Any = None, *, trajectory_length: float = 1.0, **options: Any
+    ) -> None:
+        super().__init__(target, trajectory_length=trajectory_length, **options)
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
         """Returns HMC's, and the memory of Adam."""
@@ -81,13 +61,9 @@ class ChEESHMC(HMC):
 
     def warm_step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
         """Moves every chain, and the trajectory length uphill."""
-        num_steps, share = self.num_steps(state), 2.0 * halton(int(state.tuning["iteration"]) + 1)
-        p = draw_momentum(state)
-        end, p_end = leapfrog(potential, state, p, state.tuning["step_size"], num_steps)
-        moved, info = metropolis(state, end, p, p_end, num_steps)
-        slope = _chees_slope(state, end, p_end, info["acceptance_rate"]) * share
-        tuning = _climb(state, slope) | {"iteration": state.tuning["iteration"] + 1}
-        return moved.with_tuning(**tuning), info
+        moved, info, end, p_end = self.move(potential, state)
+        slope = _chees_slope(state, end, p_end, info["acceptance_rate"]) * self.share(state)
+        return moved.with_tuning(**_climb(state, slope)), info
 
 
 def _chees_slope(state: State, end: State, p_end: Tensor, weights: Tensor) -> Tensor:

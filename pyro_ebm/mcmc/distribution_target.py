@@ -45,9 +45,7 @@ class DistributionTarget(Target):
         events = torch.Size(self.transform.inverse_shape(self.law.event_shape))
         self.shape = self.law.batch_shape + events
         self.dim = prod(self.shape)
-        start = self.draw_start(1)
-        self.dtype, self.device = start.dtype, start.device
-        self.prior = _gaussian_prior(self.law, self.shape, start)
+        self.prior = _gaussian_prior(self.law, self.shape, like=self.draw_start(1))
 
     def __repr__(self) -> str:
         return repr(self.dist)

@@ -11,12 +11,53 @@ preserve volume and are reversible. L of them cost exactly L gradients.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.kernel import MAX_ENERGY_ERROR, Info, State, accept
+from pyro_ebm.mcmc.checks import positive, probability
+from pyro_ebm.mcmc.kernel import MAX_ENERGY_ERROR, Info, Kernel, State, accept
+
+
+class LeapfrogKernel(Kernel):
+    """Base of the kernels that move by leapfrog steps, with the options that they share.
+
+    Args:
+        target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
+        potential_fn: Instead of it, a potential (see :class:`Kernel`).
+        step_size: The first leapfrog step; found by doubling if not given.
+        target_accept_prob: What the step size is adapted to; :attr:`best_accept_prob` by default.
+        adapt_step_size: Whether warm-up tunes the step size.
+        adapt_mass_matrix: Whether warm-up tunes the diagonal of the inverse mass.
+    """
+
+    best_accept_prob = 0.8
+
+    def __init__(
+        self,
+        target: Any = None,
+        *,
+        potential_fn: Any = None,
+        step_size: float | None = None,
+        target_accept_prob: float | None = None,
+        adapt_step_size: bool = True,
+        adapt_mass_matrix: bool = True,
+    ) -> None:
+        super().__init__(target, potential_fn=potential_fn)
+        wanted = self.best_accept_prob if target_accept_prob is None else target_accept_prob
+        self.step_size = None if step_size is None else positive("step_size", step_size)
+        self.target_accept_prob = probability("target_accept_prob", wanted)
+        self.adapt_step_size = adapt_step_size
+        self.adapt_mass_matrix = adapt_mass_matrix
+
+    def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
+        """Returns the given or a unit step size, and a unit mass."""
+        return {
+            "step_size": q.new_tensor(self.step_size or 1.0),
+            "inverse_mass": q.new_ones(q.shape[1]),
+        }
 
 
 def draw_momentum(state: State) -> Tensor:

@@ -18,25 +18,22 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import positive, probability
-from pyro_ebm.mcmc.hamiltonian import draw_momentum, leapfrog, metropolis
-from pyro_ebm.mcmc.kernel import Info, Kernel, State
+from pyro_ebm.mcmc.checks import positive
+from pyro_ebm.mcmc.hamiltonian import LeapfrogKernel, draw_momentum, leapfrog, metropolis
+from pyro_ebm.mcmc.kernel import Info, State
 
 MAX_STEPS = 1000
 
 
-class HMC(Kernel):
+class HMC(LeapfrogKernel):
     r"""Hamiltonian Monte Carlo.
 
     Args:
         target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
-        potential_fn: Instead of it, a potential (see :class:`Kernel`).
-        step_size: The first leapfrog step :math:`\epsilon`; found by doubling if not given.
         trajectory_length: T, in units of the whitened coordinates; :math:`\pi/2` by default.
-        target_accept_prob: What the step size is adapted to.
-        adapt_step_size: Whether warm-up tunes the step size.
-        adapt_mass_matrix: Whether warm-up tunes the diagonal of :math:`M^{-1}`.
         jitter: Whether trajectory lengths vary.
+        **options: Those of :class:`~pyro_ebm.mcmc.hamiltonian.LeapfrogKernel`: ``potential_fn``,
+            ``step_size``, ``target_accept_prob`` (.8), ``adapt_step_size``, ``adapt_mass_matrix``.
 
     Example:
         >>> import torch
@@ -53,48 +50,45 @@ class HMC(Kernel):
         self,
         target: Any = None,
         *,
-        potential_fn: Any = None,
-        step_size: float | None = None,
         trajectory_length: float = math.pi / 2,
-        target_accept_prob: float = 0.8,
-        adapt_step_size: bool = True,
-        adapt_mass_matrix: bool = True,
         jitter: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(target, potential_fn=potential_fn)
-        self.step_size = None if step_size is None else positive("step_size", step_size)
+        super().__init__(target, **options)
         self.trajectory_length = positive("trajectory_length", trajectory_length)
-        self.target_accept_prob = probability("target_accept_prob", target_accept_prob)
-        self.adapt_step_size = adapt_step_size
-        self.adapt_mass_matrix = adapt_mass_matrix
         self.jitter = jitter
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
-        """Returns the given or a unit step size, a unit mass and the trajectory length."""
-        return {
-            "step_size": q.new_tensor(self.step_size or 1.0),
-            "inverse_mass": q.new_ones(q.shape[1]),
+        """Returns step size, mass and trajectory length."""
+        return super().first_tuning(q) | {
             "trajectory_length": q.new_tensor(self.trajectory_length),
             "iteration": torch.zeros((), dtype=torch.long),
         }
 
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
         """Moves every chain along one trajectory."""
+        return self.move(potential, state)[:2]
+
+    def move(self, potential: CapturedPotential, state: State) -> tuple[State, Info, State, Tensor]:
+        """Returns what :meth:`step` does, and the trajectories' ends with their momenta."""
         num_steps = self.num_steps(state)
         p = draw_momentum(state)
         end, p_end = leapfrog(potential, state, p, state.tuning["step_size"], num_steps)
         moved, info = metropolis(state, end, p, p_end, num_steps)
-        return moved.with_tuning(iteration=state.tuning["iteration"] + 1), info
+        count = state.tuning["iteration"] + 1
+        return moved.with_tuning(iteration=count), info, end, p_end
+
+    def share(self, state: State) -> float:
+        """Returns the factor of mean one on this iteration's trajectory length."""
+        return 2.0 * van_der_corput(int(state.tuning["iteration"]) + 1) if self.jitter else 1.0
 
     def num_steps(self, state: State) -> int:
         """Returns L of this iteration."""
-        length = float(state.tuning["trajectory_length"])
-        if self.jitter:
-            length *= 2.0 * halton(int(state.tuning["iteration"]) + 1)
+        length = self.share(state) * float(state.tuning["trajectory_length"])
         return min(MAX_STEPS, max(1, math.ceil(length / float(state.tuning["step_size"]))))
 
 
-def halton(index: int) -> float:
+def van_der_corput(index: int) -> float:
     """Returns a term of the base-2 van der Corput sequence, in (0, 1)."""
     value, weight = 0.0, 0.5
     while index:

@@ -52,11 +52,6 @@ class State:
     extra: dict[str, Tensor] = field(default_factory=dict)
     rng: Tensor | None = None
 
-    @property
-    def num_chains(self) -> int:
-        """C."""
-        return self.position.shape[0]
-
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the state, to go on from it in another process."""
         torch.save({f.name: getattr(self, f.name) for f in fields(self)}, path)

@@ -11,48 +11,23 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
+from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.hamiltonian import LeapfrogKernel, draw_momentum, leapfrog, metropolis
+from pyro_ebm.mcmc.kernel import Info, State
 
-from pyro_ebm.mcmc.hmc import HMC
-from pyro_ebm.mcmc.kernel import State
 
-
-class MALA(HMC):
-    """HMC with one leapfrog step.
-
-    Args:
-        target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
-        potential_fn: Instead of it, a potential (see :class:`Kernel`).
-        step_size: The first step; found by doubling if not given.
-        target_accept_prob: What the step size is adapted to.
-        adapt_step_size: Whether warm-up tunes the step size.
-        adapt_mass_matrix: Whether warm-up tunes the scale of each coordinate.
+class MALA(LeapfrogKernel):
+    """HMC with one leapfrog step; takes the arguments of its base.
 
     Example:
         >>> MALA(lambda: None).target_accept_prob
         0.574
     """
 
-    def __init__(
-        self,
-        target: Any = None,
-        *,
-        potential_fn: Any = None,
-        step_size: float | None = None,
-        target_accept_prob: float = 0.574,
-        adapt_step_size: bool = True,
-        adapt_mass_matrix: bool = True,
-    ) -> None:
-        super().__init__(
-            target,
-            potential_fn=potential_fn,
-            step_size=step_size,
-            target_accept_prob=target_accept_prob,
-            adapt_step_size=adapt_step_size,
-            adapt_mass_matrix=adapt_mass_matrix,
-            jitter=False,
-        )
+    best_accept_prob = 0.574
 
-    def num_steps(self, state: State) -> int:
-        """Returns 1."""
-        return 1
+    def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
+        """Moves every chain by one leapfrog step."""
+        p = draw_momentum(state)
+        end, p_end = leapfrog(potential, state, p, state.tuning["step_size"], 1)
+        return metropolis(state, end, p, p_end, 1)

@@ -29,47 +29,30 @@ from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.checks import whole
-from pyro_ebm.mcmc.hamiltonian import draw_momentum, kinetic_energy, leapfrog
-from pyro_ebm.mcmc.hmc import HMC
+from pyro_ebm.mcmc.hamiltonian import (
+    LeapfrogKernel,
+    draw_momentum,
+    kinetic_energy,
+    leapfrog,
+)
 from pyro_ebm.mcmc.kernel import MAX_ENERGY_ERROR, Info, State
 
 
-class NUTS(HMC):
+class NUTS(LeapfrogKernel):
     """The no-U-turn sampler on many chains.
 
     Args:
         target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
-        potential_fn: Instead of it, a potential (see :class:`Kernel`).
-        step_size: The first leapfrog step; found by doubling if not given.
-        target_accept_prob: What the mean acceptance along trajectories is adapted to.
         max_tree_depth: Doublings at most; the longest chain sets the pace of all.
-        adapt_step_size: Whether warm-up tunes the step size.
-        adapt_mass_matrix: Whether warm-up tunes the diagonal of the inverse mass.
+        **options: Those of :class:`~pyro_ebm.mcmc.hamiltonian.LeapfrogKernel`.
 
     Example:
         >>> NUTS(lambda: None).max_tree_depth
         10
     """
 
-    def __init__(
-        self,
-        target: Any = None,
-        *,
-        potential_fn: Any = None,
-        step_size: float | None = None,
-        target_accept_prob: float = 0.8,
-        max_tree_depth: int = 10,
-        adapt_step_size: bool = True,
-        adapt_mass_matrix: bool = True,
-    ) -> None:
-        super().__init__(
-            target,
-            potential_fn=potential_fn,
-            step_size=step_size,
-            target_accept_prob=target_accept_prob,
-            adapt_step_size=adapt_step_size,
-            adapt_mass_matrix=adapt_mass_matrix,
-        )
+    def __init__(self, target: Any = None, *, max_tree_depth: int = 10, **options: Any) -> None:
+        super().__init__(target, **options)
         self.max_tree_depth = whole("max_tree_depth", max_tree_depth, least=1)
 
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:

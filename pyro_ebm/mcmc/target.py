@@ -35,14 +35,10 @@ class Target(ABC):
 
     Attributes:
         dim: D, the number of unconstrained coordinates.
-        dtype: Of positions and potentials.
-        device: Likewise.
         prior: The Gaussian part, for kernels that preserve it; ``None`` if there is none.
     """
 
     dim: int
-    dtype: torch.dtype
-    device: torch.device
     prior: GaussianPrior | None = None
 
     @abstractmethod

@@ -16,7 +16,7 @@ from pyro.infer import autoguide
 from pyro.optim import Adam
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_ebm import EnergyDistribution, MissingNormalizerError
+from pyro_ebm import EnergyDistribution, MissingNormalizerError, check_model
 from pyro_ebm.distributions import guard_schedule
 from pyro_ebm.distributions import normalizer_guard as guard
 from pyro_ebm.energies import GaussianEnergy, MLPEnergy
@@ -420,6 +420,15 @@ def test_a_vector_latent_counts_as_one():
         lambda x: theta.prod() * x**2, event_shape=(), log_normalizer=-0.5 * theta[0].log()
     )
     p.log_prob(X).sum().backward()
+
+    def model():
+        t = pyro.sample("t", dist.Gamma(torch.tensor([4.0, 5.0]), 2.0).to_event(1))
+        base = dist.Normal(0.0, 2.0)
+        q = EnergyDistribution(lambda x: t.prod() * x**2, base, log_normalizer=-0.5 * t[0].log())
+        pyro.sample("x", q, obs=torch.tensor(0.3))
+
+    with pytest.raises(MissingNormalizerError, match="not the log Z of this energy"):
+        check_model(model)
 
 
 def test_subclass_with_another_energy_has_another_log_z():
