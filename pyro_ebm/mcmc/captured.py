@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_ebm.mcmc.simplify import simplify
 from pyro_ebm.mcmc.target import Target
 
 ValueAndGrad = tuple[Tensor, Tensor]
@@ -78,8 +79,7 @@ class _Captured:
                 graph = make_fx(lambda q: self.fn(q))(q)
         except RuntimeError:
             return self._eager
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
+        simplify(graph)
         other = q.roll(1, 0) * 0.9  # no random numbers are used up
         with torch.no_grad():
             if not _agree(graph(other), self._eager(other)):

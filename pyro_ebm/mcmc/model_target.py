@@ -61,26 +61,21 @@ class ModelTarget(Target):
         return self._potential_fn(self.split(q)).reshape(())
 
     def potential(self, q: Tensor) -> Tensor:
-        """Returns U in nats, ``(C,)``; under ``vmap`` Pyro wants to be differentiated."""
+        """Returns U in nats, ``(C,)``, differentiable."""
         if self._is_vectorized:
-            return self.potential_and_grad(q)[0]
+            return torch.vmap(self._potential_under_grad)(q)
         return torch.stack([self._potential_of_one(row) for row in q])
 
-    def potential_and_grad(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns U ``(C,)`` and its gradient ``(C, D)``."""
-        one = torch.func.grad_and_value(self._potential_of_one)
-        if self._is_vectorized:
-            grad, u = torch.vmap(one)(q)
-            return u, grad
-        rows = [_value_and_grad(self._potential_of_one, row) for row in q]
-        return torch.stack([u for u, _ in rows]), torch.stack([g for _, g in rows])
+    def _potential_under_grad(self, q: Tensor) -> Tensor:
+        """The potential inside a level of differentiation: without one Pyro fails under vmap."""
+        return torch.func.vjp(self._potential_of_one, q)[0]
 
     def _try_vmap(self) -> bool:
         """Whether ``vmap`` can follow the potential."""
         q = torch.rand(2, self.dim, dtype=self.dtype, device=self.device)
         try:
             with pyro.validation_enabled(is_validate=False), torch.no_grad():
-                torch.vmap(torch.func.grad_and_value(self._potential_of_one))(q)
+                torch.vmap(self._potential_under_grad)(q)
         except Exception as error:  # vmap and models fail in many ways
             warnings.warn(
                 f"{self.name} cannot be vectorized, so its chains run one after another, many "
@@ -131,14 +126,6 @@ def target_of_model(
         check_structure(model, args, kwargs)
     name = f"model {getattr(model, '__name__', type(model).__name__)!r}"
     return ModelTarget(potential_fn, params, transforms, name)
-
-
-def _value_and_grad(fn: Callable[[Tensor], Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf = q.detach().requires_grad_()
-        value = fn(leaf)
-        (grad,) = torch.autograd.grad(value, leaf)
-    return value.detach(), grad
 
 
 def _first_line(error: Exception) -> str:
