@@ -247,6 +247,7 @@ class MCMC:
             sample_stats={name: to_numpy(value) for name, value in self.diagnostics().items()},
             sampler=type(self.kernel).__name__,
             adjusted=self.kernel.adjusted,
+            inverse_temperature=self.kernel.inverse_temperature,
             seconds=self.seconds,
         )
 

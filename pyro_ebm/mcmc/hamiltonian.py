@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.checks import positive, probability
-from pyro_ebm.mcmc.kernel import MAX_ENERGY_ERROR, Info, Kernel, State, accept
+from pyro_ebm.mcmc.kernel import MAX_ENERGY_ERROR, Info, Kernel, State
+from pyro_ebm.mcmc.metropolis import accept
 
 
 class LeapfrogKernel(Kernel):
@@ -26,11 +27,11 @@ class LeapfrogKernel(Kernel):
 
     Args:
         target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
-        potential_fn: Instead of it, a potential (see :class:`Kernel`).
         step_size: The first leapfrog step; found by doubling if not given.
         target_accept_prob: What the step size is adapted to; :attr:`best_accept_prob` by default.
         adapt_step_size: Whether warm-up tunes the step size.
         adapt_mass_matrix: Whether warm-up tunes the diagonal of the inverse mass.
+        **options: Those of :class:`Kernel`: ``potential_fn``, ``inverse_temperature``.
     """
 
     best_accept_prob = 0.8
@@ -39,13 +40,13 @@ class LeapfrogKernel(Kernel):
         self,
         target: Any = None,
         *,
-        potential_fn: Any = None,
         step_size: float | None = None,
         target_accept_prob: float | None = None,
         adapt_step_size: bool = True,
         adapt_mass_matrix: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(target, potential_fn=potential_fn)
+        super().__init__(target, **options)
         wanted = self.best_accept_prob if target_accept_prob is None else target_accept_prob
         self.step_size = None if step_size is None else positive("step_size", step_size)
         self.target_accept_prob = probability("target_accept_prob", wanted)
@@ -92,19 +93,24 @@ def leapfrog(
     return replace(state, position=q, potential=u, gradient=gradient), p
 
 
+def energy_error(state: State, end: State, p_start: Tensor, p_end: Tensor) -> Tensor:
+    """Returns H at the end less H at the start in nats, ``(C,)``; infinite where it is NaN."""
+    inverse_mass = state.tuning["inverse_mass"]
+    kinetic = kinetic_energy(p_end, inverse_mass) - kinetic_energy(p_start, inverse_mass)
+    error = end.potential - state.potential + kinetic
+    return torch.where(error.isnan(), torch.inf, error)
+
+
 def metropolis(
     state: State, end: State, p_start: Tensor, p_end: Tensor, num_steps: int
 ) -> tuple[State, Info]:
     """Accepts or rejects the end of a trajectory, chain by chain."""
-    inverse_mass = state.tuning["inverse_mass"]
-    energy = state.potential + kinetic_energy(p_start, inverse_mass)
-    error = end.potential + kinetic_energy(p_end, inverse_mass) - energy
-    error = torch.where(error.isnan(), torch.inf, error)
+    error = energy_error(state, end, p_start, p_end)
     moved, accept_prob = accept(state, end, -error)
     info = {
         "acceptance_rate": accept_prob,
         "diverging": error > MAX_ENERGY_ERROR,
-        "energy": energy,
+        "energy": state.potential + kinetic_energy(p_start, state.tuning["inverse_mass"]),
         "energy_error": error,
         "n_steps": torch.full_like(error, num_steps, dtype=torch.long),
     }

@@ -32,8 +32,8 @@ class HMC(LeapfrogKernel):
         target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
         trajectory_length: T, in units of the whitened coordinates; :math:`\pi/2` by default.
         jitter: Whether trajectory lengths vary.
-        **options: Those of :class:`~pyro_ebm.mcmc.hamiltonian.LeapfrogKernel`: ``potential_fn``,
-            ``step_size``, ``target_accept_prob`` (.8), ``adapt_step_size``, ``adapt_mass_matrix``.
+        **options: Those of :class:`~pyro_ebm.mcmc.hamiltonian.LeapfrogKernel`: ``step_size``,
+            ``target_accept_prob`` (.8), ``adapt_step_size``, ``adapt_mass_matrix``.
 
     Example:
         >>> import torch

@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.checks import positive
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.mcmc.model_target import ModelTarget, Potential, target_of_model
 from pyro_ebm.mcmc.target import Target
@@ -73,7 +74,7 @@ class State:
 
 
 class Kernel(ABC):
-    """Base of kernels that move a batch of chains.
+    r"""Base of kernels that move a batch of chains.
 
     A subclass defines :meth:`step`; :attr:`adjusted` says whether it keeps its target exactly.
 
@@ -81,12 +82,20 @@ class Kernel(ABC):
         target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
         potential_fn: Instead of it, a potential in nats of named unconstrained values of one chain;
             ``initial_params`` of the run then gives their shapes.
+        inverse_temperature: :math:`\beta`, multiplied into the energy of a distribution and never
+            into its base; other than 1, the draws are not the distribution's and are marked so.
     """
 
     adjusted = True
     needs_gradient = True
 
-    def __init__(self, target: Any = None, *, potential_fn: Potential | None = None) -> None:
+    def __init__(
+        self,
+        target: Any = None,
+        *,
+        potential_fn: Potential | None = None,
+        inverse_temperature: float = 1.0,
+    ) -> None:
         if (target is None) == (potential_fn is None):
             raise TypeError(
                 f"{type(self).__name__} needs a target (a Pyro model, an EnergyDistribution) or "
@@ -99,6 +108,12 @@ class Kernel(ABC):
             )
         self.given = target
         self.potential_fn = potential_fn
+        self.inverse_temperature = positive("inverse_temperature", inverse_temperature)
+        if inverse_temperature != 1 and not isinstance(target, _DISTRIBUTIONS):
+            raise TypeError(
+                f"{type(self).__name__}: inverse_temperature multiplies the energy of a "
+                "distribution; scale the factors of a Pyro model by poutine.scale"
+            )
 
     # --- binding
 
@@ -112,7 +127,7 @@ class Kernel(ABC):
             like = {name: value[0] for name, value in initial_params.items()}
             return ModelTarget(self.potential_fn, like)
         if isinstance(self.given, _DISTRIBUTIONS):
-            return DistributionTarget(self.given)
+            return DistributionTarget(self.given.temper(self.inverse_temperature))
         return target_of_model(self.given, args, kwargs)
 
     # --- the chain
@@ -178,31 +193,3 @@ def finite_start(target: Target, value: Callable[[Tensor], Tensor], num_chains: 
         f"{target!r}: no starting point of finite potential was found for {int(bad.sum())} of "
         f"{num_chains} chains in {_TRIES} tries. Give initial_params=, or look for NaN in the model"
     )
-
-
-def accept(state: State, proposal: State, log_ratio: Tensor) -> tuple[State, Tensor]:
-    """Moves the chains whose proposals are accepted; one decision per chain.
-
-    Args:
-        state: Where the chains are.
-        proposal: Where they may go.
-        log_ratio: Log acceptance ratios ``(C,)``; what is not finite is rejected.
-
-    Returns:
-        The next state and the acceptance probabilities ``(C,)``.
-    """
-    log_ratio = torch.where(torch.isfinite(log_ratio), log_ratio, -torch.inf)
-    moves = torch.rand_like(log_ratio).log() < log_ratio
-    rows = moves[:, None]
-    moved = replace(
-        state,
-        position=torch.where(rows, proposal.position, state.position),
-        potential=torch.where(moves, proposal.potential, state.potential),
-        gradient=torch.where(rows, proposal.gradient, state.gradient),
-        extra={k: _where(moves, proposal.extra[k], old) for k, old in state.extra.items()},
-    )
-    return moved, log_ratio.clamp(max=0.0).exp()
-
-
-def _where(moves: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(moves.reshape(moves.shape + (1,) * (new.dim() - 1)), new, old)

@@ -36,10 +36,10 @@ class KineticLangevin(Kernel):
 
     Args:
         target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
-        potential_fn: Instead of it, a potential (see :class:`Kernel`).
         step_size: h; stable while h times the highest frequency is below 2.
         friction: :math:`\gamma`: low values travel far, high ones forget their velocity.
         scheme: ``"BAOAB"``, ``"ABOBA"`` or ``"OBABO"``.
+        **options: Those of :class:`Kernel`: ``potential_fn``, ``inverse_temperature``.
 
     Example:
         >>> KineticLangevin(lambda: None, scheme="ABOBA").step_size
@@ -52,12 +52,12 @@ class KineticLangevin(Kernel):
         self,
         target: Any = None,
         *,
-        potential_fn: Any = None,
         step_size: float = 0.1,
         friction: float = 1.0,
         scheme: str = "BAOAB",
+        **options: Any,
     ) -> None:
-        super().__init__(target, potential_fn=potential_fn)
+        super().__init__(target, **options)
         if scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
         self.step_size = positive("step_size", step_size)

@@ -11,12 +11,21 @@ References:
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.hamiltonian import LeapfrogKernel, draw_momentum, leapfrog, metropolis
+from pyro_ebm.mcmc.hamiltonian import (
+    LeapfrogKernel,
+    draw_momentum,
+    energy_error,
+    leapfrog,
+    metropolis,
+)
 from pyro_ebm.mcmc.kernel import Info, State
+from pyro_ebm.mcmc.metropolis import MetropolisKernel, normal_log_prob
 
 
-class MALA(LeapfrogKernel):
+class MALA(LeapfrogKernel, MetropolisKernel):
     """HMC with one leapfrog step; takes the arguments of its base.
 
     Example:
@@ -31,3 +40,21 @@ class MALA(LeapfrogKernel):
         p = draw_momentum(state)
         end, p_end = leapfrog(potential, state, p, state.tuning["step_size"], 1)
         return metropolis(state, end, p, p_end, 1)
+
+    def propose(self, potential: CapturedPotential, state: State) -> State:
+        """Returns the end of one leapfrog step."""
+        p = draw_momentum(state)
+        return leapfrog(potential, state, p, state.tuning["step_size"], 1)[0]
+
+    def log_accept(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
+        """Returns minus the energy error of the leapfrog step that leads there."""
+        step_size, inverse_mass = state.tuning["step_size"], state.tuning["inverse_mass"]
+        half = (to.position - state.position) / (step_size * inverse_mass)
+        p, p_end = half + 0.5 * step_size * state.gradient, half - 0.5 * step_size * to.gradient
+        return -energy_error(state, to, p, p_end)
+
+    def proposal_log_prob(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
+        """Returns the log density of the Langevin proposal."""
+        step_size, inverse_mass = state.tuning["step_size"], state.tuning["inverse_mass"]
+        mean = state.position - 0.5 * step_size.square() * inverse_mass * state.gradient
+        return normal_log_prob(to.position, mean, step_size * inverse_mass.sqrt())

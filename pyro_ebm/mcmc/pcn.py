@@ -17,11 +17,12 @@ from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.checks import probability
-from pyro_ebm.mcmc.kernel import Info, State, accept
+from pyro_ebm.mcmc.kernel import State
+from pyro_ebm.mcmc.metropolis import MetropolisKernel, normal_log_prob
 from pyro_ebm.mcmc.prior_kernel import PriorKernel
 
 
-class PCN(PriorKernel):
+class PCN(PriorKernel, MetropolisKernel):
     """Preconditioned Crank–Nicolson, for targets with a Gaussian base.
 
     Args:
@@ -29,6 +30,7 @@ class PCN(PriorKernel):
         step_size: The first s, in (0, 1): the share of the prior's scale that is renewed.
         target_accept_prob: What s is adapted to.
         adapt_step_size: Whether warm-up tunes s.
+        **options: Those of :class:`Kernel`: ``inverse_temperature``.
 
     Example:
         >>> PCN(lambda: None).step_size
@@ -45,8 +47,9 @@ class PCN(PriorKernel):
         step_size: float = 0.5,
         target_accept_prob: float = 0.3,
         adapt_step_size: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(target)
+        super().__init__(target, **options)
         self.step_size = probability("step_size", step_size)
         self.target_accept_prob = probability("target_accept_prob", target_accept_prob)
         self.adapt_step_size = adapt_step_size
@@ -55,12 +58,22 @@ class PCN(PriorKernel):
         """Returns s."""
         return {"step_size": q.new_tensor(self.step_size)}
 
-    def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
-        """Moves every chain; one energy."""
-        s, loc = state.tuning["step_size"], self.prior(potential).loc
-        z = state.position - loc
-        q = loc + (1.0 - s.square()).sqrt() * z + s * self.draw_prior(potential, state)
-        proposal = self.at(potential, state, q)
-        log_ratio = state.extra["energy"] - proposal.extra["energy"]
-        moved, accept_prob = accept(state, proposal, log_ratio)
-        return moved, {"acceptance_rate": accept_prob}
+    def propose(self, potential: CapturedPotential, state: State) -> State:
+        """Returns a rotation of every chain towards a draw from the prior; one energy."""
+        q = self._centre(potential, state) + state.tuning["step_size"] * self.draw_prior(
+            potential, state
+        )
+        return self.at(potential, state, q)
+
+    def log_accept(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
+        """Returns E - E': the proposal is reversible with respect to the prior."""
+        return state.extra["energy"] - to.extra["energy"]
+
+    def proposal_log_prob(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
+        """Returns the log density of the proposal."""
+        scale = state.tuning["step_size"] * self.prior(potential).scale
+        return normal_log_prob(to.position, self._centre(potential, state), scale)
+
+    def _centre(self, potential: CapturedPotential, state: State) -> Tensor:
+        loc = self.prior(potential).loc
+        return loc + (1.0 - state.tuning["step_size"].square()).sqrt() * (state.position - loc)

@@ -21,7 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.kernel import Info, State, accept
+from pyro_ebm.mcmc.kernel import State
+from pyro_ebm.mcmc.metropolis import normal_log_prob
 from pyro_ebm.mcmc.pcn import PCN
 from pyro_ebm.mcmc.target import GaussianPrior
 
@@ -34,6 +35,7 @@ class PCNL(PCN):
         step_size: The first :math:`\delta`, in (0, 1).
         target_accept_prob: What :math:`\delta` is adapted to.
         adapt_step_size: Whether warm-up tunes :math:`\delta`.
+        **options: Those of :class:`Kernel`: ``inverse_temperature``.
 
     Example:
         >>> PCNL(lambda: None).needs_gradient
@@ -49,35 +51,48 @@ class PCNL(PCN):
         step_size: float = 0.1,
         target_accept_prob: float = 0.574,
         adapt_step_size: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__(
             target,
             step_size=step_size,
             target_accept_prob=target_accept_prob,
             adapt_step_size=adapt_step_size,
+            **options,
         )
 
-    def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
-        """Moves every chain; one gradient."""
-        prior, delta = self.prior(potential), state.tuning["step_size"]
-        variance = prior.scale.square()
-        z, g = state.position - prior.loc, self._slope(state.position, state.gradient, prior)
-        noise = (8.0 * delta).sqrt() * self.draw_prior(potential, state)
-        new = ((2.0 - delta) * z - 2.0 * delta * variance * g + noise) / (2.0 + delta)
-        q = prior.loc + new
-        proposal = self.at(potential, state, q)
-        g_new = self._slope(q, proposal.gradient, prior)
-        forth = _rho(state.extra["energy"], g, z, new, delta, variance)
-        back = _rho(proposal.extra["energy"], g_new, new, z, delta, variance)
-        moved, accept_prob = accept(state, proposal, forth - back)
-        return moved, {"acceptance_rate": accept_prob}
+    def propose(self, potential: CapturedPotential, state: State) -> State:
+        """Returns a proposal for every chain; one gradient."""
+        noise = self._noise_scale(state) * self.draw_prior(potential, state)
+        return self.at(potential, state, self._centre(potential, state) + noise)
+
+    def log_accept(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
+        """Returns rho(q, q') - rho(q', q)."""
+        return self._rho(potential, state, to) - self._rho(potential, to, state)
+
+    def proposal_log_prob(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
+        """Returns the log density of the proposal."""
+        scale = self._noise_scale(state) * self.prior(potential).scale
+        return normal_log_prob(to.position, self._centre(potential, state), scale)
 
     @staticmethod
-    def _slope(q: Tensor, gradient: Tensor, prior: GaussianPrior) -> Tensor:
-        """The gradient of E, that of U without the prior's part."""
-        return gradient - (q - prior.loc) / prior.scale.square()
+    def _noise_scale(state: State) -> Tensor:
+        delta = state.tuning["step_size"]
+        return (8.0 * delta).sqrt() / (2.0 + delta)
+
+    def _centre(self, potential: CapturedPotential, state: State) -> Tensor:
+        prior, delta = self.prior(potential), state.tuning["step_size"]
+        z, g = state.position - prior.loc, _slope(state, prior)
+        drift = (2.0 - delta) * z - 2.0 * delta * prior.scale.square() * g
+        return prior.loc + drift / (2.0 + delta)
+
+    def _rho(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
+        prior, delta = self.prior(potential), state.tuning["step_size"]
+        z, new, g = state.position - prior.loc, to.position - prior.loc, _slope(state, prior)
+        along = 0.5 * (new - z) + 0.25 * delta * (z + new + prior.scale.square() * g)
+        return state.extra["energy"] + (g * along).sum(-1)
 
 
-def _rho(energy: Tensor, g: Tensor, z: Tensor, to: Tensor, delta: Tensor, v: Tensor) -> Tensor:
-    inner = 0.5 * (to - z) + 0.25 * delta * (z + to) + 0.25 * delta * v * g
-    return energy + (g * inner).sum(-1)
+def _slope(state: State, prior: GaussianPrior) -> Tensor:
+    """The gradient of E, that of U without the prior's part."""
+    return state.gradient - (state.position - prior.loc) / prior.scale.square()

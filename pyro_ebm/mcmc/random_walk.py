@@ -17,19 +17,20 @@ from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.checks import positive, probability
-from pyro_ebm.mcmc.kernel import Info, Kernel, State, accept
+from pyro_ebm.mcmc.kernel import State
+from pyro_ebm.mcmc.metropolis import MetropolisKernel, normal_log_prob
 
 
-class RandomWalk(Kernel):
+class RandomWalk(MetropolisKernel):
     r"""Random-walk Metropolis.
 
     Args:
         target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
-        potential_fn: Instead of it, a potential (see :class:`Kernel`).
         step_size: The first standard deviation of the jumps.
         target_accept_prob: What the step size is adapted to.
         adapt_step_size: Whether warm-up tunes the step size.
         adapt_mass_matrix: Whether warm-up tunes the scale of each coordinate.
+        **options: Those of :class:`Kernel`: ``potential_fn``, ``inverse_temperature``.
 
     Example:
         >>> RandomWalk(lambda: None).needs_gradient
@@ -42,13 +43,13 @@ class RandomWalk(Kernel):
         self,
         target: Any = None,
         *,
-        potential_fn: Any = None,
         step_size: float = 1.0,
         target_accept_prob: float = 0.234,
         adapt_step_size: bool = True,
         adapt_mass_matrix: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(target, potential_fn=potential_fn)
+        super().__init__(target, **options)
         self.step_size = positive("step_size", step_size)
         self.target_accept_prob = probability("target_accept_prob", target_accept_prob)
         self.adapt_step_size = adapt_step_size
@@ -61,10 +62,19 @@ class RandomWalk(Kernel):
             "inverse_mass": q.new_ones(q.shape[1]),
         }
 
-    def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
-        """Moves every chain; one evaluation of U."""
-        scale = state.tuning["step_size"] * state.tuning["inverse_mass"].sqrt()
-        q = state.position + scale * torch.randn_like(state.position)
-        proposal = replace(state, position=q, potential=potential.value(q))
-        moved, accept_prob = accept(state, proposal, state.potential - proposal.potential)
-        return moved, {"acceptance_rate": accept_prob}
+    def propose(self, potential: CapturedPotential, state: State) -> State:
+        """Returns a jump of every chain; one evaluation of U."""
+        q = state.position + _scale(state) * torch.randn_like(state.position)
+        return replace(state, position=q, potential=potential.value(q))
+
+    def log_accept(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
+        """Returns U - U', for jumps are as likely as their reverse."""
+        return state.potential - to.potential
+
+    def proposal_log_prob(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
+        """Returns the log density of the jump."""
+        return normal_log_prob(to.position, state.position, _scale(state))
+
+
+def _scale(state: State) -> Tensor:
+    return state.tuning["step_size"] * state.tuning["inverse_mass"].sqrt()

@@ -45,6 +45,7 @@ class ParallelTempering(PriorKernel):
         num_replicas: K + 1, the ends at 0 and 1 included.
         target_accept_prob: What the step size of every replica is adapted to.
         adapt_ladder: Whether warm-up respaces the ladder.
+        **options: Those of :class:`Kernel`: ``inverse_temperature``, of the coldest replica.
 
     Example:
         >>> ParallelTempering(lambda: None, num_replicas=6).num_replicas
@@ -58,8 +59,9 @@ class ParallelTempering(PriorKernel):
         num_replicas: int = 8,
         target_accept_prob: float = 0.3,
         adapt_ladder: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(target)
+        super().__init__(target, **options)
         self.num_replicas = whole("num_replicas", num_replicas, least=2)
         self.target_accept_prob = probability("target_accept_prob", target_accept_prob)
         self.adapt_ladder = adapt_ladder

@@ -30,8 +30,8 @@ class ULA(Kernel):
 
     Args:
         target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
-        potential_fn: Instead of it, a potential (see :class:`Kernel`).
         step_size: :math:`\epsilon`; the drift is :math:`\epsilon^2/2`, as for MALA and HMC.
+        **options: Those of :class:`Kernel`: ``potential_fn``, ``inverse_temperature``.
 
     Example:
         >>> ULA(lambda: None, step_size=0.1).adjusted
@@ -40,10 +40,8 @@ class ULA(Kernel):
 
     adjusted = False
 
-    def __init__(
-        self, target: Any = None, *, potential_fn: Any = None, step_size: float = 0.1
-    ) -> None:
-        super().__init__(target, potential_fn=potential_fn)
+    def __init__(self, target: Any = None, *, step_size: float = 0.1, **options: Any) -> None:
+        super().__init__(target, **options)
         self.step_size = positive("step_size", step_size)
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:

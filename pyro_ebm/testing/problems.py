@@ -119,6 +119,91 @@ def linear_gebm() -> Problem:
     )
 
 
+def correlated_gaussian() -> Problem:
+    """Five coordinates in a row, each correlated by 0.9 with the next: a valley off the axes."""
+    place = torch.arange(5, dtype=torch.float64)
+    covariance = 0.9 ** (place[:, None] - place).abs()
+    precision, root = covariance.inverse(), torch.linalg.cholesky(covariance)
+    law = EnergyDistribution(
+        lambda x: 0.5 * ((x @ precision) * x).sum(-1), event_shape=(5,), sampler=_double
+    )
+    return Problem(
+        "correlated gaussian",
+        law,
+        lambda n: torch.randn(n, 5, dtype=torch.float64) @ root.T,
+        torch.zeros(5, dtype=torch.float64),
+        torch.ones(5, dtype=torch.float64),
+        2.5 * math.log(2.0 * math.pi) + 0.5 * float(torch.logdet(covariance)),
+    )
+
+
+def banana() -> Problem:
+    """A standard normal x, and y = (x^2 - 1) / 2 plus standard normal noise."""
+
+    def energy(x: Tensor) -> Tensor:
+        bend = 0.5 * (x[..., 0].square() - 1.0)
+        return 0.5 * x[..., 0].square() + 0.5 * (x[..., 1] - bend).square()
+
+    def draw(n: int) -> Tensor:
+        x, noise = torch.randn(2, n, dtype=torch.float64)
+        return torch.stack([x, 0.5 * (x.square() - 1.0) + noise], -1)
+
+    return Problem(
+        "banana",
+        EnergyDistribution(energy, event_shape=(2,), sampler=_double),
+        draw,
+        torch.zeros(2, dtype=torch.float64),
+        torch.tensor([1.0, 1.5], dtype=torch.float64),
+        math.log(2.0 * math.pi),
+    )
+
+
+def funnel() -> Problem:
+    """Neal's funnel with two leaves: v standard normal, and x given v of variance exp(v)."""
+
+    def energy(x: Tensor) -> Tensor:
+        v, leaves = x[..., 0], x[..., 1:]
+        return 0.5 * v.square() + 0.5 * leaves.square().sum(-1) * (-v).exp() + v
+
+    def draw(n: int) -> Tensor:
+        v, leaves = torch.randn(n, 1, dtype=torch.float64), torch.randn(n, 2, dtype=torch.float64)
+        return torch.cat([v, leaves * (0.5 * v).exp()], -1)
+
+    return Problem(
+        "funnel",
+        EnergyDistribution(energy, event_shape=(3,), sampler=_double),
+        draw,
+        torch.zeros(3, dtype=torch.float64),
+        torch.tensor([1.0, math.exp(0.5), math.exp(0.5)], dtype=torch.float64),
+        1.5 * math.log(2.0 * math.pi),
+    )
+
+
+def three_modes() -> Problem:
+    """A Gaussian base tilted to a mixture of three Gaussians far apart; Z is 1."""
+    centres = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+
+    def energy(x: Tensor) -> Tensor:
+        tilts = x @ centres.T - 0.5 * centres.square().sum(-1)
+        return -torch.logsumexp(tilts + weights.log(), -1)
+
+    def draw(n: int) -> Tensor:
+        mode = torch.multinomial(weights, n, replacement=True)
+        return centres[mode] + torch.randn(n, 2, dtype=torch.float64)
+
+    base = dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1)
+    mean = weights @ centres
+    return Problem(
+        "three modes",
+        EnergyDistribution(energy, base),
+        draw,
+        mean,
+        1.0 + weights @ centres.square() - mean.square(),
+        0.0,
+    )
+
+
 def _double(law: EnergyDistribution, shape: torch.Size) -> Tensor:
     raise NotImplementedError("a problem is drawn by its own sample")
 
@@ -129,4 +214,8 @@ MAKERS: dict[str, Callable[[], Problem]] = {
     "gamma": gamma,
     "dirichlet": dirichlet,
     "linear gebm": linear_gebm,
+    "correlated gaussian": correlated_gaussian,
+    "banana": banana,
+    "funnel": funnel,
+    "three modes": three_modes,
 }

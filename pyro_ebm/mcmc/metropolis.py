@@ -1,0 +1,73 @@
+r"""Metropolis–Hastings: propose, and accept by the ratio that makes the target reversible.
+
+.. math:: \log\alpha = \min\big(0,\; U(q) - U(q') + \log k(q' \to q) - \log k(q \to q')\big)
+
+with the density :math:`k` of the proposal. Kernels code the ratio in a stabler form of their own;
+:func:`~pyro_ebm.testing.assert_detailed_balance` compares it with this one, point by point.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.kernel import Info, Kernel, State
+
+
+class MetropolisKernel(Kernel):
+    """Base of kernels whose proposal has a density."""
+
+    @abstractmethod
+    def propose(self, potential: CapturedPotential, state: State) -> State:
+        """Returns where every chain may go next."""
+
+    @abstractmethod
+    def log_accept(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
+        """Returns the log acceptance ratio before it is cut at 0, ``(C,)``."""
+
+    @abstractmethod
+    def proposal_log_prob(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
+        """Returns log k(state -> to), ``(C,)``, up to a constant that both directions share."""
+
+    def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
+        """Moves the chains whose proposals are accepted."""
+        proposal = self.propose(potential, state)
+        moved, accept_prob = accept(state, proposal, self.log_accept(potential, state, proposal))
+        return moved, {"acceptance_rate": accept_prob}
+
+
+def accept(state: State, proposal: State, log_ratio: Tensor) -> tuple[State, Tensor]:
+    """Moves the chains whose proposals are accepted; one decision per chain.
+
+    Args:
+        state: Where the chains are.
+        proposal: Where they may go.
+        log_ratio: Log acceptance ratios ``(C,)``; what is not finite is rejected.
+
+    Returns:
+        The next state and the acceptance probabilities ``(C,)``.
+    """
+    log_ratio = torch.where(torch.isfinite(log_ratio), log_ratio, -torch.inf)
+    moves = torch.rand_like(log_ratio).log() < log_ratio
+    rows = moves[:, None]
+    moved = replace(
+        state,
+        position=torch.where(rows, proposal.position, state.position),
+        potential=torch.where(moves, proposal.potential, state.potential),
+        gradient=torch.where(rows, proposal.gradient, state.gradient),
+        extra={k: _where(moves, proposal.extra[k], old) for k, old in state.extra.items()},
+    )
+    return moved, log_ratio.clamp(max=0.0).exp()
+
+
+def normal_log_prob(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """Returns the log density of independent Gaussians without its constant, ``(C,)``."""
+    return (-0.5 * ((x - mean) / scale).square() - scale.log()).sum(-1)
+
+
+def _where(moves: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(moves.reshape(moves.shape + (1,) * (new.dim() - 1)), new, old)
