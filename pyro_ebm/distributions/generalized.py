@@ -149,7 +149,11 @@ class GeneralizedEBM(EnergyDistribution):
         Log Z stays known at a factor of 1, and is 0 at a factor of 0.
         """
         new = self._copy()
-        new.inverse_temperature = inverse_temperature * self.inverse_temperature
+        new.inverse_temperature = (
+            inverse_temperature * self.inverse_temperature
+            if self.is_tempered
+            else inverse_temperature
+        )
         if not (isinstance(inverse_temperature, Number) and inverse_temperature == 1):
             off = isinstance(inverse_temperature, Number) and inverse_temperature == 0
             new._log_normalizer = 0.0 if off else None

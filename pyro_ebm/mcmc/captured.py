@@ -30,13 +30,24 @@ class CapturedPotential:
         target: What is sampled.
         compile: Whether to hand the graphs to ``torch.compile``: slow to begin with and several
             times faster after; needs a C++ compiler.
+        capture: ``False`` evaluates the target as it is: for a few steps, a graph does not pay.
     """
 
-    def __init__(self, target: Target, *, compile: bool = False) -> None:  # noqa: A002
+    def __init__(
+        self,
+        target: Target,
+        *,
+        compile: bool = False,  # noqa: A002
+        capture: bool = True,
+    ) -> None:
         self.target = target
-        self._with_grad = _Captured(target.potential_and_grad, compile=compile)
-        self._value = _Captured(lambda q: (target.potential(q),), compile=compile)
-        self._energy = _Captured(lambda q: (target.energy(q),), compile=compile)
+
+        def captured(fn: Callable[[Tensor], tuple[Tensor, ...]]) -> _Captured:
+            return _Captured(fn, compile=compile, capture=capture)
+
+        self._with_grad = captured(target.potential_and_grad)
+        self._value = captured(lambda q: (target.potential(q),))
+        self._energy = captured(lambda q: (target.energy(q),))
 
     def __call__(self, q: Tensor) -> ValueAndGrad:
         """Returns U ``(C,)`` and its gradient ``(C, D)``."""
@@ -55,16 +66,23 @@ class CapturedPotential:
 class _Captured:
     """A function of positions, replayed as a graph wherever that gives the same numbers."""
 
-    def __init__(self, fn: Callable[[Tensor], tuple[Tensor, ...]], *, compile: bool) -> None:  # noqa: A002
+    def __init__(
+        self,
+        fn: Callable[[Tensor], tuple[Tensor, ...]],
+        *,
+        compile: bool,  # noqa: A002
+        capture: bool,
+    ) -> None:
         self.fn = fn
         self.compile = compile
+        self.capture = capture
         self._graphs: dict[tuple[Any, ...], Callable[[Tensor], tuple[Tensor, ...]]] = {}
 
     def __call__(self, q: Tensor) -> tuple[Tensor, ...]:
         key = (q.shape, q.dtype, q.device)
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[key] = self._capture(q)
+            graph = self._graphs[key] = self._capture(q) if self.capture else self._eager
         with torch.no_grad():
             return graph(q)
 

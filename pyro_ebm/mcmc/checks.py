@@ -25,6 +25,17 @@ def probability(name: str, value: float) -> float:
     return value
 
 
+def share(name: str, value: float) -> float:
+    """Returns a number from 0 to 1, both included.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
+    return value
+
+
 def whole(name: str, value: int, *, least: int) -> int:
     """Returns a whole number.
 

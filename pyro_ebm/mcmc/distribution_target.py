@@ -16,7 +16,6 @@ from pyro_ebm.mcmc.target import (
     Target,
     Values,
     check_names,
-    gaussian_energy,
 )
 from pyro_ebm.ops.constraints import base_measure, plain
 from pyro_ebm.ops.initial_points import initial_points
@@ -60,12 +59,11 @@ class DistributionTarget(Target):
         return value.flatten(1).sum(1) if value.dim() > 1 else value
 
     def energy(self, q: Tensor) -> Tensor:
-        """Returns E in nats, ``(C,)``."""
-        if self.prior is None:
-            return super().energy(q)
+        """Returns E with respect to the base in nats, ``(C,)``."""
         if self.law.base is None:
-            return gaussian_energy(self.potential(q), q, self.prior)
-        value = self.law.energy(self._shaped(q))
+            return super().energy(q)
+        u = self._shaped(q)
+        value = self.law.energy(u if self._is_real else self.transform(u))
         return value.flatten(1).sum(1) if value.dim() > 1 else value
 
     def _shaped(self, q: Tensor) -> Tensor:

@@ -58,12 +58,12 @@ class Target(ABC):
         return u.detach(), grad
 
     def energy(self, q: Tensor) -> Tensor:
-        """Returns E = U + log prior in nats, ``(C,)``: what a prior-preserving kernel accepts by.
+        """Returns E = U + log base in nats, ``(C,)``: what a prior-preserving kernel accepts by.
 
         Raises:
-            NotImplementedError: If the target has no Gaussian part.
+            NotImplementedError: If the target has no base.
         """
-        raise NotImplementedError(f"{self} has no Gaussian prior")
+        raise NotImplementedError(f"{self} has no base that its energy is relative to")
 
     @abstractmethod
     def constrain(self, q: Tensor) -> Values:
