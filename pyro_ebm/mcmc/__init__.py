@@ -12,7 +12,9 @@ from pyro_ebm.mcmc.pcn import PCN
 from pyro_ebm.mcmc.pcnl import PCNL
 from pyro_ebm.mcmc.random_walk import RandomWalk
 from pyro_ebm.mcmc.recording import RecordingHMC, RecordingNUTS
+from pyro_ebm.mcmc.replay_buffer import ReplayBuffer
 from pyro_ebm.mcmc.sample import sample
+from pyro_ebm.mcmc.smc import SMC
 from pyro_ebm.mcmc.tempering import ParallelTempering
 from pyro_ebm.mcmc.ula import ULA
 
@@ -23,6 +25,7 @@ __all__ = [
     "NUTS",
     "PCN",
     "PCNL",
+    "SMC",
     "ULA",
     "ChEESHMC",
     "EllipticalSlice",
@@ -32,6 +35,7 @@ __all__ = [
     "RandomWalk",
     "RecordingHMC",
     "RecordingNUTS",
+    "ReplayBuffer",
     "State",
     "sample",
 ]

@@ -1,9 +1,12 @@
-r"""What the warm-up tunes for all chains together, and when it stops.
+r"""What the warm-up tunes, and when it stops.
 
-*The step size* follows the chains' mean acceptance by dual averaging. *The metric* is the diagonal
-of the inverse mass: variances pooled over all chains and the iterations of a window, shrunk towards
-a thousandth and kept off zero. Windows double in length; after each the step size starts anew. A
-first and a last stretch tune the step size alone. Everything is frozen before the first kept draw.
+*At first every chain has a step size of its own*, by dual averaging on its own acceptance: a chain
+that starts where the target is stiff would reject forever with the step size of the others, and a
+mean over chains would not notice. After this stretch all chains share one step size that follows
+the harmonic mean of their acceptance: where all chains are alike it is the mean, and where a few
+have come to a stiff place it is far below. *The metric* is estimated from all chains and the
+iterations of a window. Windows double in length; after each the step size starts anew. A last
+stretch tunes the step size alone. Everything is frozen before the first kept draw.
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ from torch import Tensor
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.hamiltonian import LeapfrogKernel, draw_momentum, leapfrog, metropolis
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
-from pyro_ebm.ops.adaptation import DualAveraging, PooledVariance
+from pyro_ebm.mcmc.metric import MetricEstimate, resolved
+from pyro_ebm.ops.adaptation import DualAveraging
 
 FIRST_SHARE, LAST_SHARE, FIRST_WINDOW = 0.15, 0.15, 10
 MAX_DOUBLINGS = 50
+MEMORY = 0.8  # of a chain's acceptance, per iteration
+STUCK = 0.05  # acceptance that stands for none
 
 
 class Adaptation:
@@ -25,22 +31,32 @@ class Adaptation:
 
     Args:
         kernel: The kernel, with its options.
-        state: The state before the warm-up.
         num_steps: Iterations of the warm-up.
     """
 
-    def __init__(self, kernel: Kernel, state: State, num_steps: int) -> None:
+    def __init__(self, kernel: Kernel, num_steps: int) -> None:
         self.tunes_step = bool(getattr(kernel, "adapt_step_size", False)) and num_steps > 0
         self.tunes_metric = bool(getattr(kernel, "adapt_mass_matrix", False))
+        self.metric = getattr(kernel, "metric", "diagonal")
         self.target = float(getattr(kernel, "target_accept_prob", 0.0))
         self.largest = float(getattr(kernel, "largest_step_size", torch.inf))
-        self.uses_harmonic_mean = bool(getattr(kernel, "uses_harmonic_mean", False))
         self.ends = frozenset(window_ends(num_steps)) if self.tunes_metric else frozenset()
         self.first = int(FIRST_SHARE * num_steps)
-        self._variance = PooledVariance()
+        self.settled = min(self.ends, default=self.first)
         self._iteration = 0
-        if self.tunes_step:
-            self._step = self._averaging(state)
+        self._recent: Tensor | None = None
+
+    def begin(self, state: State) -> State:
+        """Returns the state with a step size for every chain, ``(C, 1)``."""
+        self.metric = resolved(self.metric, *state.position.shape)
+        self._estimate = MetricEstimate(self.metric)
+        if not self.tunes_step:
+            return state
+        if self.settled > 0:
+            each = state.tuning["step_size"].expand(len(state.position), 1)
+            state = state.with_tuning(step_size=each)
+        self._step = self._averaging(state)
+        return state
 
     def _averaging(self, state: State) -> DualAveraging:
         first = state.tuning["step_size"]
@@ -50,22 +66,37 @@ class Adaptation:
         """Returns the state with new tuning."""
         self._iteration += 1
         if self.tunes_step:
-            self._step.update(self._pooled(info["acceptance_rate"]).to(state.potential.dtype))
-            state = state.with_tuning(step_size=self._step.step_size)
+            state = self._new_step(state, info["acceptance_rate"].to(state.potential.dtype))
         if self.tunes_metric and self._iteration > self.first:
-            self._variance.update(state.position)
+            self._estimate.update(state)
         if self._iteration in self.ends:
             state = self._new_metric(state)
         return state
 
     def _pooled(self, accept_prob: Tensor) -> Tensor:
-        if self.uses_harmonic_mean:
-            return 1.0 / (1.0 / accept_prob.clamp_min(1e-6)).mean()
-        return accept_prob.mean()
+        """The harmonic mean over chains of what each accepted lately."""
+        recent = accept_prob if self._recent is None else self._recent
+        self._recent = MEMORY * recent + (1.0 - MEMORY) * accept_prob
+        return 1.0 / (1.0 / self._recent.clamp_min(STUCK)).mean()
+
+    @property
+    def metric_is_final(self) -> bool:
+        """Whether only step sizes are left to tune, in the next iteration."""
+        return self._iteration >= max(self.ends, default=self.settled)
+
+    def _new_step(self, state: State, accept_prob: Tensor) -> State:
+        settling = self._iteration <= self.settled
+        self._step.update(accept_prob[:, None] if settling else self._pooled(accept_prob))
+        state = state.with_tuning(step_size=self._step.step_size)
+        if self._iteration == self.settled:  # from here on, one step size for all
+            self._step.freeze()
+            state = state.with_tuning(step_size=self._step.step_size.median())
+            self._step = self._averaging(state)
+        return state
 
     def _new_metric(self, state: State) -> State:
-        state = state.with_tuning(inverse_mass=shrunk(self._variance, state.position))
-        self._variance = PooledVariance()
+        state = state.with_tuning(root=self._estimate.root(state.position))
+        self._estimate = MetricEstimate(self.metric)
         if self.tunes_step:
             self._step = self._averaging(state)
         return state
@@ -76,13 +107,6 @@ class Adaptation:
             return state
         self._step.freeze()
         return state.with_tuning(step_size=self._step.step_size)
-
-
-def shrunk(variance: PooledVariance, like: Tensor) -> Tensor:
-    """Returns the pooled variances, shrunk towards a thousandth, ``(D,)``."""
-    count = float(variance.count)
-    share = count / (count + 5.0)
-    return (share * variance.variance[0] + 1e-3 * (1.0 - share)).to(like.dtype)
 
 
 def window_ends(num_steps: int) -> list[int]:

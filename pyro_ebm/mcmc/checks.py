@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def positive(name: str, value: float) -> float:
     """Returns a positive number.
@@ -45,3 +47,14 @@ def whole(name: str, value: int, *, least: int) -> int:
     if isinstance(value, bool) or int(value) != value or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return int(value)
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> str:
+    """Returns one of the allowed words.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value

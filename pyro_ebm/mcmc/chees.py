@@ -1,24 +1,27 @@
 r"""ChEES-HMC: HMC whose trajectory length is tuned by many chains together.
 
-A trajectory is as long as it should be when it moves the distance from the centre most. ChEES, the
-change in the estimator of the expected square,
+A good trajectory moves the distance from the centre most. ChEES, the change in the estimator of the
+expected square,
 
-.. math:: \tfrac14\, E\big[(\|q' - m'\|^2 - \|q - m\|^2)^2\big],
+.. math:: C(T) = \tfrac14\, E\big[(\|q' - m'\|^2 - \|q - m\|^2)^2\big],
 
-is climbed by Adam on :math:`\log T`. Along the trajectory of length :math:`u T` the derivative of
-one chain's term is :math:`u T\, (\|q' - m'\|^2 - \|q - m\|^2)\, (q' - m')^\top v'` with the
-velocity :math:`v'` at the end; chains are weighted by acceptance. The step size is tuned to the
-harmonic mean of acceptance, which a few stuck chains pull down.
+has along a trajectory of length :math:`u T` the derivative :math:`\partial C / \partial \log T =
+E[u T\, (\|q' - m'\|^2 - \|q - m\|^2)\, (q' - m')^\top v']` with the velocity :math:`v'` at the end.
+Lengths are in units of the whitened coordinates, and chains count by their acceptance.
+
+A longer trajectory also costs more, and on a Gaussian C has one maximum and then a plateau on which
+nothing holds T back. So what is climbed is :math:`\log C - \alpha \log T` with :math:`\alpha =
+1/4`: T settles where one per cent more length buys a quarter of a per cent more ChEES. The slope of
+a logarithm has no scale, so that it is followed by plain stochastic approximation; both C and its
+slope are averaged over the last iterations, because short and long u say different things.
 
 References:
     Hoffman, Radul, Sountsov, An adaptive-MCMC scheme for setting trajectory lengths in Hamiltonian
-    Monte Carlo, AISTATS 2021.
+    Monte Carlo, AISTATS 2021; Sountsov, Hoffman, Focusing on difficult directions for learning HMC
+    trajectory lengths, 2021, arXiv:2110.11576 (a criterion per length).
 """
 
 from __future__ import annotations
-
-import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,74 +29,77 @@ from torch import Tensor
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.hmc import HMC, MAX_STEPS
 from pyro_ebm.mcmc.kernel import Info, State
+from pyro_ebm.mcmc.metric import whitened
 
-RATE, BETA2 = 0.05, 0.95
-LARGEST_CHANGE = 0.35  # of log T, in one iteration
+COST = 0.25  # alpha
+MEMORY = 0.9  # of C and its slope, per iteration
+RATE = 0.1  # of log T per unit of slope
+LARGEST_SLOPE = 2.0
+LONGEST = 20.0  # T in whitened units: beyond, slopes are all noise
 OUTLIER = 10.0  # medians
 
 
 class ChEESHMC(HMC):
     """HMC with a trajectory length tuned by ChEES; wants 32 chains or more.
 
-    Args:
-        target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
-        trajectory_length: The first length, in units of the whitened coordinates.
-        **options: Those of :class:`HMC`; ``target_accept_prob`` is .651, best for many chains.
+    Takes the arguments of :class:`HMC`; ``trajectory_length`` is the first one, which is kept until
+    the metric is known.
 
     Example:
-        >>> ChEESHMC(lambda: None).target_accept_prob
-        0.651
+        >>> ChEESHMC(lambda: None).jitter
+        True
     """
 
-    best_accept_prob = 0.651
-    uses_harmonic_mean = True
-
-    def __init__(
-        self, target: Any = None, *, trajectory_length: float = 1.0, **options: Any
-    ) -> None:
-        super().__init__(target, trajectory_length=trajectory_length, **options)
-
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
-        """Returns HMC's, and the memory of Adam."""
+        """Returns HMC's, and nothing seen of C."""
         zero = q.new_zeros(())
-        adam = {"adam_square": zero, "adam_count": zero}
-        return super().first_tuning(q) | adam
+        return super().first_tuning(q) | {"criterion": zero, "criterion_slope": zero}
 
-    def warm_step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
+    def warm_step(
+        self, potential: CapturedPotential, state: State, *, metric_is_final: bool
+    ) -> tuple[State, Info]:
         """Moves every chain, and the trajectory length uphill."""
         moved, info, end, p_end = self.move(potential, state)
-        slope = _chees_slope(state, end, p_end, info["acceptance_rate"]) * self.share(state)
-        return moved.with_tuning(**_climb(state, slope)), info
+        if not metric_is_final:  # lengths are measured by the metric
+            return moved, info
+        weights = torch.where(torch.isfinite(p_end).all(-1), info["acceptance_rate"], 0.0)
+        here, there = (self.seen(state, x) for x in _centred(state, end, weights))
+        velocity = self.seen(state, torch.where(weights[:, None] > 0, p_end, 0.0))
+        change = there.square().sum(-1) - here.square().sum(-1)
+        change = change * _share_of_outliers(change)
+        along = (there * velocity).sum(-1) * state.tuning["trajectory_length"] * self.share(state)
+        total = weights.sum().clamp_min(1e-12)
+        criterion = 0.25 * (weights * change.square()).sum() / total
+        slope = (weights * change * along).sum() / total
+        return moved.with_tuning(**_climb(state, criterion, slope)), info
+
+    def seen(self, state: State, x: Tensor) -> Tensor:
+        """Returns the part of centred whitened vectors ``(C, D)`` that the criterion looks at."""
+        return x
 
 
-def _chees_slope(state: State, end: State, p_end: Tensor, weights: Tensor) -> Tensor:
-    """The derivative of ChEES in log T, in whitened coordinates, weighted by acceptance."""
-    inverse_mass = state.tuning["inverse_mass"]
-    scale = inverse_mass.rsqrt()
-    finite = torch.isfinite(end.position).all(-1)
-    weights = torch.where(finite, weights, 0.0)[:, None]
-    there = torch.where(finite[:, None], end.position, state.position) * scale
-    here = state.position * scale
-    centre = (weights * there).sum(0) / weights.sum().clamp_min(1e-12)
-    there, here = there - centre, here - here.mean(0)
-    velocity = torch.where(finite[:, None], p_end, 0.0) * inverse_mass.sqrt()
-    change = there.square().sum(-1) - here.square().sum(-1)
-    slopes = change * (there * velocity).sum(-1) * state.tuning["trajectory_length"]
-    # One chain far out would say everything, and Adam would remember it for long.
-    bound = OUTLIER * slopes.abs().median()
-    slopes = torch.minimum(torch.maximum(slopes, -bound), bound)
-    return (weights[:, 0] * slopes).sum() / weights.sum().clamp_min(1e-12)
+def _centred(state: State, end: State, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Whitened positions before and after, less their means over the chains."""
+    there = torch.where(weights[:, None] > 0, end.position, state.position)
+    centre = weights @ there / weights.sum().clamp_min(1e-12)
+    root = state.tuning["root"]
+    here = whitened(state.position - state.position.mean(0), root)
+    return here, whitened(there - centre, root)
 
 
-def _climb(state: State, slope: Tensor) -> dict[str, Tensor]:
-    """One step of Adam on log T; steps are bounded, and T stays between one step and a thousand."""
-    tuning = state.tuning
-    slope = torch.where(torch.isfinite(slope), slope, 0.0)
-    count = tuning["adam_count"] + 1
-    square = BETA2 * tuning["adam_square"] + (1.0 - BETA2) * slope.square()
-    corrected = square / (1.0 - BETA2**count)
-    change = (RATE * slope / (corrected.sqrt() + 1e-8)).clamp(-LARGEST_CHANGE, LARGEST_CHANGE)
-    log_length = tuning["trajectory_length"].log() + change
-    step = tuning["step_size"].log()
-    log_length = torch.minimum(torch.maximum(log_length, step), step + math.log(MAX_STEPS))
-    return {"trajectory_length": log_length.exp(), "adam_square": square, "adam_count": count}
+def _share_of_outliers(change: Tensor) -> Tensor:
+    """What of each chain's change counts: one chain far out would say everything."""
+    size = change.abs()
+    return (OUTLIER * size.median() / size.clamp_min(1e-30)).clamp_max(1.0)
+
+
+def _climb(state: State, criterion: Tensor, slope: Tensor) -> dict[str, Tensor]:
+    """One step uphill of log C - alpha log T; T stays between one leapfrog step and the longest."""
+    old = state.tuning
+    criterion = MEMORY * old["criterion"] + (1.0 - MEMORY) * criterion
+    slope = MEMORY * old["criterion_slope"] + (1.0 - MEMORY) * slope
+    steepness = (slope / criterion.clamp_min(1e-30) - COST).clamp(-LARGEST_SLOPE, LARGEST_SLOPE)
+    length = old["trajectory_length"].log() + RATE * steepness.nan_to_num(0.0)
+    step = old["step_size"]
+    length = torch.minimum(length.exp().clamp_max(LONGEST), MAX_STEPS * step).maximum(step)
+    return {"trajectory_length": length, "criterion": criterion, "criterion_slope": slope}

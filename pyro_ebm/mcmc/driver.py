@@ -177,10 +177,13 @@ class MCMC:
         if num_steps == 0:
             return state
         state = find_step_size(self.kernel, potential, state)
-        adaptation = Adaptation(self.kernel, state, num_steps)
+        adaptation = Adaptation(self.kernel, num_steps)
+        state = adaptation.begin(state)
         show = _Postfix(bar, "warmup")
         for _ in range(num_steps):
-            state, info = self.kernel.warm_step(potential, state)
+            state, info = self.kernel.warm_step(
+                potential, state, metric_is_final=adaptation.metric_is_final
+            )
             state = adaptation.update(state, info)
             show(state, info)
         return adaptation.finish(state)
@@ -286,7 +289,7 @@ class _Postfix:
         if "acceptance_rate" in info:
             parts.append(f"acceptance {float(info['acceptance_rate'].mean()):.2f}")
         if "step_size" in state.tuning:
-            parts.append(f"step {float(state.tuning['step_size']):.2e}")
+            parts.append(f"step {float(state.tuning['step_size'].median()):.2e}")
         if self.divergences:
             parts.append(f"divergences {self.divergences}")
         if self.mcmc is not None and self.mcmc._num_kept >= 8:

@@ -1,15 +1,17 @@
 r"""Hamiltonian dynamics shared by HMC, MALA, ChEES and NUTS.
 
-:math:`H(q, p) = U(q) + \tfrac12 p^\top M^{-1} p` with a diagonal :math:`M^{-1}`; leapfrog steps
+With the whitened momentum p, standard normal, and the metric :math:`M^{-1} = R R^\top`,
+:math:`H(q, p) = U(q) + \tfrac12 \|p\|^2`; leapfrog steps
 
-.. math:: p \leftarrow p - \tfrac\epsilon2 \nabla U(q), \quad q \leftarrow q + \epsilon M^{-1} p,
-          \quad p \leftarrow p - \tfrac\epsilon2 \nabla U(q)
+.. math:: p \leftarrow p - \tfrac\epsilon2 R^\top \nabla U(q), \quad q \leftarrow q + \epsilon R p,
+          \quad p \leftarrow p - \tfrac\epsilon2 R^\top \nabla U(q)
 
 preserve volume and are reversible. L of them cost exactly L gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +19,13 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import positive, probability
+from pyro_ebm.mcmc.checks import one_of, positive, probability
 from pyro_ebm.mcmc.kernel import MAX_ENERGY_ERROR, Info, Kernel, State
+from pyro_ebm.mcmc.metric import METRICS, pulled_back, stretched
 from pyro_ebm.mcmc.metropolis import accept
+
+Drift = Callable[[Tensor, Tensor], Tensor]
+Kick = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class LeapfrogKernel(Kernel):
@@ -30,7 +36,9 @@ class LeapfrogKernel(Kernel):
         step_size: The first leapfrog step; found by doubling if not given.
         target_accept_prob: What the step size is adapted to; :attr:`best_accept_prob` by default.
         adapt_step_size: Whether warm-up tunes the step size.
-        adapt_mass_matrix: Whether warm-up tunes the diagonal of the inverse mass.
+        adapt_mass_matrix: Whether warm-up tunes the metric.
+        metric: ``"diagonal"``, ``"fisher"`` or ``"dense"`` (:mod:`pyro_ebm.mcmc.metric`);
+            ``"auto"`` is dense with at least as many chains as coordinates, up to 256 of them.
         **options: Those of :class:`Kernel`: ``potential_fn``, ``inverse_temperature``.
     """
 
@@ -44,6 +52,7 @@ class LeapfrogKernel(Kernel):
         target_accept_prob: float | None = None,
         adapt_step_size: bool = True,
         adapt_mass_matrix: bool = True,
+        metric: str = "auto",
         **options: Any,
     ) -> None:
         super().__init__(target, **options)
@@ -52,23 +61,24 @@ class LeapfrogKernel(Kernel):
         self.target_accept_prob = probability("target_accept_prob", wanted)
         self.adapt_step_size = adapt_step_size
         self.adapt_mass_matrix = adapt_mass_matrix
+        self.metric = one_of("metric", metric, METRICS)
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
-        """Returns the given or a unit step size, and a unit mass."""
+        """Returns the given or a unit step size, and a unit metric."""
         return {
             "step_size": q.new_tensor(self.step_size or 1.0),
-            "inverse_mass": q.new_ones(q.shape[1]),
+            "root": q.new_ones(q.shape[1]),
         }
 
 
 def draw_momentum(state: State) -> Tensor:
-    """Draws momenta from N(0, M), ``(C, D)``."""
-    return torch.randn_like(state.position) * state.tuning["inverse_mass"].rsqrt()
+    """Draws whitened momenta from N(0, I), ``(C, D)``."""
+    return torch.randn_like(state.position)
 
 
-def kinetic_energy(p: Tensor, inverse_mass: Tensor) -> Tensor:
+def kinetic_energy(p: Tensor) -> Tensor:
     """Returns K in nats, ``(C,)``."""
-    return 0.5 * torch.mv(p.square(), inverse_mass)
+    return 0.5 * p.square().sum(-1)
 
 
 def leapfrog(
@@ -79,25 +89,43 @@ def leapfrog(
     Args:
         potential: U and its gradient.
         state: Its beginning.
-        p: Momenta, ``(C, D)``.
+        p: Whitened momenta, ``(C, D)``.
         step_size: 0-d, or ``(C, 1)``; negative goes back in time.
         num_steps: L.
     """
-    drift, kick, half_kick = step_size * state.tuning["inverse_mass"], -step_size, -0.5 * step_size
+    root = state.tuning["root"]
+    drift, kick = (_along_axes if root.dim() == 1 else _along_root)(root, step_size)
     q, u, gradient = state.position, state.potential, state.gradient
-    p = torch.addcmul(p, half_kick, gradient)
+    p = kick(p, gradient, 0.5)
     for i in range(num_steps):
-        q = torch.addcmul(q, drift, p)
+        q = drift(q, p)
         u, gradient = potential(q)
-        p = torch.addcmul(p, kick if i < num_steps - 1 else half_kick, gradient)
+        p = kick(p, gradient, 1.0 if i < num_steps - 1 else 0.5)
     return replace(state, position=q, potential=u, gradient=gradient), p
+
+
+def _along_axes(root: Tensor, step_size: Tensor) -> tuple[Drift, Kick]:
+    """Moves with a diagonal metric: one operation each."""
+    scale = step_size * root
+    return (
+        lambda q, p: torch.addcmul(q, scale, p),
+        lambda p, gradient, share: torch.addcmul(p, scale, gradient, value=-share),
+    )
+
+
+def _along_root(root: Tensor, step_size: Tensor) -> tuple[Drift, Kick]:
+    """Moves with a dense metric."""
+    return (
+        lambda q, p: torch.addcmul(q, step_size, stretched(p, root)),
+        lambda p, gradient, share: torch.addcmul(
+            p, step_size, pulled_back(gradient, root), value=-share
+        ),
+    )
 
 
 def energy_error(state: State, end: State, p_start: Tensor, p_end: Tensor) -> Tensor:
     """Returns H at the end less H at the start in nats, ``(C,)``; infinite where it is NaN."""
-    inverse_mass = state.tuning["inverse_mass"]
-    kinetic = kinetic_energy(p_end, inverse_mass) - kinetic_energy(p_start, inverse_mass)
-    error = end.potential - state.potential + kinetic
+    error = end.potential - state.potential + kinetic_energy(p_end) - kinetic_energy(p_start)
     return torch.where(error.isnan(), torch.inf, error)
 
 
@@ -110,7 +138,7 @@ def metropolis(
     info = {
         "acceptance_rate": accept_prob,
         "diverging": error > MAX_ENERGY_ERROR,
-        "energy": state.potential + kinetic_energy(p_start, state.tuning["inverse_mass"]),
+        "energy": state.potential + kinetic_energy(p_start),
         "energy_error": error,
         "n_steps": torch.full_like(error, num_steps, dtype=torch.long),
     }

@@ -23,6 +23,7 @@ from pyro_ebm.mcmc.hamiltonian import LeapfrogKernel, draw_momentum, leapfrog, m
 from pyro_ebm.mcmc.kernel import Info, State
 
 MAX_STEPS = 1000
+SETTLING_STEPS = 10  # as long as the scale of the target is unknown
 
 
 class HMC(LeapfrogKernel):
@@ -85,7 +86,14 @@ class HMC(LeapfrogKernel):
     def num_steps(self, state: State) -> int:
         """Returns L of this iteration."""
         length = self.share(state) * float(state.tuning["trajectory_length"])
-        return min(MAX_STEPS, max(1, math.ceil(length / float(state.tuning["step_size"]))))
+        step_size = float(state.tuning["step_size"].median())
+        largest = SETTLING_STEPS if is_settling(state) else MAX_STEPS
+        return min(largest, max(1, math.ceil(length / step_size)))
+
+
+def is_settling(state: State) -> bool:
+    """Whether every chain still has a step size of its own."""
+    return state.tuning["step_size"].dim() > 0
 
 
 def van_der_corput(index: int) -> float:

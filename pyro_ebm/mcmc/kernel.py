@@ -41,7 +41,7 @@ class State:
         position: Unconstrained positions, ``(C, D)``.
         potential: U there in nats, ``(C,)``.
         gradient: Its gradient, ``(C, D)``; of a kernel without gradients, empty.
-        tuning: What adaptation sets: ``step_size``, ``inverse_mass`` and the like.
+        tuning: What adaptation sets: ``step_size``, ``root`` (of the metric) and the like.
         extra: What a kernel keeps besides, such as momenta.
         rng: State of torch's generator when this state was reached, if it was noted.
     """
@@ -141,8 +141,20 @@ class Kernel(ABC):
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
         """Returns the next state and its statistics."""
 
-    def warm_step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
-        """Returns the next state of the warm-up, with what only this kernel tunes tuned."""
+    def warm_step(
+        self,
+        potential: CapturedPotential,
+        state: State,
+        *,
+        metric_is_final: bool,
+    ) -> tuple[State, Info]:
+        """Returns the next state of the warm-up, with what only this kernel tunes tuned.
+
+        Args:
+            potential: U and its gradient.
+            state: Where the chains are.
+            metric_is_final: Whether the metric will not change any more.
+        """
         return self.step(potential, state)
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import positive
+from pyro_ebm.mcmc.checks import one_of, positive
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 
 SCHEMES = ("BAOAB", "ABOBA", "OBABO")
@@ -58,11 +58,9 @@ class KineticLangevin(Kernel):
         **options: Any,
     ) -> None:
         super().__init__(target, **options)
-        if scheme not in SCHEMES:
-            raise ValueError(f"scheme must be one of {SCHEMES}, got {scheme!r}")
         self.step_size = positive("step_size", step_size)
         self.friction = positive("friction", friction)
-        self.scheme = scheme
+        self.scheme = one_of("scheme", scheme, SCHEMES)
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
         """Returns step size and friction, which are not adapted."""

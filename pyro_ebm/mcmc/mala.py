@@ -22,6 +22,7 @@ from pyro_ebm.mcmc.hamiltonian import (
     metropolis,
 )
 from pyro_ebm.mcmc.kernel import Info, State
+from pyro_ebm.mcmc.metric import pulled_back, whitened
 from pyro_ebm.mcmc.metropolis import MetropolisKernel, normal_log_prob
 
 
@@ -48,13 +49,15 @@ class MALA(LeapfrogKernel, MetropolisKernel):
 
     def log_accept(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
         """Returns minus the energy error of the leapfrog step that leads there."""
-        step_size, inverse_mass = state.tuning["step_size"], state.tuning["inverse_mass"]
-        half = (to.position - state.position) / (step_size * inverse_mass)
-        p, p_end = half + 0.5 * step_size * state.gradient, half - 0.5 * step_size * to.gradient
+        step_size, root = state.tuning["step_size"], state.tuning["root"]
+        half = whitened(to.position - state.position, root) / step_size
+        p = half + 0.5 * step_size * pulled_back(state.gradient, root)
+        p_end = half - 0.5 * step_size * pulled_back(to.gradient, root)
         return -energy_error(state, to, p, p_end)
 
     def proposal_log_prob(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
         """Returns the log density of the Langevin proposal."""
-        step_size, inverse_mass = state.tuning["step_size"], state.tuning["inverse_mass"]
-        mean = state.position - 0.5 * step_size.square() * inverse_mass * state.gradient
-        return normal_log_prob(to.position, mean, step_size * inverse_mass.sqrt())
+        step_size, root = state.tuning["step_size"], state.tuning["root"]
+        drift = -0.5 * step_size.square() * pulled_back(state.gradient, root)
+        moved = whitened(to.position - state.position, root)
+        return normal_log_prob(moved, drift, step_size)

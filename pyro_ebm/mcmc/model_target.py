@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from math import prod
@@ -14,7 +15,10 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from torch.distributions import Transform
 
+from pyro_ebm.errors import MissingNormalizerError
+from pyro_ebm.mcmc.explain import explained
 from pyro_ebm.mcmc.target import Target, Values, check_names
+from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine.check_model import check_structure, has_energies
 
 Potential = Callable[[dict[str, Tensor]], Tensor]
@@ -46,7 +50,9 @@ class ModelTarget(Target):
         self.dim = sum(prod(shape) for shape in self._shapes.values())
         first = next(iter(like.values()))
         self.dtype, self.device = first.dtype, first.device
+        self._check_repeatable()
         self._is_vectorized = self._try_vmap()
+        self._flat = self._find_flat()
 
     def __repr__(self) -> str:
         return self.name
@@ -63,12 +69,25 @@ class ModelTarget(Target):
     def potential(self, q: Tensor) -> Tensor:
         """Returns U in nats, ``(C,)``, differentiable."""
         if self._is_vectorized:
-            return torch.vmap(self._potential_under_grad)(q)
-        return torch.stack([self._potential_of_one(row) for row in q])
+            u = torch.vmap(self._potential_under_grad)(q)
+        else:
+            u = torch.stack([self._potential_of_one(row) for row in q])
+        return u if self._flat is None else u + 0.5 * q[:, self._flat].square().sum(1)
 
     def _potential_under_grad(self, q: Tensor) -> Tensor:
         """The potential inside a level of differentiation: without one Pyro fails under vmap."""
         return torch.func.vjp(self._potential_of_one, q)[0]
+
+    def _check_repeatable(self) -> None:
+        """Raises if the potential has noise in it: what accepts by it keeps no law at all."""
+        with rng_preserved(), pyro.validation_enabled(is_validate=False):
+            q = 0.1 * self.draw_start(1)[0]
+            first, second = (float(self._potential_of_one(q)) for _ in range(2))
+        if first != second and not (math.isnan(first) or math.isnan(second)):
+            raise ValueError(
+                f"{self.name}: two evaluations at one point gave {first:.6g} and {second:.6g}. "
+                "Draw random numbers before the run or as sample sites; put dropout in eval mode"
+            )
 
     def _try_vmap(self) -> bool:
         """Whether ``vmap`` can follow the potential."""
@@ -80,11 +99,39 @@ class ModelTarget(Target):
             warnings.warn(
                 f"{self.name} cannot be vectorized, so its chains run one after another, many "
                 f"times slower. vmap said: {_first_line(error)}. Known causes: enumerated sites, "
-                "branches on values, dropout, batch norm in training mode",
+                "Multinomial and OrderedLogistic likelihoods (use Categorical in a plate), "
+                "branches on values, batch norm in training mode",
                 stacklevel=4,
             )
             return False
         return True
+
+    def _find_flat(self) -> Tensor | None:
+        """Indices of coordinates that the density does not depend on, if there are any.
+
+        Chains would drift along them for ever, and tune the trajectories of all others. They get a
+        standard normal of their own, which changes no other coordinate.
+        """
+        with rng_preserved(), pyro.validation_enabled(is_validate=False):
+            q = self.draw_start(4)
+            self._flat = None
+            try:
+                _, gradient = self.potential_and_grad(q)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                gradient = torch.zeros_like(q)
+        flat = (gradient == 0).all(0)
+        if not bool(flat.any()):
+            return None
+        sites = [name for name, part in self.split(flat).items() if bool(part.any())]
+        warnings.warn(
+            f"{self.name}: the density does not depend on some entries of {', '.join(sites)} "
+            "(masked out?): they are drawn from a standard normal on the unconstrained space, "
+            "which changes nothing else",
+            stacklevel=5,
+        )
+        return flat.nonzero()[:, 0]
 
     def constrain(self, q: Tensor) -> Values:
         """Returns the sites' values on their supports."""
@@ -119,9 +166,19 @@ def target_of_model(
 
     Raises:
         MissingNormalizerError: If a latent would be inferred through an EBM without its log Z.
+        ValueError: If a site cannot be sampled; the message names it.
+        NonFiniteEnergyError: If there is nowhere to start.
     """
-    with pyro.validation_enabled(is_validate=False), poutine.block():
-        params, potential_fn, transforms, trace = initialize_model(model, args, kwargs)
+    try:
+        with pyro.validation_enabled(is_validate=False), poutine.block():
+            params, potential_fn, transforms, trace = initialize_model(model, args, kwargs)
+    except MissingNormalizerError:
+        raise
+    except Exception as error:  # Pyro and models fail in many ways
+        better = explained(error, model, args, kwargs)
+        if better is error:
+            raise
+        raise better from error
     if has_energies(trace):
         check_structure(model, args, kwargs)
     name = f"model {getattr(model, '__name__', type(model).__name__)!r}"

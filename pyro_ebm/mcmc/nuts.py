@@ -4,14 +4,14 @@ A trajectory doubles, forwards or backwards, until it turns back on itself; the 
 from all its points with weights :math:`e^{H_0 - H}`. For ends with momenta :math:`p_l, p_r` and the
 sum :math:`\rho` of all momenta between, it has turned when
 
-.. math:: (M^{-1} p_l) \cdot \tilde\rho \le 0 \quad\text{or}\quad (M^{-1} p_r) \cdot \tilde\rho \le
-          0, \qquad \tilde\rho = \rho - \tfrac12 (p_l + p_r).
+.. math:: p_l \cdot \tilde\rho \le 0 \quad\text{or}\quad p_r \cdot \tilde\rho \le 0, \qquad
+          \tilde\rho = \rho - \tfrac12 (p_l + p_r)
 
-A doubling whose new half turns or diverges anywhere inside is discarded. The new half of
-:math:`2^j` leaves is visited in order, and every balanced subtree in it is tested by comparing the
-present leaf with its first one, kept in one of j slots: the slot of leaf n is the number of ones in
-the binary digits of n without the last. All chains double together, so the slots are the same for
-all; chains that have finished wait for the longest.
+in whitened coordinates. A doubling whose new half turns or diverges anywhere inside is discarded.
+The new half of :math:`2^j` leaves is visited in order, and every balanced subtree in it is tested
+by comparing the present leaf with its first one, kept in one of j slots: the slot of leaf n is the
+number of ones in the binary digits of n without the last. All chains double together, so the slots
+are the same for all; chains that have finished wait for the longest.
 
 References:
     Hoffman, Gelman, The No-U-Turn Sampler, JMLR 15, 2014; Betancourt, A conceptual introduction to
@@ -58,7 +58,7 @@ class NUTS(LeapfrogKernel):
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
         """Moves every chain along a tree of its own size."""
         p = draw_momentum(state)
-        energy = state.potential + kinetic_energy(p, state.tuning["inverse_mass"])
+        energy = state.potential + kinetic_energy(p)
         tree = _Tree.of_one_point(state, p)
         for depth in range(self.max_tree_depth):
             tree = _double(potential, tree, depth, energy)
@@ -145,7 +145,6 @@ def _double(potential: CapturedPotential, tree: _Tree, depth: int, energy: Tenso
     rho = torch.where(good[:, None], tree.rho + half.rho, tree.rho)
     p_left = torch.where(to_left[:, None], half.p_end, tree.p_left)
     p_right = torch.where(to_right[:, None], half.p_end, tree.p_right)
-    inverse_mass = tree.proposal.tuning["inverse_mass"]
     return replace(
         tree,
         left=_choose(to_left, half.end, tree.left),
@@ -158,7 +157,7 @@ def _double(potential: CapturedPotential, tree: _Tree, depth: int, energy: Tenso
         log_weight=torch.where(
             good, torch.logaddexp(tree.log_weight, half.log_weight), tree.log_weight
         ),
-        active=good & ~_is_turning(inverse_mass, p_left, p_right, rho),
+        active=good & ~_is_turning(p_left, p_right, rho),
         diverging=tree.diverging | (tree.active & half.diverging),
         moved=tree.moved | takes,
         depth=tree.depth + tree.active.long(),
@@ -211,7 +210,7 @@ def _visit_next(
 ) -> None:
     """Adds one leaf to the halves that grow."""
     end, p = leapfrog(potential, half.end, half.p_end, step_size, 1)
-    here = end.potential + kinetic_energy(p, end.tuning["inverse_mass"])
+    here = end.potential + kinetic_energy(p)
     error = torch.where(here.isnan(), torch.inf, here - energy)
     grows = half.growing
     half.diverging = half.diverging | (grows & (error > MAX_ENERGY_ERROR))
@@ -232,11 +231,10 @@ def _test_subtrees(
     half: _Half, slots: list[tuple[Tensor, Tensor]], last: int, num_subtrees: int
 ) -> None:
     """Tests the balanced subtrees that end at the present leaf, the smallest first."""
-    inverse_mass = half.end.tuning["inverse_mass"]
     for slot in range(last, last - num_subtrees, -1):
         p_first, rho_first = slots[slot]
         rho = half.rho - rho_first + p_first
-        turned = _is_turning(inverse_mass, p_first, half.p_end, rho)
+        turned = _is_turning(p_first, half.p_end, rho)
         half.turned = half.turned | (half.growing & turned)
 
 
@@ -244,8 +242,8 @@ def _trailing_ones(n: int) -> int:
     return (~n & (n + 1)).bit_length() - 1
 
 
-def _is_turning(inverse_mass: Tensor, p_first: Tensor, p_last: Tensor, rho: Tensor) -> Tensor:
-    middle = (rho - 0.5 * (p_first + p_last)) * inverse_mass
+def _is_turning(p_first: Tensor, p_last: Tensor, rho: Tensor) -> Tensor:
+    middle = rho - 0.5 * (p_first + p_last)
     return ((p_first * middle).sum(-1) <= 0) | ((p_last * middle).sum(-1) <= 0)
 
 

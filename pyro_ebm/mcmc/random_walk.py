@@ -1,4 +1,4 @@
-r"""Random-walk Metropolis: :math:`q' = q + \epsilon M^{-1/2} \xi`, accepted by :math:`\Delta U`.
+r"""Random-walk Metropolis: :math:`q' = q + \epsilon R\, \xi`, accepted by :math:`\Delta U`.
 
 It needs no gradient. Its best acceptance rate is about .234 in high dimension.
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import positive, probability
+from pyro_ebm.mcmc.checks import one_of, positive, probability
 from pyro_ebm.mcmc.kernel import State
+from pyro_ebm.mcmc.metric import METRICS, stretched, whitened
 from pyro_ebm.mcmc.metropolis import MetropolisKernel, normal_log_prob
 
 
@@ -29,7 +30,8 @@ class RandomWalk(MetropolisKernel):
         step_size: The first standard deviation of the jumps.
         target_accept_prob: What the step size is adapted to.
         adapt_step_size: Whether warm-up tunes the step size.
-        adapt_mass_matrix: Whether warm-up tunes the scale of each coordinate.
+        adapt_mass_matrix: Whether warm-up tunes the metric.
+        metric: ``"auto"``, ``"diagonal"`` or ``"dense"`` (:mod:`pyro_ebm.mcmc.metric`).
         **options: Those of :class:`Kernel`: ``potential_fn``, ``inverse_temperature``.
 
     Example:
@@ -47,6 +49,7 @@ class RandomWalk(MetropolisKernel):
         target_accept_prob: float = 0.234,
         adapt_step_size: bool = True,
         adapt_mass_matrix: bool = True,
+        metric: str = "auto",
         **options: Any,
     ) -> None:
         super().__init__(target, **options)
@@ -54,17 +57,21 @@ class RandomWalk(MetropolisKernel):
         self.target_accept_prob = probability("target_accept_prob", target_accept_prob)
         self.adapt_step_size = adapt_step_size
         self.adapt_mass_matrix = adapt_mass_matrix
+        without_gradient = [m for m in METRICS if m != "fisher"]
+        self.metric = one_of("metric", metric, without_gradient)
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
         """Returns the first jump size and unit scales."""
         return {
             "step_size": q.new_tensor(self.step_size),
-            "inverse_mass": q.new_ones(q.shape[1]),
+            "root": q.new_ones(q.shape[1]),
         }
 
     def propose(self, potential: CapturedPotential, state: State) -> State:
         """Returns a jump of every chain; one evaluation of U."""
-        q = state.position + _scale(state) * torch.randn_like(state.position)
+        q = state.position + state.tuning["step_size"] * stretched(
+            torch.randn_like(state.position), state.tuning["root"]
+        )
         return replace(state, position=q, potential=potential.value(q))
 
     def log_accept(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
@@ -73,8 +80,5 @@ class RandomWalk(MetropolisKernel):
 
     def proposal_log_prob(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
         """Returns the log density of the jump."""
-        return normal_log_prob(to.position, state.position, _scale(state))
-
-
-def _scale(state: State) -> Tensor:
-    return state.tuning["step_size"] * state.tuning["inverse_mass"].sqrt()
+        jump = whitened(to.position - state.position, state.tuning["root"])
+        return normal_log_prob(jump, torch.zeros_like(jump), state.tuning["step_size"])

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import ApproximateSampleWarning
-from pyro_ebm.mcmc.chees import ChEESHMC
 from pyro_ebm.mcmc.driver import MCMC
+from pyro_ebm.mcmc.hmc import HMC
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.ops.rank_rhat import rank_rhat
 
@@ -24,7 +24,7 @@ def sample(
     dist: EnergyDistribution,
     sample_shape: torch.Size | tuple[int, ...] = (),
     *,
-    kernel: Callable[[EnergyDistribution], Kernel] = ChEESHMC,
+    kernel: Callable[[EnergyDistribution], Kernel] = HMC,
     num_steps: int = 100,
     warmup_steps: int = 300,
     disable_progbar: bool = True,

@@ -36,6 +36,7 @@ from pyro_ebm.mcmc.checks import probability, whole
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.mcmc.hmc import HMC
 from pyro_ebm.mcmc.kernel import Kernel, State
+from pyro_ebm.mcmc.metric import MetricEstimate, resolved
 from pyro_ebm.mcmc.target import Values
 from pyro_ebm.ops.log_space import effective_sample_size, log_mean_exp
 
@@ -142,8 +143,8 @@ class SMC:
         q = self.target.draw_start(self.num_particles)
         beta = q.new_zeros(())  # in the graph, and raised there
         kernel = self.kernel(self.target.law.temper(beta))
-        potential = CapturedPotential(kernel.bind())
-        weighing = CapturedPotential(self.target)
+        potential = CapturedPotential(kernel.bind(), capture=False)
+        weighing = CapturedPotential(self.target, capture=False)
         self._rungs = rungs = _Rungs()
         ancestors = torch.arange(len(q), device=q.device)
         tuning: dict[str, Tensor] | None = None
@@ -218,9 +219,11 @@ class SMC:
     ) -> State:
         if self.given_plan is not None:
             return state.with_tuning(**self.given_plan.tunings[len(self._rungs.tunings)])
-        if "inverse_mass" in state.tuning:
-            spread = state.position.var(0).clamp_min(1e-12)
-            state = state.with_tuning(inverse_mass=spread)
+        if "root" in state.tuning:
+            metric = getattr(kernel, "metric", "diagonal")
+            estimate = MetricEstimate(resolved(metric, *state.position.shape))
+            estimate.update(state)
+            state = state.with_tuning(root=estimate.root(state.position))
         if tuning is None:
             return find_step_size(kernel, potential, state)
         return state.with_tuning(**{k: v for k, v in tuning.items() if k == "step_size"})

@@ -105,7 +105,9 @@ class ParallelTempering(PriorKernel):
         }
         return moved, info
 
-    def warm_step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
+    def warm_step(
+        self, potential: CapturedPotential, state: State, *, metric_is_final: bool
+    ) -> tuple[State, Info]:
         """Moves and swaps, and tunes step sizes and ladder."""
         state, accept_prob = self._explore(potential, state)
         state = self._tuned(state, accept_prob)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["DualAveraging", "PooledVariance"]
+__all__ = ["DualAveraging", "PooledCovariance", "PooledVariance"]
 
 
 class DualAveraging:
@@ -109,3 +109,43 @@ class PooledVariance:
         """The variance, shape ``(1, ...)``; one where nothing has moved and no scale is known."""
         variance = self._spread / max(self._count - 1, 1)
         return torch.where(variance.isfinite() & (variance > 0), variance, 1.0)
+
+
+class PooledCovariance:
+    """The covariance of the coordinates over all chains and steps seen, in float64.
+
+    Example:
+        >>> import torch
+        >>> pooled = PooledCovariance()
+        >>> x = torch.arange(12.0, dtype=torch.float64).view(6, 2).square()
+        >>> pooled.update(x[:2])
+        >>> pooled.update(x[2:])
+        >>> bool(torch.allclose(pooled.covariance, torch.cov(x.T)))
+        True
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._mean = torch.zeros((), dtype=torch.float64)
+        self._spread = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def count(self) -> int:
+        """How many rows were seen."""
+        return self._count
+
+    def update(self, x: Tensor) -> None:
+        """Adds the rows of ``x``, shape ``(chains, D)``."""
+        x = x.double()
+        mean = x.mean(0)
+        total = self._count + len(x)
+        shift = mean - self._mean
+        self._spread = self._spread + (x - mean).T @ (x - mean)
+        self._spread = self._spread + shift[:, None] * shift * (self._count * len(x) / total)
+        self._mean = self._mean + shift * (len(x) / total)
+        self._count = total
+
+    @property
+    def covariance(self) -> Tensor:
+        """The covariance, shape ``(D, D)``."""
+        return self._spread / max(self._count - 1, 1)

@@ -125,7 +125,9 @@ def correlated_gaussian() -> Problem:
     covariance = 0.9 ** (place[:, None] - place).abs()
     precision, root = covariance.inverse(), torch.linalg.cholesky(covariance)
     law = EnergyDistribution(
-        lambda x: 0.5 * ((x @ precision) * x).sum(-1), event_shape=(5,), sampler=_double
+        lambda x: 0.5 * (x.unsqueeze(-1) * precision * x.unsqueeze(-2)).sum((-2, -1)),
+        event_shape=(5,),
+        sampler=_double,
     )
     return Problem(
         "correlated gaussian",

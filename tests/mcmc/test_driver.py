@@ -122,8 +122,9 @@ def test_a_detached_parent_raises_too():
         run(HMC(model), Y)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", [name for name in PROBLEMS if name != "three modes"])
 def test_distributions(name):
+    """Of three modes HMC finds the masses by luck alone; tempering and SMC are tested on them."""
     made = PROBLEMS[name]()
     mcmc = run(ChEESHMC(made.dist), num_chains=128)
     site = "x_latent" if name == "linear gebm" else "x"
@@ -253,8 +254,10 @@ def test_adaptation_reaches_its_target_and_is_frozen():
     stats = mcmc.diagnostics()
     assert abs(float(stats["acceptance_rate"].mean()) - 0.8) < 0.05
     assert stats["step_size"].unique().numel() == 1
-    mass = mcmc.state.tuning["inverse_mass"]
-    torch.testing.assert_close(mass, torch.tensor([1.0, 0.25]), rtol=0.1, atol=0)
+    root = mcmc.state.tuning["root"]
+    torch.testing.assert_close(
+        (root @ root.T).diagonal(), torch.tensor([1.0, 0.25]).to(root), rtol=0.1, atol=0
+    )
 
 
 def test_windows_double_and_end_before_the_last_stretch():

@@ -36,14 +36,14 @@ def test_every_balanced_subtree_is_tested_once(depth, monkeypatch):
         leaf[0] += 1
         half.p_end = torch.full((1, 1), float(leaf[0]))
 
-    def record(inverse_mass, p_first, p_last, rho):
+    def record(p_first, p_last, rho):
         tested.append((int(p_first), int(p_last)))
         return torch.zeros(1, dtype=torch.bool)
 
     monkeypatch.setattr(nuts, "_visit_next", visit)
     monkeypatch.setattr(nuts, "_is_turning", record)
     one = torch.ones(1, 1)
-    tuning = {"step_size": torch.tensor(1.0), "inverse_mass": torch.ones(1)}
+    tuning = {"step_size": torch.tensor(1.0), "root": torch.ones(1)}
     tree = nuts._Tree.of_one_point(State(one, torch.zeros(1), one, tuning), one)
     nuts._grow(None, tree, depth, torch.zeros(1), torch.ones(1, dtype=torch.bool))
     assert len(tested) == len(set(tested))
@@ -56,7 +56,7 @@ def test_turning_is_seen_at_half_a_period():
     first, last = torch.ones_like(angle), angle.cos()
     many = torch.linspace(0.0, 1.0, 400, dtype=torch.float64)
     rho = (angle * many).cos().sum(1, keepdim=True)
-    turned = nuts._is_turning(torch.ones(1, dtype=torch.float64), first, last, rho)
+    turned = nuts._is_turning(first, last, rho)
     assert (turned == (angle[:, 0] > torch.pi / 2)).all()
 
 

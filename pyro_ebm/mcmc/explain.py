@@ -1,0 +1,84 @@
+"""Sentences for models that cannot be set up: what is wrong, at which site, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+from pyro import poutine
+from pyro.distributions import Delta, ImproperUniform
+
+from pyro_ebm.errors import NonFiniteEnergyError
+
+Remedy = tuple[str, str]
+
+
+def explained(
+    error: Exception, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Exception:
+    """Returns an error of ours for a model that Pyro could not set up, or the one given.
+
+    Args:
+        error: What Pyro raised.
+        model: The model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+    """
+    if "cannot find valid initial params" in str(error):
+        return NonFiniteEnergyError(
+            f"model {_name(model)!r}: no starting point of finite density was found. Look for NaN "
+            "in the data, for data outside the support of their distribution, and for supports "
+            "that depend on other latents"
+        )
+    found = _remedy(model, args, kwargs)
+    if found is None:
+        return error
+    site, remedy = found
+    return ValueError(f"model {_name(model)!r}: site {site!r} {remedy}. Pyro said: {_last(error)}")
+
+
+def _remedy(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first latent site that explains a failure, with what to do about it."""
+    seen: list[Remedy] = []
+
+    class Look(poutine.messenger.Messenger):
+        def _pyro_sample(self, msg: dict[str, Any]) -> None:
+            remedy = None if msg["is_observed"] else _of_site(msg["fn"])
+            if remedy is not None:
+                seen.append((msg["name"], remedy))
+
+    try:
+        with pyro.validation_enabled(is_validate=False), poutine.block(), Look():
+            model(*args, **kwargs)
+    except Exception as error:  # the model's own error, which the caller has
+        del error
+    return seen[0] if seen else None
+
+
+def _of_site(fn: Any) -> str | None:
+    while hasattr(fn, "base_dist") and not isinstance(fn, ImproperUniform):
+        fn = fn.base_dist
+    if isinstance(fn, ImproperUniform):
+        return (
+            "is ImproperUniform, which cannot be drawn to start from: use a proper law that counts "
+            "for nothing, such as dist.Normal(0.0, 1.0).mask(False)"
+        )
+    if isinstance(fn, Delta):
+        return "is a latent Delta, which has no density: use pyro.deterministic"
+    if getattr(fn, "support", None) is not None and fn.support.is_discrete:
+        return (
+            "is discrete, and a gradient cannot move it. Pyro sums discrete sites out by "
+            "enumeration if their support is finite and the model allows for an extra batch dim on "
+            "the left (no sizes written out, no to_event over plates); or sum it out by hand, for "
+            "a mixture by MixtureSameFamily"
+        )
+    return None
+
+
+def _name(model: Callable[..., Any]) -> str:
+    return getattr(model, "__name__", type(model).__name__)
+
+
+def _last(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

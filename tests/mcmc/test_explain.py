@@ -1,0 +1,93 @@
+"""Models that cannot be set up, and entries that the density does not depend on."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.mcmc import HMC, MCMC
+
+Y = torch.linspace(-1.0, 1.0, 10)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    pyro.set_rng_seed(5)
+
+
+def run(model, *args, num_samples=5, warmup_steps=5, **kwargs):
+    mcmc = MCMC(HMC(model), num_samples, warmup_steps, num_chains=8, disable_progbar=True)
+    mcmc.run(*args, **kwargs)
+    return mcmc
+
+
+def discrete(y):
+    n = pyro.sample("n", dist.Poisson(3.0))
+    pyro.sample("y", dist.Normal(n, 1.0).expand([10]).to_event(1), obs=y)
+
+
+def not_written_for_enumeration(y):
+    n = pyro.sample("n", dist.Bernoulli(0.3))
+    m = pyro.sample("m", dist.Normal(n, 1.0))
+    pyro.sample("y", dist.Normal(m, 1.0).expand([10]).to_event(1), obs=y)
+
+
+def improper(y):
+    m = pyro.sample("m", dist.ImproperUniform(dist.constraints.real, (), ()))
+    pyro.sample("y", dist.Normal(m, 1.0).expand([10]).to_event(1), obs=y)
+
+
+def delta(y):
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    pyro.sample("d", dist.Delta(2.0 * m))
+
+
+def missing_data(y):
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(m, 1.0).expand([10]).to_event(1), obs=y * torch.nan)
+
+
+def noisy(y):
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(m + torch.randn(10), 1.0).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "sentence"),
+    [
+        (discrete, ValueError, "site 'n' is discrete, and a gradient cannot move it"),
+        (not_written_for_enumeration, ValueError, "site 'n' is discrete.*extra batch dim"),
+        (improper, ValueError, r"site 'm' is ImproperUniform.*mask\(False\)"),
+        (delta, ValueError, "site 'd' is a latent Delta.*pyro.deterministic"),
+        (missing_data, NonFiniteEnergyError, "no starting point of finite density.*NaN"),
+        (noisy, ValueError, "two evaluations at one point"),
+    ],
+)
+def test_one_sentence_each(model, error, sentence):
+    with pytest.raises(error, match=sentence):
+        run(model, Y)
+
+
+def test_errors_of_the_model_stay_what_they_are():
+    def model():
+        pyro.sample("m", dist.Normal(0.0, 1.0))
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        run(model)
+
+
+def partly_flat(y):
+    m = pyro.sample("m", dist.Normal(0.0, 2.0))
+    with pyro.plate("n", 10):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(torch.arange(10) < 3))
+        pyro.sample("y", dist.Normal(m + torch.where(torch.arange(10) < 3, z, 0.0), 1.0), obs=y)
+
+
+def test_entries_without_density_are_said_and_kept_in_place():
+    with pytest.warns(UserWarning, match="does not depend on some entries of z"):
+        mcmc = run(partly_flat, Y, num_samples=200, warmup_steps=200)
+    z = mcmc.get_samples(group_by_chain=False)["z"]
+    assert float((z[:, 3:].std(0) - 1.0).abs().max()) < 0.15
+    assert float(mcmc.diagnostics()["n_steps"].float().mean()) < 20
