@@ -15,9 +15,10 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_ebm.mcmc.simplify import simplify
+from pyro_ebm.mcmc.simplify import let_factorizations_fail, simplify
 from pyro_ebm.mcmc.target import Target
 
 ValueAndGrad = tuple[Tensor, Tensor]
@@ -92,17 +93,36 @@ class _Captured:
 
     def _capture(self, q: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """Records the operations; what branches on its values is evaluated as it is."""
-        try:
-            with torch.no_grad(), pyro.validation_enabled(is_validate=False):
-                graph = make_fx(lambda q: self.fn(q))(q)
-        except RuntimeError:
+        graph = self._recorded(q)
+        if graph is None:
             return self._eager
+        let_factorizations_fail(graph)
         simplify(graph)
+        if not self._is_faithful(graph, q):
+            return self._eager
+        return torch.compile(graph) if self.compile else graph
+
+    def _recorded(self, q: Tensor) -> GraphModule | None:
+        """The graph; recorded nearer to zero where a factorization fails at ``q``."""
+        for scale in (1.0, 0.1, 0.0):
+            try:
+                with torch.no_grad(), pyro.validation_enabled(is_validate=False):
+                    return make_fx(lambda q: self.fn(q))(scale * q)
+            except torch.linalg.LinAlgError:
+                continue
+            except RuntimeError:
+                return None
+        return None
+
+    def _is_faithful(self, graph: GraphModule, q: Tensor) -> bool:
+        """Whether the graph gives the target's numbers at points that it was not recorded at."""
         other = q.roll(1, 0) * 0.9  # no random numbers are used up
         with torch.no_grad():
-            if not _agree(graph(other), self._eager(other)):
-                return self._eager
-        return torch.compile(graph) if self.compile else graph
+            try:
+                wanted = self._eager(other)
+            except torch.linalg.LinAlgError:  # which the graph survives
+                return True
+            return _agree(graph(other), wanted)
 
 
 def _agree(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:

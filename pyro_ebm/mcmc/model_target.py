@@ -82,7 +82,10 @@ class ModelTarget(Target):
         """Raises if the potential has noise in it: what accepts by it keeps no law at all."""
         with rng_preserved(), pyro.validation_enabled(is_validate=False):
             q = 0.1 * self.draw_start(1)[0]
-            first, second = (float(self._potential_of_one(q)) for _ in range(2))
+            try:
+                first, second = (float(self._potential_of_one(q)) for _ in range(2))
+            except torch.linalg.LinAlgError:
+                return
         if first != second and not (math.isnan(first) or math.isnan(second)):
             raise ValueError(
                 f"{self.name}: two evaluations at one point gave {first:.6g} and {second:.6g}. "
@@ -95,6 +98,8 @@ class ModelTarget(Target):
         try:
             with pyro.validation_enabled(is_validate=False), torch.no_grad():
                 torch.vmap(self._potential_under_grad)(q)
+        except torch.linalg.LinAlgError:  # by the values, not by vmap
+            return True
         except Exception as error:  # vmap and models fail in many ways
             warnings.warn(
                 f"{self.name} cannot be vectorized, so its chains run one after another, many "
@@ -113,10 +118,12 @@ class ModelTarget(Target):
         standard normal of their own, which changes no other coordinate.
         """
         with rng_preserved(), pyro.validation_enabled(is_validate=False):
-            q = self.draw_start(4)
+            q = 0.1 * self.draw_start(4)
             self._flat = None
             try:
                 _, gradient = self.potential_and_grad(q)
+            except torch.linalg.LinAlgError:
+                return None
             except RuntimeError as error:
                 if "does not require grad" not in str(error):
                     raise

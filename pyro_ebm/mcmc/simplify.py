@@ -4,10 +4,14 @@ Differentiating a log density repeats many of its operations: the square that th
 taken again by the gradient. An operation on the same operands has the same result, so that one of
 them is enough. Graphs with operations that write into their operands, or that draw random numbers,
 are left as they are.
+
+A Cholesky factorization that fails for one chain raises for all of them. In a graph it gives NaN to
+that chain alone, which its kernel then rejects and counts.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable
 from typing import Any
 
@@ -32,9 +36,38 @@ def simplify(graph: GraphModule) -> None:
     graph.recompile()
 
 
+def let_factorizations_fail(graph: GraphModule) -> None:
+    """Makes a failed Cholesky factorization NaN where it was an error, in place."""
+    for node in list(graph.graph.nodes):
+        if node.target is not torch.ops.aten._linalg_check_errors.default:
+            continue
+        info = node.args[0]
+        source = info.args[0]
+        if source.target is torch.ops.aten.linalg_cholesky_ex.default:
+            graph.graph.erase_node(node)
+            for part in [user for user in source.users if user.args[1] == 0]:
+                _nan_where_failed(graph.graph, part, info)
+    graph.recompile()
+
+
+def _nan_where_failed(graph: Graph, factor: Node, info: Node) -> None:
+    aten = torch.ops.aten
+    with graph.inserting_after(max(factor, info)):
+        worked = graph.call_function(aten.eq.Scalar, (info, 0))
+    with graph.inserting_after(worked):
+        rows = graph.call_function(aten.unsqueeze.default, (worked, -1))
+    with graph.inserting_after(rows):
+        entries = graph.call_function(aten.unsqueeze.default, (rows, -1))
+    with graph.inserting_after(entries):
+        whole = graph.call_function(aten.where.ScalarOther, (entries, factor, torch.nan))
+    factor.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not whole)
+
+
 def _is_pure(node: Node) -> bool:
     if node.op != "call_function":
         return node.op in ("placeholder", "get_attr", "output")
+    if node.target is operator.getitem:
+        return True
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_ebm.mcmc.simplify import simplify
+from pyro_ebm.mcmc import MCMC, RandomWalk
+from pyro_ebm.mcmc.simplify import let_factorizations_fail, simplify
 
 
 def captured(fn, *args):
@@ -63,3 +64,44 @@ def test_constants_stay_live():
     simplify(graph)
     weight.mul_(5.0)
     assert torch.equal(graph(torch.ones(3)), torch.full((3,), 10.0))
+
+
+def factorized(q):
+    """A potential with the Cholesky factor of a matrix that is definite for q > 0 only."""
+    with torch.enable_grad():
+        leaf = q.detach().requires_grad_()
+        matrix = torch.eye(3, dtype=q.dtype) * leaf[:, :, None] + 0.1
+        factor = torch.linalg.cholesky(matrix)
+        u = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        (grad,) = torch.autograd.grad(u.sum(), leaf)
+    return u.detach(), grad
+
+
+def test_a_factorization_that_fails_is_nan_for_its_chain_alone():
+    q = torch.rand(5, 1, dtype=torch.float64) + 0.5
+    wanted = factorized(q)
+    graph = captured(factorized, q)
+    let_factorizations_fail(graph)
+    simplify(graph)
+    for ours, theirs in zip(graph(q), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    q[2] = -3.0
+    u, grad = graph(q)
+    assert u.isnan().tolist() == [False, False, True, False, False]
+    assert grad.isnan()[:, 0].tolist() == u.isnan().tolist()
+
+
+def test_chains_survive_a_factorization_that_fails():
+    """Long steps leave the region where the matrix is definite, and are rejected there."""
+
+    def potential(values):
+        scale = values["q"]
+        factor = torch.linalg.cholesky(torch.eye(2) * scale + 0.1)
+        return 0.5 * (scale - 1.0) ** 2 - 1e-3 * factor.diagonal().log().sum()
+
+    kernel = RandomWalk(potential_fn=potential, step_size=5.0, adapt_step_size=False)
+    mcmc = MCMC(kernel, 50, 0, num_chains=16, disable_progbar=True)
+    mcmc.run(initial_params={"q": torch.rand(16) + 0.5})
+    draws = mcmc.get_samples()["q"]
+    assert float(draws.min()) > -0.2
+    assert float(draws.std()) > 0.2

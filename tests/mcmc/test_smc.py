@@ -95,7 +95,7 @@ def test_planted_bugs_are_seen(bug, monkeypatch):
         monkeypatch.setattr(smc, "systematic", lambda w, right=smc.systematic: right(-w))
     else:
         monkeypatch.setattr(
-            SMC, "_move", lambda self, kernel, potential, q, tuning: (1.05 * q, tuning)
+            SMC, "_move", lambda self, kernel, potential, q, tuning: (1.2 * q, tuning)
         )
     with pytest.raises(AssertionError):
         test_the_modes_get_their_masses()
