@@ -37,6 +37,13 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	$(PIP_INSTALL) -e '.[bench]'
 	@touch $@
 
+# JAX in an environment of its own: it and torch pin each other's requirements.
+.venv-bench-jax/.installed:
+	$(PYTHON) -m venv .venv-bench-jax
+	.venv-bench-jax/bin/python -m pip install --disable-pip-version-check \
+		blackjax==1.7.1 numpyro==0.22.0 jax==0.10.2 inference_gym==0.0.5
+	@touch $@
+
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
@@ -61,7 +68,7 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "Documentation: docs/_build/html/index.html"
 
-bench: $(VENV)/.installed-bench
+bench: $(VENV)/.installed-bench .venv-bench-jax/.installed
 	@set -e; found=; for script in tests/benchmarks/*.py; do \
 		[ -e "$$script" ] || continue; found=1; echo "== $$script"; $(BIN)/python "$$script" $(ARGS); \
 	done; [ -n "$$found" ] || { echo "tests/benchmarks holds no script"; exit 1; }
@@ -77,6 +84,6 @@ test-arviz1: .venv-arviz1/.installed
 	PYTHONPATH=. .venv-arviz1/bin/python -m pytest -q --confcutdir=tests/arviz1 tests/arviz1
 
 clean:
-	rm -rf $(VENV) .venv-arviz1 build dist docs/_build results
+	rm -rf $(VENV) .venv-arviz1 .venv-bench-jax build dist docs/_build results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -83,7 +83,7 @@ class ModelTarget(Target):
         with rng_preserved(), pyro.validation_enabled(is_validate=False):
             q = 0.1 * self.draw_start(1)[0]
             try:
-                first, second = (float(self._potential_of_one(q)) for _ in range(2))
+                first, second = (float(self._potential_of_one(q).detach()) for _ in range(2))
             except torch.linalg.LinAlgError:
                 return
         if first != second and not (math.isnan(first) or math.isnan(second)):

@@ -1,0 +1,1 @@
+"""Other libraries, and what the benchmarks measure of them."""
