@@ -18,6 +18,7 @@ from torch.distributions import Transform
 from pyro_ebm.errors import MissingNormalizerError
 from pyro_ebm.mcmc.explain import explained
 from pyro_ebm.mcmc.target import Target, Values, check_names
+from pyro_ebm.mcmc.vmap_safe import VmapSafe
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine.check_model import check_structure, has_energies
 
@@ -104,7 +105,7 @@ class ModelTarget(Target):
             warnings.warn(
                 f"{self.name} cannot be vectorized, so its chains run one after another, many "
                 f"times slower. vmap said: {_first_line(error)}. Known causes: enumerated sites, "
-                "Multinomial and OrderedLogistic likelihoods (use Categorical in a plate), "
+                "OrderedLogistic likelihoods (give Categorical the differences of sigmoids), "
                 "branches on values, batch norm in training mode",
                 stacklevel=4,
             )
@@ -178,7 +179,9 @@ def target_of_model(
     """
     try:
         with pyro.validation_enabled(is_validate=False), poutine.block():
-            params, potential_fn, transforms, trace = initialize_model(model, args, kwargs)
+            params, potential_fn, transforms, trace = initialize_model(
+                VmapSafe()(model), args, kwargs
+            )
     except MissingNormalizerError:
         raise
     except Exception as error:  # Pyro and models fail in many ways

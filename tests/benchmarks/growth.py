@@ -1,6 +1,6 @@
 """How time and memory of a run grow with chains, dimensions and kept draws.
 
-HMC on a hierarchical Pyro model with D - 2 group means and on a standard normal of D dimensions,
+HMC on a hierarchical Pyro model with D - 2 group means, and for the limits on a standard normal;
 one quantity varied at a time. Each setting runs in a process of its own on one core; time is the
 sampling alone, per iteration and in processor seconds, memory the growth of the largest resident
 size over what the libraries take. The exponent is the slope between the last two rows: 1 is linear.
@@ -55,7 +55,7 @@ def run(chains: int, dim: int, draws: int) -> dict[str, float]:
     """Returns seconds per iteration, MiB, and the size of the draws in MiB."""
     torch.set_num_threads(1)
     pyro.set_rng_seed(0)
-    args = (hierarchical, torch.randn(dim - 2)) if dim > 2 else (normal, dim)
+    args = (hierarchical, torch.randn(dim - 2)) if 2 < dim < 10_000 else (normal, dim)
     sampler = MCMC(HMC(args[0]), 2, 40, num_chains=chains, disable_progbar=True)
     sampler.run(args[1])
     before, state = largest(), sampler.state

@@ -763,8 +763,6 @@ ROWS = [
         dirichlet_multinomial,
         dirichlet_multinomial_moments,
         (single([0, 3, 9, 4]),),
-        options={"num_chains": 8, "num_samples": 700, "warmup_steps": 80},
-        warning="cannot be vectorized",
     ),
     Row(
         "logistic regression",

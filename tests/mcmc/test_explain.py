@@ -7,6 +7,7 @@ import torch
 
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc import HMC, MCMC
+from pyro_ebm.mcmc.vmap_safe import VmapSafe
 
 Y = torch.linspace(-1.0, 1.0, 10)
 
@@ -91,3 +92,26 @@ def test_entries_without_density_are_said_and_kept_in_place():
     z = mcmc.get_samples(group_by_chain=False)["z"]
     assert float((z[:, 3:].std(0) - 1.0).abs().max()) < 0.15
     assert float(mcmc.diagnostics()["n_steps"].float().mean()) < 20
+
+
+@pytest.mark.parametrize("total", [5.0, 0.0])
+def test_multinomial_scores_are_those_of_torch(total):
+    """Zeros in the data and in the probabilities included; batched parameters too."""
+    probs = torch.tensor([[0.2, 0.3, 0.5, 0.0], [0.1, 0.1, 0.7, 0.1]])
+    value = torch.tensor([total - 1.0 if total else 0.0, 1.0 if total else 0.0, 0.0, 0.0])
+    law = dist.Multinomial(int(total), probs)
+    with VmapSafe():
+        safe = pyro.poutine.trace(lambda: pyro.sample("x", law, obs=value)).get_trace()
+    torch.testing.assert_close(safe.nodes["x"]["fn"].log_prob(value), law.log_prob(value))
+
+
+def test_multinomial_models_are_vectorized():
+    def model():
+        p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("n", 2):
+            counts = torch.tensor([[1.0, 2.0, 3.0], [0.0, 6.0, 0.0]])
+            pyro.sample("y", dist.Multinomial(6, p), obs=counts)
+
+    mcmc = run(model, num_samples=100, warmup_steps=100)  # warnings are errors
+    mean = mcmc.get_samples(group_by_chain=False)["p"].mean(0)
+    torch.testing.assert_close(mean, torch.tensor([2.0, 9.0, 4.0]) / 15.0, atol=0.03, rtol=0)
