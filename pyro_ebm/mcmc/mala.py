@@ -17,9 +17,9 @@ from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.hamiltonian import (
     LeapfrogKernel,
     draw_momentum,
-    energy_error,
     leapfrog,
     metropolis,
+    total_energy,
 )
 from pyro_ebm.mcmc.kernel import Info, State
 from pyro_ebm.mcmc.metric import pulled_back, whitened
@@ -48,12 +48,12 @@ class MALA(LeapfrogKernel, MetropolisKernel):
         return leapfrog(potential, state, p, state.tuning["step_size"], 1)[0]
 
     def log_accept(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
-        """Returns minus the energy error of the leapfrog step that leads there."""
+        """Returns the energy lost along the leapfrog step that leads there."""
         step_size, root = state.tuning["step_size"], state.tuning["root"]
         half = whitened(to.position - state.position, root) / step_size
         p = half + 0.5 * step_size * pulled_back(state.gradient, root)
         p_end = half - 0.5 * step_size * pulled_back(to.gradient, root)
-        return -energy_error(state, to, p, p_end)
+        return total_energy(state, p) - total_energy(to, p_end)
 
     def proposal_log_prob(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
         """Returns the log density of the Langevin proposal."""

@@ -53,12 +53,14 @@ def accept(state: State, proposal: State, log_ratio: Tensor) -> tuple[State, Ten
     """
     log_ratio = torch.where(torch.isfinite(log_ratio), log_ratio, -torch.inf)
     moves = torch.rand_like(log_ratio).log() < log_ratio
-    rows = moves[:, None]
+    rows = moves[:, None].expand_as(state.position).contiguous()  # used twice
     moved = replace(
         state,
         position=torch.where(rows, proposal.position, state.position),
         potential=torch.where(moves, proposal.potential, state.potential),
-        gradient=torch.where(rows, proposal.gradient, state.gradient),
+        gradient=_where(moves, proposal.gradient, state.gradient)
+        if state.gradient.shape != rows.shape
+        else torch.where(rows, proposal.gradient, state.gradient),
         extra={k: _where(moves, proposal.extra[k], old) for k, old in state.extra.items()},
     )
     return moved, log_ratio.clamp(max=0.0).exp()

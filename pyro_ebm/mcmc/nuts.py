@@ -32,8 +32,8 @@ from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.hamiltonian import (
     LeapfrogKernel,
     draw_momentum,
-    kinetic_energy,
     leapfrog,
+    total_energy,
 )
 from pyro_ebm.mcmc.kernel import MAX_ENERGY_ERROR, Info, State
 
@@ -58,7 +58,7 @@ class NUTS(LeapfrogKernel):
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
         """Moves every chain along a tree of its own size."""
         p = draw_momentum(state)
-        energy = state.potential + kinetic_energy(p)
+        energy = total_energy(state, p)
         tree = _Tree.of_one_point(state, p)
         for depth in range(self.max_tree_depth):
             tree = _double(potential, tree, depth, energy)
@@ -210,7 +210,7 @@ def _visit_next(
 ) -> None:
     """Adds one leaf to the halves that grow."""
     end, p = leapfrog(potential, half.end, half.p_end, step_size, 1)
-    here = end.potential + kinetic_energy(p)
+    here = total_energy(end, p)
     error = torch.where(here.isnan(), torch.inf, here - energy)
     grows = half.growing
     half.diverging = half.diverging | (grows & (error > MAX_ENERGY_ERROR))

@@ -12,13 +12,16 @@ that chain alone, which its kernel then rejects and counts.
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+_RESHAPES = tuple(
+    getattr(torch.ops.aten, name).default for name in ("expand", "unsqueeze", "view", "permute")
+)
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
@@ -31,6 +34,7 @@ def simplify(graph: GraphModule) -> None:
     if all(_is_pure(node) for node in graph.graph.nodes):
         for node in list(graph.graph.nodes):
             _skip_detours(node)
+        _fold_ones(graph.graph)
         _merge_repeated(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -81,6 +85,35 @@ def _skip_detours(node: Node) -> None:
         inner = node.args[0]
         if isinstance(inner, Node) and inner.target is torch.ops.aten.neg.default:
             node.replace_all_uses_with(inner.args[0])  # type: ignore[arg-type]
+
+
+def _fold_ones(graph: Graph) -> None:
+    """Drops factors of one, with which every backward pass begins, and powers of one."""
+    aten = torch.ops.aten
+    ones: set[Node] = set()
+    for node in list(graph.nodes):
+        if (
+            node.target is aten.ones_like.default
+            or node.target in _RESHAPES
+            and node.args[0] in ones
+        ):
+            ones.add(node)
+        elif node.target is aten.mul.Tensor and any(arg in ones for arg in node.args):
+            _replace_by_equal(node, [arg for arg in node.args if arg not in ones] or node.args)
+        elif node.target is aten.pow.Tensor_Scalar and node.args[1] == 1:
+            _replace_by_equal(node, node.args[:1])
+
+
+def _replace_by_equal(node: Node, candidates: Sequence[Any]) -> None:
+    """Replaces a result by an operand, if both are of one shape and dtype."""
+    result = node.meta.get("val")
+    for operand in candidates:
+        value = operand.meta.get("val") if isinstance(operand, Node) else None
+        if result is None or value is None:
+            continue
+        if value.shape == result.shape and value.dtype == result.dtype:
+            node.replace_all_uses_with(operand)
+            return
 
 
 def _merge_repeated(graph: Graph) -> None:
