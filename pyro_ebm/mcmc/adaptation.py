@@ -11,7 +11,6 @@ stretch tunes the step size alone. Everything is frozen before the first kept dr
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
@@ -35,12 +34,10 @@ class Adaptation:
     """
 
     def __init__(self, kernel: Kernel, num_steps: int) -> None:
-        self.tunes_step = bool(getattr(kernel, "adapt_step_size", False)) and num_steps > 0
-        self.tunes_metric = bool(getattr(kernel, "adapt_mass_matrix", False))
-        self.metric = getattr(kernel, "metric", "diagonal")
-        self.target = float(getattr(kernel, "target_accept_prob", 0.0))
-        self.largest = float(getattr(kernel, "largest_step_size", torch.inf))
-        self.ends = frozenset(window_ends(num_steps)) if self.tunes_metric else frozenset()
+        self.kernel = kernel
+        self.tunes_step = kernel.adapt_step_size and num_steps > 0
+        self.metric = kernel.metric
+        self.ends = frozenset(window_ends(num_steps) if kernel.adapt_mass_matrix else ())
         self.first = int(FIRST_SHARE * num_steps)
         self.settled = min(self.ends, default=self.first)
         self._iteration = 0
@@ -60,14 +57,15 @@ class Adaptation:
 
     def _averaging(self, state: State) -> DualAveraging:
         first = state.tuning["step_size"]
-        return DualAveraging(first, target=self.target, largest=self.largest)
+        wanted = self.kernel.target_accept_prob or 0.0
+        return DualAveraging(first, target=wanted, largest=self.kernel.largest_step_size)
 
     def update(self, state: State, info: Info) -> State:
         """Returns the state with new tuning."""
         self._iteration += 1
         if self.tunes_step:
             state = self._new_step(state, info["acceptance_rate"].to(state.potential.dtype))
-        if self.tunes_metric and self._iteration > self.first:
+        if self.kernel.adapt_mass_matrix and self._iteration > self.first:
             self._estimate.update(state)
         if self._iteration in self.ends:
             state = self._new_metric(state)

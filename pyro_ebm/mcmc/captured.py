@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ebm.mcmc.simplify import let_factorizations_fail, simplify
 from pyro_ebm.mcmc.target import Target
+from pyro_ebm.ops.rng import rng_preserved
 
 ValueAndGrad = tuple[Tensor, Tensor]
 
@@ -93,6 +94,7 @@ class _Captured:
 
     def _capture(self, q: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """Records the operations; what branches on its values is evaluated as it is."""
+        self._check_repeatable(q)
         graph = self._recorded(q)
         if graph is None:
             return self._eager
@@ -101,6 +103,19 @@ class _Captured:
         if not self._is_faithful(graph, q):
             return self._eager
         return torch.compile(graph) if self.compile else graph
+
+    def _check_repeatable(self, q: Tensor) -> None:
+        """Raises if the target has noise in it: what accepts by it keeps no law at all."""
+        with rng_preserved():
+            try:
+                first, second = self._eager(q), self._eager(q)
+            except torch.linalg.LinAlgError:
+                return
+        if not _agree(first, second):
+            raise ValueError(
+                "two evaluations of the target at one point differ: draw random numbers before the "
+                "run, and put dropout in eval mode"
+            )
 
     def _recorded(self, q: Tensor) -> GraphModule | None:
         """The graph; recorded nearer to zero where a factorization fails at ``q``."""

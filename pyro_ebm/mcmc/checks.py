@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -11,8 +12,8 @@ def positive(name: str, value: float) -> float:
     Raises:
         ValueError: If it is not one.
     """
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
     return value
 
 
@@ -44,7 +45,8 @@ def whole(name: str, value: int, *, least: int) -> int:
     Raises:
         ValueError: If it is not one, or below ``least``.
     """
-    if isinstance(value, bool) or int(value) != value or value < least:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or int(value) != value or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return int(value)
 

@@ -8,6 +8,7 @@ it, and the last state continues the chains without a new warm-up.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.chains import Record, summary
 from pyro_ebm.chains.record import to_numpy
-from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.errors import ApproximateSampleWarning, NonFiniteEnergyError
 from pyro_ebm.mcmc.adaptation import Adaptation, find_step_size
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.checks import whole
@@ -117,12 +118,20 @@ class MCMC:
             NonFiniteEnergyError: If a chain cannot start.
             ValueError: If starting values are not of this target and number of chains.
         """
+        if initial_state is not None and not isinstance(initial_state, State):
+            raise TypeError(
+                f"initial_state must be a State, got {type(initial_state).__name__}: that of an "
+                "interrupted warm-up does not exist, run again"
+            )
         started = time.perf_counter()
         with rng_preserved():  # a run that goes on must not notice that it was bound anew
             target = self.kernel.bind(*args, initial_params=initial_params, **kwargs)
         potential = CapturedPotential(target, compile=self.compile)
         warmup_steps = 0 if initial_state is not None else self.warmup_steps
         state = self._start(target, potential, initial_params, initial_state)
+        self._check_names(target, state.position)
+        if initial_state is None:
+            state = find_step_size(self.kernel, potential, state)
         self._keep_nothing(target, state)
         total = warmup_steps + self.num_samples * self.thinning
         with tqdm(total=total, disable=self.disable_progbar) as bar:
@@ -131,7 +140,9 @@ class MCMC:
                 self._draw(potential, state, bar)
             except KeyboardInterrupt:
                 self.interrupted = True
-        self.state = replace(self.state or state, rng=torch.get_rng_state())
+        if self.state is not None:
+            self.state = replace(self.state, rng=torch.get_rng_state())
+        self._warn_of_lost_chains()
         self.seconds = time.perf_counter() - started
 
     def _start(
@@ -143,11 +154,12 @@ class MCMC:
     ) -> State:
         if initial_state is not None:
             self._check_start(target, initial_state.position)
-            return initial_state
+            self._check_tuning(initial_state)
+            return self.kernel.refreshed(potential, initial_state)
         if initial_params is None:
             q = finite_start(target, potential.value, self.num_chains)
         else:
-            q = target.join(initial_params)
+            q = target.join(self._checked(initial_params, like=target.draw_start(1)))
             self._check_start(target, q)
         state = self.kernel.init(potential, q)
         bad = int((~torch.isfinite(state.potential)).sum())
@@ -158,6 +170,33 @@ class MCMC:
             )
         return state
 
+    def _checked(self, params: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+        """The starting values in the dtype of the target."""
+        for name, value in params.items():
+            if not isinstance(value, Tensor) or value.shape[:1] != (self.num_chains,):
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"initial_params[{name!r}] must be a tensor with num_chains = "
+                    f"{self.num_chains} as its first dim, got {got}"
+                )
+        return {name: value.to(like) for name, value in params.items()}
+
+    def _check_tuning(self, state: State) -> None:
+        wanted = self.kernel.first_tuning(state.position).keys()
+        if state.tuning.keys() != wanted:
+            raise ValueError(
+                f"initial_state is not one of {type(self.kernel).__name__}: its tuning has "
+                f"{sorted(state.tuning)}, expected {sorted(wanted)}"
+            )
+
+    def _check_names(self, target: Target, q: Tensor) -> None:
+        known = target.constrain(q[:1]).keys()
+        unknown = set(self.save_params or ()) - known
+        if unknown:
+            raise ValueError(
+                f"save_params names {sorted(unknown)}, and {target!r} has {sorted(known)}"
+            )
+
     def _check_start(self, target: Target, q: Tensor) -> None:
         want = (self.num_chains, target.dim)
         if tuple(q.shape) != want:
@@ -167,7 +206,7 @@ class MCMC:
             )
 
     def _keep_nothing(self, target: Target, state: State) -> None:
-        self.target, self.state, self.interrupted = target, state, False
+        self.target, self.state, self.interrupted = target, None, False
         self._draws = state.position.new_empty(self.num_chains, self.num_samples, target.dim)
         self._stats, self._num_kept = {}, 0
 
@@ -176,7 +215,6 @@ class MCMC:
     ) -> State:
         if num_steps == 0:
             return state
-        state = find_step_size(self.kernel, potential, state)
         adaptation = Adaptation(self.kernel, num_steps)
         state = adaptation.begin(state)
         show = _Postfix(bar, "warmup")
@@ -197,9 +235,23 @@ class MCMC:
             self._keep(i, state, info)
             self.state = state
 
+    def _warn_of_lost_chains(self) -> None:
+        """Unadjusted chains can leave for infinity, and their draws are then nothing."""
+        if self.kernel.adjusted or self._num_kept == 0:
+            return
+        lost = self._stats["diverging"][:, : self._num_kept].any(1)
+        if bool(lost.any()):
+            warnings.warn(
+                f"{int(lost.sum())} of {self.num_chains} chains ran off to where the energy is not "
+                "finite, and nothing held them back: use a smaller step size, or a kernel with an "
+                "accept step",
+                ApproximateSampleWarning,
+                stacklevel=3,
+            )
+
     def _keep(self, i: int, state: State, info: Info) -> None:
         self._draws[:, i] = state.position
-        kept = {"lp": -state.potential, **info}
+        kept = {"lp": -state.potential, **info} if self.kernel.knows_potential else dict(info)
         if "step_size" in state.tuning:
             kept["step_size"] = state.tuning["step_size"].expand(self.num_chains)
         for name, value in kept.items():
@@ -227,9 +279,14 @@ class MCMC:
 
         Raises:
             RuntimeError: If nothing was drawn.
+            ValueError: If ``num_samples`` is more than was drawn.
         """
         target, draws = self._drawn()
-        draws = draws if num_samples is None else draws[:, -num_samples:]
+        if num_samples is not None:
+            last = whole("num_samples", num_samples, least=1)
+            if last > self._num_kept:
+                raise ValueError(f"{last} draws of a chain were asked for, {self._num_kept} kept")
+            draws = draws[:, -last:]
         values = target.split(draws) if unconstrained else target.constrain(draws)
         if self.save_params is not None:
             values = {name: values[name] for name in self.save_params}
@@ -293,6 +350,6 @@ class _Postfix:
         if self.divergences:
             parts.append(f"divergences {self.divergences}")
         if self.mcmc is not None and self.mcmc._num_kept >= 8:
-            lp = self.mcmc._stats["lp"][:, : self.mcmc._num_kept].T
-            parts.append(f"R-hat of lp {float(rank_rhat(lp)):.2f}")
+            x = self.mcmc._draws[:, : self.mcmc._num_kept, 0].T
+            parts.append(f"R-hat {float(rank_rhat(x)):.2f}")
         return ", ".join(parts)

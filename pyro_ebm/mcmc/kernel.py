@@ -88,6 +88,13 @@ class Kernel(ABC):
 
     adjusted = True
     needs_gradient = True
+    knows_potential = True  # whether U of a state is that of its position
+    adapt_step_size = False
+    adapt_mass_matrix = False
+    metric = "diagonal"
+    target_accept_prob: float | None = None
+    largest_step_size = float("inf")
+    step_size: float | None = None
 
     def __init__(
         self,
@@ -120,17 +127,34 @@ class Kernel(ABC):
     def bind(self, *args: Any, initial_params: Any = None, **kwargs: Any) -> Target:
         """Returns the target with its arguments."""
         if self.potential_fn is not None:
-            if not initial_params:
-                raise ValueError(
-                    "potential_fn= needs initial_params=, one value per name and chain"
-                )
-            like = {name: value[0] for name, value in initial_params.items()}
-            return ModelTarget(self.potential_fn, like)
+            return ModelTarget(self.potential_fn, self._shapes_of(initial_params))
         if isinstance(self.given, _DISTRIBUTIONS):
+            if args or kwargs:
+                raise TypeError(
+                    f"{type(self).__name__} samples {self.given!r}, which takes no arguments"
+                )
             return DistributionTarget(self.given.temper(self.inverse_temperature))
         return target_of_model(self.given, args, kwargs)
 
+    def _shapes_of(self, initial_params: Any) -> dict[str, Tensor]:
+        """One value per name, of this run or of the one before."""
+        if initial_params:
+            self._like = {name: value[0] for name, value in initial_params.items()}
+        if not hasattr(self, "_like"):
+            raise ValueError("potential_fn= needs initial_params=, one value per name and chain")
+        return self._like
+
     # --- the chain
+
+    def refreshed(self, potential: CapturedPotential, state: State) -> State:
+        """Returns a state of another run with U and gradient of this one's target.
+
+        Where they are the same already the state is left as it is, to the last bit.
+        """
+        u, gradient = self.evaluate(potential, state.position)
+        if torch.allclose(u, state.potential, rtol=1e-5, atol=1e-6, equal_nan=True):
+            return state
+        return replace(state, potential=u, gradient=gradient)
 
     def init(self, potential: CapturedPotential, q: Tensor) -> State:
         """Returns the first state at positions ``(C, D)``."""
@@ -187,6 +211,11 @@ class Kernel(ABC):
 
 
 _DISTRIBUTIONS = (EnergyDistribution,)
+
+
+def ran_off(state: State) -> Tensor:
+    """Returns which chains are where U is not finite, ``(C,)``: no accept step holds them back."""
+    return ~torch.isfinite(state.potential)
 
 
 def finite_start(target: Target, value: Callable[[Tensor], Tensor], num_chains: int) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.checks import one_of, positive
-from pyro_ebm.mcmc.kernel import Info, Kernel, State
+from pyro_ebm.mcmc.kernel import Info, Kernel, State, ran_off
 
 SCHEMES = ("BAOAB", "ABOBA", "OBABO")
 
@@ -61,6 +61,7 @@ class KineticLangevin(Kernel):
         self.step_size = positive("step_size", step_size)
         self.friction = positive("friction", friction)
         self.scheme = one_of("scheme", scheme, SCHEMES)
+        self.knows_potential = scheme != "ABOBA"
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
         """Returns step size and friction, which are not adapted."""
@@ -73,7 +74,8 @@ class KineticLangevin(Kernel):
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
         """Moves every chain; one gradient."""
         move = getattr(self, f"_{self.scheme.lower()}")
-        return move(potential, state, state.tuning["step_size"]), {}
+        moved = move(potential, state, state.tuning["step_size"])
+        return moved, {"diverging": ran_off(moved)}
 
     def _baoab(self, potential: CapturedPotential, state: State, h: Tensor) -> State:
         v = state.extra["velocity"] - 0.5 * h * state.gradient

@@ -95,7 +95,9 @@ def _dense_root(pooled: PooledCovariance) -> Tensor:
     covariance = pooled.covariance
     diagonal = covariance.diagonal()
     share = pooled.count / (pooled.count + _WEIGHT)
-    covariance = share * covariance + _SMALL * (1.0 - share) * torch.eye(len(covariance))
+    covariance = share * covariance + _SMALL * (1.0 - share) * torch.eye(
+        len(covariance), dtype=covariance.dtype, device=covariance.device
+    )
     root, failed = torch.linalg.cholesky_ex(covariance)
     if bool(failed) or not bool(torch.isfinite(root).all()):
         safe = torch.where(diagonal.isfinite() & (diagonal > 0), diagonal, 1.0)

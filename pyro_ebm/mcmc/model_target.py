@@ -119,7 +119,8 @@ class ModelTarget(Target):
         standard normal of their own, which changes no other coordinate.
         """
         with rng_preserved(), pyro.validation_enabled(is_validate=False):
-            q = 0.1 * self.draw_start(4)
+            near = self.draw_start(4)
+            q = torch.cat([0.1 * near, near, 5.0 * near, 25.0 * near])
             self._flat = None
             try:
                 _, gradient = self.potential_and_grad(q)

@@ -38,7 +38,6 @@ class PCN(PriorKernel, MetropolisKernel):
     """
 
     largest_step_size = 1.0
-    adapt_mass_matrix = False
 
     def __init__(
         self,

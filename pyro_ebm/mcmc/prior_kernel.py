@@ -45,6 +45,14 @@ class PriorKernel(Kernel):
         energy = self._energy_of(potential, q, state.potential)
         return replace(state, extra={"energy": energy})
 
+    def refreshed(self, potential: CapturedPotential, state: State) -> State:
+        """Returns the state with energies of this target, as :meth:`Kernel.refreshed` does."""
+        fresh = super().refreshed(potential, state)
+        if fresh is state:
+            return state
+        energy = self._energy_of(potential, fresh.position, fresh.potential)
+        return replace(fresh, extra={**state.extra, "energy": energy})
+
     def at(self, potential: CapturedPotential, state: State, q: Tensor) -> State:
         """Returns the state with other positions."""
         if self.needs_gradient:

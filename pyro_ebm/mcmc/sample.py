@@ -79,9 +79,13 @@ def sample(
 
 
 def _worst_rhat(mcmc: MCMC) -> float:
-    """Over the coordinates and U; of constant ones R-hat does not exist."""
+    """Over the coordinates and U; infinite if one is not finite, one if nothing ever moves."""
     (draws,) = mcmc.get_samples(unconstrained=True).values()
-    flat = draws.reshape(draws.shape[:2] + (-1,))
-    values = torch.cat([flat, mcmc.diagnostics()["lp"].unsqueeze(2)], 2)
-    worst = float(rank_rhat(values.transpose(0, 1)).nan_to_num(1.0).max())
-    return worst if math.isfinite(worst) else math.inf
+    values = draws.reshape(draws.shape[:2] + (-1,))
+    if "lp" in mcmc.diagnostics():
+        values = torch.cat([values, mcmc.diagnostics()["lp"].unsqueeze(2)], 2)
+    if not bool(torch.isfinite(values).all()):
+        return math.inf
+    moving = (values != values[:1, :1]).any(0).any(0)
+    rhat = rank_rhat(values[:, :, moving].transpose(0, 1))
+    return float(rhat.max()) if bool(moving.any()) else 1.0

@@ -135,14 +135,20 @@ class SMC:
         """Carries the particles from the base to the target.
 
         Raises:
-            NonFiniteEnergyError: If no particle has a finite energy.
+                NonFiniteEnergyError: If no particle has a finite energy.
+            TypeError: If the kernel is unadjusted.
 
         Warns:
             ApproximateSampleWarning: If at a rung less than a tenth of the particles counted.
         """
         q = self.target.draw_start(self.num_particles)
-        beta = q.new_zeros(())  # in the graph, and raised there
+        beta = q.new_zeros(())  # raised in place, and the law follows
         kernel = self.kernel(self.target.law.temper(beta))
+        if not kernel.adjusted:
+            raise TypeError(
+                f"SMC needs a kernel that keeps its target, and {type(kernel).__name__} does not: "
+                "use HMC or MALA"
+            )
         potential = CapturedPotential(kernel.bind(), capture=False)
         weighing = CapturedPotential(self.target, capture=False)
         self._rungs = rungs = _Rungs()
@@ -220,8 +226,7 @@ class SMC:
         if self.given_plan is not None:
             return state.with_tuning(**self.given_plan.tunings[len(self._rungs.tunings)])
         if "root" in state.tuning:
-            metric = getattr(kernel, "metric", "diagonal")
-            estimate = MetricEstimate(resolved(metric, *state.position.shape))
+            estimate = MetricEstimate(resolved(kernel.metric, *state.position.shape))
             estimate.update(state)
             state = state.with_tuning(root=estimate.root(state.position))
         if tuning is None:
@@ -316,9 +321,8 @@ def systematic(log_weights: Tensor) -> Tensor:
 
 def _followed(kernel: Kernel, tuning: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
     """The tuning with a step size that follows the acceptance rate."""
-    wanted = getattr(kernel, "target_accept_prob", None)
+    wanted = kernel.target_accept_prob
     if wanted is None or "step_size" not in tuning:
         return tuning
-    largest = float(getattr(kernel, "largest_step_size", torch.inf))
     step_size = tuning["step_size"] * torch.exp(tuning["step_size"].new_tensor(rate - wanted))
-    return {**tuning, "step_size": step_size.clamp_max(largest)}
+    return {**tuning, "step_size": step_size.clamp_max(kernel.largest_step_size)}

@@ -63,7 +63,7 @@ class ParallelTempering(PriorKernel):
     ) -> None:
         super().__init__(target, **options)
         self.num_replicas = whole("num_replicas", num_replicas, least=2)
-        self.target_accept_prob = probability("target_accept_prob", target_accept_prob)
+        self.wanted_rate = probability("target_accept_prob", target_accept_prob)
         self.adapt_ladder = adapt_ladder
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
@@ -82,9 +82,28 @@ class ParallelTempering(PriorKernel):
         others = torch.randn(self.num_replicas, *q.shape, dtype=q.dtype, device=q.device)
         replicas = torch.cat([(prior.loc + prior.scale * others)[:-1], q.unsqueeze(0)])
         energies = self._energies(potential, replicas)
-        index = torch.arange(self.num_replicas).unsqueeze(1).expand(-1, len(q)).clone()
-        extra = {"replicas": replicas, "energies": energies, "labels": index}
-        return replace(state, extra={**extra, "round_trips": torch.zeros(len(q), dtype=torch.long)})
+        index = torch.arange(self.num_replicas, device=q.device)
+        extra = {
+            "replicas": replicas,
+            "energies": energies,
+            "labels": index.unsqueeze(1).repeat(1, len(q)),
+            "round_trips": torch.zeros(len(q), dtype=torch.long, device=q.device),
+        }
+        return replace(state, extra=extra)
+
+    def refreshed(self, potential: CapturedPotential, state: State) -> State:
+        """Returns the state with energies of this target at every replica."""
+        energies = self._energies(potential, state.extra["replicas"])
+        if torch.allclose(energies, state.extra["energies"], rtol=1e-5, atol=1e-6):
+            return state
+        fresh = replace(state, extra={**state.extra, "energies": energies})
+        return self._at_top(potential, fresh)
+
+    def _at_top(self, potential: CapturedPotential, state: State) -> State:
+        """The state whose position and U are those of the replica at beta = 1."""
+        top, energy = state.extra["replicas"][-1], state.extra["energies"][-1]
+        u = energy - self._energy_of(potential, top, torch.zeros_like(energy))
+        return replace(state, position=top, potential=u)
 
     def _energies(self, potential: CapturedPotential, replicas: Tensor) -> Tensor:
         return potential.energy(replicas.flatten(0, 1)).reshape(replicas.shape[:2])
@@ -94,10 +113,7 @@ class ParallelTempering(PriorKernel):
         state, accept_prob = self._explore(potential, state)
         state, rejected = self._swap(state)
         tuning = {"iteration": state.tuning["iteration"] + 1}
-        top = state.extra["replicas"][-1]
-        energy = state.extra["energies"][-1]
-        u = energy - self._energy_of(potential, top, torch.zeros_like(energy))
-        moved = replace(state, position=top, potential=u).with_tuning(**tuning)
+        moved = self._at_top(potential, state).with_tuning(**tuning)
         info = {
             "acceptance_rate": accept_prob[-1],
             "swap_rejection_rate": rejected.nanmean(0).nan_to_num(0.0),
@@ -119,11 +135,10 @@ class ParallelTempering(PriorKernel):
         state = state.with_tuning(rejections=kept, iteration=count)
         if self.adapt_ladder and int(count) in RESPACE_AT:
             state = state.with_tuning(ladder=respaced(state.tuning["ladder"], kept))
-        top = state.extra["replicas"][-1]
-        return replace(state, position=top), {"acceptance_rate": accept_prob[-1]}
+        return self._at_top(potential, state), {"acceptance_rate": accept_prob[-1]}
 
     def _tuned(self, state: State, accept_prob: Tensor) -> State:
-        change = RATE * (accept_prob.mean(1) - self.target_accept_prob)
+        change = RATE * (accept_prob.mean(1) - self.wanted_rate)
         steps = (state.tuning["replica_step_sizes"].log() + change).exp().clamp(1e-4, 1.0)
         return state.with_tuning(replica_step_sizes=steps)
 

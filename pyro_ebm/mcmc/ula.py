@@ -1,7 +1,6 @@
 r"""The unadjusted Langevin algorithm: a gradient step and noise, never rejected.
 
-.. math:: q' = q - \tfrac{\epsilon^2}{2} M^{-1} \nabla U(q) + \epsilon\, M^{-1/2} \xi, \qquad
-          \xi \sim N(0, I)
+.. math:: q' = q - \tfrac{\epsilon^2}{2} \nabla U(q) + \epsilon\, \xi, \qquad \xi \sim N(0, I)
 
 It does not keep its target: on :math:`U = q^2 / 2\sigma^2` its stationary variance is
 :math:`\sigma^2 / (1 - \epsilon^2 / 4\sigma^2)`. Use it for short-run training and first looks, and
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.checks import positive
-from pyro_ebm.mcmc.kernel import Info, Kernel, State
+from pyro_ebm.mcmc.kernel import Info, Kernel, State, ran_off
 
 
 class ULA(Kernel):
@@ -54,4 +53,5 @@ class ULA(Kernel):
         q = state.position - 0.5 * step_size.square() * state.gradient
         q = q + step_size * torch.randn_like(q)
         u, gradient = potential(q)
-        return replace(state, position=q, potential=u, gradient=gradient), {}
+        moved = replace(state, position=q, potential=u, gradient=gradient)
+        return moved, {"diverging": ran_off(moved)}

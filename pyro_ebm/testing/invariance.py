@@ -33,7 +33,7 @@ def assert_invariant(
         num_steps: Steps of every chain.
 
     Raises:
-        AssertionError: If a statistic has moved.
+        AssertionError: If a statistic has moved, or no chain has.
 
     Example:
         >>> from pyro_ebm.mcmc import MALA
@@ -51,6 +51,8 @@ def assert_invariant(
     before = _statistics(q, potential)
     for _ in range(num_steps):
         state, _ = kernel.step(potential, state)
+    if bool((state.position == q).all()):
+        raise AssertionError(f"{type(kernel).__name__} moved no chain: nothing was tested")
     moved = _statistics(state.position, potential) - before
     assert_mean_close(
         moved, 0.0, what=f"{type(kernel).__name__} on {problem.name}, drift of a mean"
