@@ -14,7 +14,7 @@ from pyro_ebm.mcmc.random_walk import RandomWalk
 from pyro_ebm.mcmc.recording import RecordingHMC, RecordingNUTS
 from pyro_ebm.mcmc.replay_buffer import ReplayBuffer
 from pyro_ebm.mcmc.sample import sample
-from pyro_ebm.mcmc.smc import SMC
+from pyro_ebm.mcmc.smc import SMC, SMCPlan
 from pyro_ebm.mcmc.tempering import ParallelTempering
 from pyro_ebm.mcmc.ula import ULA
 
@@ -36,6 +36,7 @@ __all__ = [
     "RecordingHMC",
     "RecordingNUTS",
     "ReplayBuffer",
+    "SMCPlan",
     "State",
     "sample",
 ]
