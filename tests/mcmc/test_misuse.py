@@ -21,6 +21,7 @@ from pyro_ebm.mcmc import (
     RandomWalk,
     sample,
 )
+from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.testing import PROBLEMS, assert_invariant
 
 
@@ -220,3 +221,26 @@ def test_the_inverse_temperature_is_marked():
     mcmc = run(HMC(law, inverse_temperature=3.0), num_samples=300, warmup_steps=100)
     assert abs(float(mcmc.get_samples()["x"].var()) - 0.25) < 0.03
     assert mcmc.record.inverse_temperature == 3.0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, within
+def test_a_compiled_graph_gives_the_same_numbers():
+    """Needs a C++ compiler; the answer is that of the graph to rounding."""
+    kernel = HMC(PROBLEMS["gamma"]().dist)
+    q = torch.randn(64, 1, dtype=torch.float64)
+    graph, compiled = (CapturedPotential(kernel.bind(), compile=c)(q) for c in (False, True))
+    for a, b in zip(graph, compiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_chains", "dim"), [(100_000, 2), (256, 10_000)])
+def test_many_chains_and_many_dimensions(num_chains, dim):
+    """Moments at sizes where one copy too many would show; 5 sd of the means."""
+    law = EnergyDistribution(lambda x: 0.5 * x.square().sum(-1), event_shape=(dim,))
+    start = {"x": torch.randn(num_chains, dim)}
+    mcmc = MCMC(HMC(law, step_size=0.1), 5, 5, num_chains=num_chains, disable_progbar=True)
+    mcmc.run(initial_params=start)
+    last = mcmc.get_samples(1)["x"][:, 0]
+    assert abs(float(last.var()) - 1.0) < 5.0 * (2.0 / last.numel()) ** 0.5
