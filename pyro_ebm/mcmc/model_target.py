@@ -17,6 +17,7 @@ from torch.distributions import Transform
 
 from pyro_ebm.errors import MissingNormalizerError
 from pyro_ebm.mcmc.explain import explained
+from pyro_ebm.mcmc.fixed_supports import check_fixed_supports
 from pyro_ebm.mcmc.target import Target, Values, check_names
 from pyro_ebm.mcmc.vmap_safe import VmapSafe
 from pyro_ebm.ops.rng import rng_preserved
@@ -190,6 +191,7 @@ def target_of_model(
         if better is error:
             raise
         raise better from error
+    check_fixed_supports(model, args, kwargs)
     if has_energies(trace):
         check_structure(model, args, kwargs)
     name = f"model {getattr(model, '__name__', type(model).__name__)!r}"

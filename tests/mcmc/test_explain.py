@@ -54,9 +54,21 @@ def noisy(y):
     pyro.sample("y", dist.Normal(m + torch.randn(10), 1.0).to_event(1), obs=y)
 
 
+def moving_support(y):
+    b = pyro.sample("b", dist.Uniform(0.0, 1.0))
+    pyro.sample("x", dist.Uniform(0.0, b))
+
+
+def moving_support_of_rows(y):
+    b = pyro.sample("b", dist.HalfNormal(1.0))
+    pyro.sample("x", dist.Uniform(torch.zeros(3), b * torch.ones(3)).to_event(1))
+
+
 @pytest.mark.parametrize(
     ("model", "error", "sentence"),
     [
+        (moving_support, ValueError, "site 'x': its support depends on other latents"),
+        (moving_support_of_rows, ValueError, "site 'x': its support depends on other latents"),
         (discrete, ValueError, "site 'n' is discrete, and a gradient cannot move it"),
         (not_written_for_enumeration, ValueError, "site 'n' is discrete.*extra batch dim"),
         (improper, ValueError, r"site 'm' is ImproperUniform.*mask\(False\)"),
