@@ -79,6 +79,19 @@ def test_a_dense_metric_keeps_the_target(make):
     assert_invariant(kernel, made, num_chains=8000, num_steps=5)
 
 
+def test_jumps_have_the_covariance_that_the_metric_says():
+    """The ratio of a symmetric jump would hide a wrong one."""
+    law = EnergyDistribution(quartic, event_shape=(3,))
+    kernel = with_root(RandomWalk(law, step_size=0.3), ROOT)
+    potential = CapturedPotential(kernel.bind(), capture=False)
+    state = kernel.init(potential, torch.zeros(5, 3, dtype=torch.float64))
+    torch.manual_seed(3)
+    noise = torch.randn(5, 3, dtype=torch.float64)
+    torch.manual_seed(3)
+    jumped = kernel.propose(potential, state).position
+    torch.testing.assert_close(jumped, 0.3 * torch.stack([ROOT @ row for row in noise]))
+
+
 # --- estimates
 
 
