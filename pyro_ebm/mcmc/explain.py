@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -35,7 +36,9 @@ def explained(
     if found is None:
         return error
     site, remedy = found
-    return ValueError(f"model {_name(model)!r}: site {site!r} {remedy}. Pyro said: {_last(error)}")
+    return ValueError(
+        f"model {_name(model)!r}: site {site!r} {remedy}. Pyro said: {first_line(error)}"
+    )
 
 
 def _remedy(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -48,11 +51,9 @@ def _remedy(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             if remedy is not None:
                 seen.append((msg["name"], remedy))
 
-    try:
+    with suppress(Exception):  # the model's own error, which the caller has
         with pyro.validation_enabled(is_validate=False), poutine.block(), Look():
             model(*args, **kwargs)
-    except Exception as error:  # the model's own error, which the caller has
-        del error
     return seen[0] if seen else None
 
 
@@ -80,5 +81,6 @@ def _name(model: Callable[..., Any]) -> str:
     return getattr(model, "__name__", type(model).__name__)
 
 
-def _last(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the beginning of an error's text, or its kind."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

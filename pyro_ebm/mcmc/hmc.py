@@ -34,7 +34,7 @@ class HMC(LeapfrogKernel):
         trajectory_length: T, in units of the whitened coordinates; :math:`\pi/2` by default.
         jitter: Whether trajectory lengths vary.
         **options: Those of :class:`~pyro_ebm.mcmc.hamiltonian.LeapfrogKernel`: ``step_size``,
-            ``target_accept_prob`` (.8), ``adapt_step_size``, ``adapt_mass_matrix``.
+            ``target_accept_prob`` (.8), ``adapt_step_size``, ``adapt_mass_matrix``, ``metric``.
 
     Example:
         >>> import torch
@@ -60,7 +60,7 @@ class HMC(LeapfrogKernel):
         self.jitter = jitter
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
-        """Returns step size, mass and trajectory length."""
+        """Returns step size, metric and trajectory length."""
         return super().first_tuning(q) | {
             "trajectory_length": q.new_tensor(self.trajectory_length),
             "iteration": torch.zeros((), dtype=torch.long),

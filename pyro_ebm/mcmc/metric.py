@@ -5,8 +5,8 @@ covariance of the target; R is kept as its diagonal, ``(D,)``, or as a lower tri
 Momenta are those of z and standard normal. Three estimates, each pooled over chains and iterations:
 
 * *diagonal*: the variances;
-* *fisher*: :math:`\sqrt{\mathrm{Var}\, q_i / \mathrm{Var}\, \partial_i U}`, of equal use on a
-  Gaussian and less moved by correlations;
+* *fisher*: :math:`\sqrt{\mathrm{Var}\, q_i / \mathrm{Var}\, \partial_i U}`, the same on a
+  Gaussian with independent coordinates, and less moved by correlations;
 * *dense*: the covariance. Hundreds of chains know it well, and it turns valleys off the axes into
   round bowls; a step costs :math:`D^2` more operations.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_ebm.errors import MissingNormalizerError
-from pyro_ebm.mcmc.explain import explained
+from pyro_ebm.mcmc.explain import explained, first_line
 from pyro_ebm.mcmc.fixed_supports import check_fixed_supports
 from pyro_ebm.mcmc.target import Target, Values, check_names
 from pyro_ebm.mcmc.vmap_safe import VmapSafe
@@ -105,7 +105,7 @@ class ModelTarget(Target):
         except Exception as error:  # vmap and models fail in many ways
             warnings.warn(
                 f"{self.name} cannot be vectorized, so its chains run one after another, many "
-                f"times slower. vmap said: {_first_line(error)}. Known causes: enumerated sites, "
+                f"times slower. vmap said: {first_line(error)}. Known causes: enumerated sites, "
                 "OrderedLogistic likelihoods (give Categorical the differences of sigmoids), "
                 "branches on values, batch norm in training mode",
                 stacklevel=4,
@@ -196,7 +196,3 @@ def target_of_model(
         check_structure(model, args, kwargs)
     name = f"model {getattr(model, '__name__', type(model).__name__)!r}"
     return ModelTarget(potential_fn, params, transforms, name)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

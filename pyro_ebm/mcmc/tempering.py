@@ -116,7 +116,7 @@ class ParallelTempering(PriorKernel):
         moved = self._at_top(potential, state).with_tuning(**tuning)
         info = {
             "acceptance_rate": accept_prob[-1],
-            "swap_rejection_rate": rejected.nanmean(0).nan_to_num(0.0),
+            "swap_rejection_rate": rejected.mean(0),
             "round_trips": state.extra["round_trips"],
         }
         return moved, info
@@ -128,9 +128,8 @@ class ParallelTempering(PriorKernel):
         state, accept_prob = self._explore(potential, state)
         state = self._tuned(state, accept_prob)
         state, rejected = self._swap(state)
-        seen = torch.where(rejected.isnan().all(1), state.tuning["rejections"], rejected.nanmean(1))
         share = 2.0 / (float(state.tuning["iteration"]) % 1000 + 2.0)
-        kept = (1.0 - share) * state.tuning["rejections"] + share * seen
+        kept = (1.0 - share) * state.tuning["rejections"] + share * rejected.mean(1)
         count = state.tuning["iteration"] + 1
         state = state.with_tuning(rejections=kept, iteration=count)
         if self.adapt_ladder and int(count) in RESPACE_AT:
@@ -166,7 +165,7 @@ class ParallelTempering(PriorKernel):
         return replace(state, extra=extra), log_ratio.clamp(max=0.0).exp()
 
     def _swap(self, state: State) -> tuple[State, Tensor]:
-        """Swaps the pairs of this iteration's parity; returns rejection rates, NaN of the rest."""
+        """Swaps the pairs of this iteration's parity; returns how likely all would be refused."""
         beta, energies = state.tuning["ladder"], state.extra["energies"]
         log_ratio = (beta[1:] - beta[:-1])[:, None] * (energies[1:] - energies[:-1])
         parity = int(state.tuning["iteration"]) % 2
@@ -179,7 +178,7 @@ class ParallelTempering(PriorKernel):
             "labels": state.extra["labels"].gather(0, order),
         }
         extra["labels"], trips = _count_trips(extra["labels"], state.extra["round_trips"])
-        rejected = torch.where(turn, 1.0 - log_ratio.clamp(max=0.0).exp(), torch.nan)
+        rejected = 1.0 - log_ratio.nan_to_num(-torch.inf).clamp(max=0.0).exp()
         return replace(state, extra={**extra, "round_trips": trips}), rejected
 
 
