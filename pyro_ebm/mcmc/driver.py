@@ -29,6 +29,8 @@ from pyro_ebm.ops.rank_rhat import rank_rhat
 from pyro_ebm.ops.rng import rng_preserved
 
 _POSTFIX_EVERY = 0.25  # seconds
+_SHOWN_CHAINS, _SHOWN_DRAWS = 64, 200  # of the R-hat in the bar, for ranking all takes long
+_RESOLUTION = 0.5  # nats
 
 
 class MCMC:
@@ -168,7 +170,20 @@ class MCMC:
                 f"{target!r}: the potential is not finite where {bad} of {self.num_chains} chains "
                 "start: give other initial_params"
             )
+        self._check_resolution(target, state)
         return state
+
+    @staticmethod
+    def _check_resolution(target: Target, state: State) -> None:
+        size = float(state.potential.abs().max())
+        step = size * torch.finfo(state.potential.dtype).eps
+        if step > _RESOLUTION:
+            warnings.warn(
+                f"{target!r}: the potential is about {size:.1g} nats, "
+                f"which {state.potential.dtype} resolves to {step:.1g}, and acceptance is by its "
+                "differences: use float64, or take off a constant",
+                stacklevel=4,
+            )
 
     def _checked(self, params: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
         """The starting values in the dtype of the target."""
@@ -350,6 +365,7 @@ class _Postfix:
         if self.divergences:
             parts.append(f"divergences {self.divergences}")
         if self.mcmc is not None and self.mcmc._num_kept >= 8:
-            x = self.mcmc._draws[:, : self.mcmc._num_kept, 0].T
+            every = -(-self.mcmc._num_kept // _SHOWN_DRAWS)
+            x = self.mcmc._draws[:_SHOWN_CHAINS, : self.mcmc._num_kept : every, 0].T
             parts.append(f"R-hat {float(rank_rhat(x)):.2f}")
         return ", ".join(parts)

@@ -51,9 +51,9 @@ def _remedy(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             if remedy is not None:
                 seen.append((msg["name"], remedy))
 
-    with suppress(Exception):  # the model's own error, which the caller has
-        with pyro.validation_enabled(is_validate=False), poutine.block(), Look():
-            model(*args, **kwargs)
+    unchecked = pyro.validation_enabled(is_validate=False)
+    with suppress(Exception), unchecked, poutine.block(), Look():  # the caller has the error
+        model(*args, **kwargs)
     return seen[0] if seen else None
 
 

@@ -89,6 +89,7 @@ class Kernel(ABC):
     adjusted = True
     needs_gradient = True
     knows_potential = True  # whether U of a state is that of its position
+    goes_on_from_position = True  # whether the position is all that a chain remembers
     adapt_step_size = False
     adapt_mass_matrix = False
     metric = "diagonal"

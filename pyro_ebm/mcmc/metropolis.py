@@ -37,7 +37,8 @@ class MetropolisKernel(Kernel):
         """Moves the chains whose proposals are accepted."""
         proposal = self.propose(potential, state)
         moved, accept_prob = accept(state, proposal, self.log_accept(potential, state, proposal))
-        return moved, {"acceptance_rate": accept_prob}
+        lost = ~torch.isfinite(proposal.potential)
+        return moved, {"acceptance_rate": accept_prob, "diverging": lost}
 
 
 def accept(state: State, proposal: State, log_ratio: Tensor) -> tuple[State, Tensor]:

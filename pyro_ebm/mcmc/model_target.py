@@ -54,7 +54,7 @@ class ModelTarget(Target):
         self.dtype, self.device = first.dtype, first.device
         self._check_repeatable()
         self._is_vectorized = self._try_vmap()
-        self._flat = self._find_flat()
+        self._flat: Tensor | None = None
 
     def __repr__(self) -> str:
         return self.name
@@ -113,16 +113,29 @@ class ModelTarget(Target):
             return False
         return True
 
-    def _find_flat(self) -> Tensor | None:
-        """Indices of coordinates that the density does not depend on, if there are any.
+    def hold_flat(self) -> None:
+        """Gives coordinates that the density does not depend on a standard normal of their own.
 
-        Chains would drift along them for ever, and tune the trajectories of all others. They get a
-        standard normal of their own, which changes no other coordinate.
+        Chains would drift along them for ever, and tune the trajectories of all others; this
+        changes no other coordinate.
         """
+        flat = self._find_flat()
+        if flat is None:
+            return
+        sites = [name for name, part in self.split(flat).items() if bool(part.any())]
+        warnings.warn(
+            f"{self.name}: the density does not depend on some entries of {', '.join(sites)} "
+            "(masked out?): they are drawn from a standard normal on the unconstrained space, "
+            "which changes nothing else",
+            stacklevel=5,
+        )
+        self._flat = flat.nonzero()[:, 0]
+
+    def _find_flat(self) -> Tensor | None:
+        """Marks coordinates without slope near and far, ``(D,)``, if there are any."""
         with rng_preserved(), pyro.validation_enabled(is_validate=False):
             near = self.draw_start(4)
             q = torch.cat([0.1 * near, near, 5.0 * near, 25.0 * near])
-            self._flat = None
             try:
                 _, gradient = self.potential_and_grad(q)
             except torch.linalg.LinAlgError:
@@ -132,16 +145,7 @@ class ModelTarget(Target):
                     raise
                 gradient = torch.zeros_like(q)
         flat = (gradient == 0).all(0)
-        if not bool(flat.any()):
-            return None
-        sites = [name for name, part in self.split(flat).items() if bool(part.any())]
-        warnings.warn(
-            f"{self.name}: the density does not depend on some entries of {', '.join(sites)} "
-            "(masked out?): they are drawn from a standard normal on the unconstrained space, "
-            "which changes nothing else",
-            stacklevel=5,
-        )
-        return flat.nonzero()[:, 0]
+        return flat if bool(flat.any()) else None
 
     def constrain(self, q: Tensor) -> Values:
         """Returns the sites' values on their supports."""
@@ -195,4 +199,6 @@ def target_of_model(
     if has_energies(trace):
         check_structure(model, args, kwargs)
     name = f"model {getattr(model, '__name__', type(model).__name__)!r}"
-    return ModelTarget(potential_fn, params, transforms, name)
+    target = ModelTarget(potential_fn, params, transforms, name)
+    target.hold_flat()
+    return target

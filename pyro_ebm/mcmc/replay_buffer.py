@@ -88,7 +88,9 @@ class ReplayBuffer:
             Detached draws, ``sample_shape + event_shape``.
 
         Raises:
-            ValueError: If more draws are asked for than there are slots, or the law has a batch.
+            ValueError: If more draws are asked for than there are slots, the law has a batch, or
+                the kernel has no step size.
+            TypeError: If the kernel remembers more than positions.
 
         Warns:
             ApproximateSampleWarning: If chains ran off and had to be restarted.
@@ -96,6 +98,7 @@ class ReplayBuffer:
         shape = torch.Size(sample_shape)
         self._check(dist, shape)
         kernel = self.kernel(dist)
+        self._check_kernel(kernel)
         target = kernel.bind()
         potential = CapturedPotential(target, capture=False)
         slots, state = self._take(kernel, target, potential, shape.numel())
@@ -114,6 +117,17 @@ class ReplayBuffer:
         if not 1 <= shape.numel() <= self.size:
             raise ValueError(
                 f"{shape.numel()} draws were asked of {self.size} slots: raise size= of the buffer"
+            )
+
+    @staticmethod
+    def _check_kernel(kernel: Kernel) -> None:
+        name = type(kernel).__name__
+        if not kernel.goes_on_from_position:
+            raise TypeError(f"ReplayBuffer keeps positions, and {name} remembers more: use HMC")
+        if kernel.adapt_step_size and kernel.step_size is None:
+            raise ValueError(
+                f"ReplayBuffer does not tune its kernel: bind a step size, as by "
+                f"functools.partial({name}, step_size=0.1)"
             )
 
     def _take(

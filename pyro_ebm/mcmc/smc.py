@@ -144,10 +144,10 @@ class SMC:
         q = self.target.draw_start(self.num_particles)
         beta = q.new_zeros(())  # raised in place, and the law follows
         kernel = self.kernel(self.target.law.temper(beta))
-        if not kernel.adjusted:
+        if not (kernel.adjusted and kernel.goes_on_from_position):
             raise TypeError(
-                f"SMC needs a kernel that keeps its target, and {type(kernel).__name__} does not: "
-                "use HMC or MALA"
+                "SMC needs a kernel that keeps its target from any position, and "
+                f"{type(kernel).__name__} does not: use HMC or MALA"
             )
         potential = CapturedPotential(kernel.bind(), capture=False)
         weighing = CapturedPotential(self.target, capture=False)

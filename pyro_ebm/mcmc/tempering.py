@@ -52,6 +52,8 @@ class ParallelTempering(PriorKernel):
         6
     """
 
+    goes_on_from_position = False
+
     def __init__(
         self,
         target: Any = None,

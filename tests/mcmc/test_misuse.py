@@ -19,6 +19,7 @@ from pyro_ebm.mcmc import (
     KineticLangevin,
     ParallelTempering,
     RandomWalk,
+    ReplayBuffer,
     sample,
 )
 from pyro_ebm.mcmc.captured import CapturedPotential
@@ -179,7 +180,7 @@ def gebm():
         (
             lambda: SMC(gebm(), kernel=ULA, disable_progbar=True).run(),
             TypeError,
-            "SMC needs a kernel that keeps its target",
+            "SMC needs a kernel that keeps its target from any position",
         ),
         (lambda: HMC(line, inverse_temperature=2.0), TypeError, "poutine.scale"),
         (lambda: HMC(gebm(), metric="full"), ValueError, "metric must be one of auto, diagonal"),
@@ -244,3 +245,31 @@ def test_many_chains_and_many_dimensions(num_chains, dim):
     mcmc.run(initial_params=start)
     last = mcmc.get_samples(1)["x"][:, 0]
     assert abs(float(last.var()) - 1.0) < 5.0 * (2.0 / last.numel()) ** 0.5
+
+
+def test_a_box_without_slope_stays_a_box():
+    """Nothing is added to a potential of the user's own."""
+    kernel = RandomWalk(
+        potential_fn=lambda q: torch.where(q["x"].abs() < 5.0, 0.0 * q["x"], torch.inf)
+    )
+    mcmc = run(kernel, initial_params={"x": torch.zeros(256)}, num_chains=256, num_samples=300)
+    assert float(mcmc.get_samples(100)["x"].var()) == pytest.approx(25.0 / 3.0, rel=0.1)
+    assert mcmc.diagnostics()["diverging"].any()
+
+
+def test_a_potential_too_large_for_its_dtype():
+    kernel = HMC(potential_fn=lambda q: 0.5 * q["x"] ** 2 + 1e9)
+    with pytest.warns(UserWarning, match="use float64, or take off a constant"):
+        run(kernel, initial_params={"x": torch.randn(32)})
+
+
+def test_tempering_remembers_more_than_positions():
+    with pytest.raises(TypeError, match="ParallelTempering does not"):
+        SMC(gebm(), kernel=ParallelTempering, disable_progbar=True).run()
+    with pytest.raises(TypeError, match="ParallelTempering remembers more"):
+        ReplayBuffer(ParallelTempering)(gebm(), (5,))
+
+
+def test_a_buffer_does_not_tune():
+    with pytest.raises(ValueError, match="bind a step size"):
+        ReplayBuffer(HMC)(gebm(), (5,))

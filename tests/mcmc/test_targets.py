@@ -211,6 +211,7 @@ def test_coordinates_without_density_are_standard_normal():
     like = {"a": torch.zeros((), dtype=F64), "b": torch.zeros(2, dtype=F64)}
     with pytest.warns(UserWarning, match="does not depend on some entries of b"):
         target = ModelTarget(lambda v: 2.0 * v["a"] ** 2 + v["b"][1] ** 4, like)
+        target.hold_flat()
     q = torch.randn(5, 3, dtype=F64)
     wanted = 2.0 * q[:, 0] ** 2 + 0.5 * q[:, 1] ** 2 + q[:, 2] ** 4
     torch.testing.assert_close(target.potential(q), wanted)
@@ -220,6 +221,7 @@ def test_a_flat_stretch_is_not_a_flat_coordinate():
     """No warning, and no normal added, where the gradient is zero at some points alone."""
     like = {"a": torch.zeros(8, dtype=F64)}
     target = ModelTarget(lambda v: v["a"].clamp_min(-0.05).square().sum(), like)
+    target.hold_flat()
     q = torch.randn(5, 8, dtype=F64)
     torch.testing.assert_close(target.potential(q), q.clamp_min(-0.05).square().sum(1))
 
@@ -892,3 +894,14 @@ def test_a_kernel_that_moves_nothing_is_not_tested():
     made = PROBLEMS["gaussian"]()
     with pytest.raises(AssertionError, match="moved no chain"):
         assert_invariant(RandomWalk(made.dist, step_size=1e9), made, num_chains=100, num_steps=2)
+
+
+@pytest.mark.parametrize("name", ["linear gebm", "correlated gaussian", "banana"])
+def test_exact_draws_have_the_correlations_too(name):
+    """E q_i dU/dq_j is one for i = j and zero besides, for draws of exp(-U)."""
+    made = PROBLEMS[name]()
+    target = DistributionTarget(made.dist)
+    q = target.position_of(made.sample(200_000))
+    _, gradient = target.potential_and_grad(q)
+    products = q[:, :, None] * gradient[:, None, :]
+    assert_mean_close(products, torch.eye(target.dim, dtype=F64))
