@@ -63,19 +63,16 @@ class ChEESHMC(HMC):
         if not metric_is_final:  # lengths are measured by the metric
             return moved, info
         weights = torch.where(torch.isfinite(p_end).all(-1), info["acceptance_rate"], 0.0)
-        here, there = (self.seen(state, x) for x in _centred(state, end, weights))
-        velocity = self.seen(state, torch.where(weights[:, None] > 0, p_end, 0.0))
+        here, there = _centred(state, end, weights)
+        velocity = torch.where(weights[:, None] > 0, p_end, 0.0)
         change = there.square().sum(-1) - here.square().sum(-1)
         change = change * _share_of_outliers(change)
-        along = (there * velocity).sum(-1) * state.tuning["trajectory_length"] * self.share(state)
+        length = info["n_steps"][0] * state.tuning["step_size"]  # u T, rounded up to whole steps
+        along = (there * velocity).sum(-1) * length
         total = weights.sum().clamp_min(1e-12)
         criterion = 0.25 * (weights * change.square()).sum() / total
         slope = (weights * change * along).sum() / total
         return moved.with_tuning(**_climb(state, criterion, slope)), info
-
-    def seen(self, state: State, x: Tensor) -> Tensor:
-        """Returns the part of centred whitened vectors ``(C, D)`` that the criterion looks at."""
-        return x
 
 
 def _centred(state: State, end: State, weights: Tensor) -> tuple[Tensor, Tensor]:

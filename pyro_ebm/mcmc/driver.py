@@ -161,7 +161,9 @@ class MCMC:
         if initial_params is None:
             q = finite_start(target, potential.value, self.num_chains)
         else:
-            q = target.join(self._checked(initial_params, like=target.draw_start(1)))
+            with rng_preserved():
+                like = target.draw_start(1)
+            q = target.join(self._checked(initial_params, like))
             self._check_start(target, q)
         state = self.kernel.init(potential, q)
         bad = int((~torch.isfinite(state.potential)).sum())
@@ -244,9 +246,13 @@ class MCMC:
     def _draw(self, potential: CapturedPotential, state: State, bar: Any) -> None:
         show = _Postfix(bar, "sample", self)
         for i in range(self.num_samples):
+            diverging: list[Tensor] = []
             for _ in range(self.thinning):
                 state, info = self.kernel.step(potential, state)
                 show(state, info)
+                diverging += [info["diverging"]] if "diverging" in info else []
+            if diverging:  # also in the iterations that are not kept
+                info = {**info, "diverging": torch.stack(diverging).any(0)}
             self._keep(i, state, info)
             self.state = state
 

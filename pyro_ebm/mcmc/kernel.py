@@ -153,7 +153,7 @@ class Kernel(ABC):
         Where they are the same already the state is left as it is, to the last bit.
         """
         u, gradient = self.evaluate(potential, state.position)
-        if torch.allclose(u, state.potential, rtol=1e-5, atol=1e-6, equal_nan=True):
+        if torch.equal(u, state.potential) and torch.equal(gradient, state.gradient):
             return state
         return replace(state, potential=u, gradient=gradient)
 

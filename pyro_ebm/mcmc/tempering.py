@@ -96,7 +96,7 @@ class ParallelTempering(PriorKernel):
     def refreshed(self, potential: CapturedPotential, state: State) -> State:
         """Returns the state with energies of this target at every replica."""
         energies = self._energies(potential, state.extra["replicas"])
-        if torch.allclose(energies, state.extra["energies"], rtol=1e-5, atol=1e-6):
+        if torch.equal(energies, state.extra["energies"]):
             return state
         fresh = replace(state, extra={**state.extra, "energies": energies})
         return self._at_top(potential, fresh)

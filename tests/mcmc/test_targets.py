@@ -209,8 +209,8 @@ def test_starts_are_uniform_from_minus_two_to_two():
 
 def test_coordinates_without_density_are_standard_normal():
     like = {"a": torch.zeros((), dtype=F64), "b": torch.zeros(2, dtype=F64)}
+    target = ModelTarget(lambda v: 2.0 * v["a"] ** 2 + v["b"][1] ** 4, like)
     with pytest.warns(UserWarning, match="does not depend on some entries of b"):
-        target = ModelTarget(lambda v: 2.0 * v["a"] ** 2 + v["b"][1] ** 4, like)
         target.hold_flat()
     q = torch.randn(5, 3, dtype=F64)
     wanted = 2.0 * q[:, 0] ** 2 + 0.5 * q[:, 1] ** 2 + q[:, 2] ** 4
