@@ -23,6 +23,7 @@ _PROTOTYPE = (
     "_setup_prototype",
     "_get_init_params",
     "check_structure",
+    "check_fixed_supports",
 )
 
 _MIXTURES = {

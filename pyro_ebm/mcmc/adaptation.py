@@ -57,8 +57,10 @@ class Adaptation:
 
     def _averaging(self, state: State) -> DualAveraging:
         first = state.tuning["step_size"]
-        wanted = self.kernel.target_accept_prob or 0.0
-        return DualAveraging(first, target=wanted, largest=self.kernel.largest_step_size)
+        kernel = self.kernel
+        return DualAveraging(
+            first, target=kernel.target_accept_prob, largest=kernel.largest_step_size
+        )
 
     def update(self, state: State, info: Info) -> State:
         """Returns the state with new tuning."""

@@ -10,6 +10,7 @@ at other points: what branches on its values is evaluated as it is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -30,8 +31,8 @@ class CapturedPotential:
 
     Args:
         target: What is sampled.
-        compile: Whether to hand the graphs to ``torch.compile``: slow to begin with and several
-            times faster after; needs a C++ compiler.
+        compile: Whether to hand the graphs to ``torch.compile``, which takes seconds and pays in
+            long runs only; needs a C++ compiler.
         capture: ``False`` evaluates the target as it is: for a few steps, a graph does not pay.
     """
 
@@ -61,8 +62,24 @@ class CapturedPotential:
         return self._value(q)[0]
 
     def energy(self, q: Tensor) -> Tensor:
-        """Returns the energy relative to the target's Gaussian prior, ``(C,)``."""
+        """Returns the energy relative to the target's base, ``(C,)``."""
         return self._energy(q)[0]
+
+    def check_repeatable(self, q: Tensor) -> None:
+        """Raises if the target has noise in it: what accepts by it keeps no law at all.
+
+        Args:
+            q: Positions, ``(C, D)``.
+
+        Raises:
+            ValueError: If two evaluations at one point differ.
+        """
+        with rng_preserved(), suppress(torch.linalg.LinAlgError):
+            if not _agree(self._value.eager(q), self._value.eager(q)):
+                raise ValueError(
+                    f"{self.target!r}: two evaluations at one point differ. Draw random numbers "
+                    "before the run or as sample sites, and put dropout in eval mode"
+                )
 
 
 class _Captured:
@@ -84,38 +101,25 @@ class _Captured:
         key = (q.shape, q.dtype, q.device)
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[key] = self._capture(q) if self.capture else self._eager
+            graph = self._graphs[key] = self._capture(q) if self.capture else self.eager
         with torch.no_grad():
             return graph(q)
 
-    def _eager(self, q: Tensor) -> tuple[Tensor, ...]:
+    def eager(self, q: Tensor) -> tuple[Tensor, ...]:
+        """Returns what the function itself does."""
         with pyro.validation_enabled(is_validate=False):
             return tuple(t.detach() for t in self.fn(q))
 
     def _capture(self, q: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """Records the operations; what branches on its values is evaluated as it is."""
-        self._check_repeatable(q)
         graph = self._recorded(q)
         if graph is None:
-            return self._eager
+            return self.eager
         let_factorizations_fail(graph)
         simplify(graph)
         if not self._is_faithful(graph, q):
-            return self._eager
+            return self.eager
         return torch.compile(graph) if self.compile else graph
-
-    def _check_repeatable(self, q: Tensor) -> None:
-        """Raises if the target has noise in it: what accepts by it keeps no law at all."""
-        with rng_preserved():
-            try:
-                first, second = self._eager(q), self._eager(q)
-            except torch.linalg.LinAlgError:
-                return
-        if not _agree(first, second):
-            raise ValueError(
-                "two evaluations of the target at one point differ: draw random numbers before the "
-                "run, and put dropout in eval mode"
-            )
 
     def _recorded(self, q: Tensor) -> GraphModule | None:
         """The graph; recorded nearer to zero where a factorization fails at ``q``."""
@@ -134,7 +138,7 @@ class _Captured:
         other = q.roll(1, 0) * 0.9  # no random numbers are used up
         with torch.no_grad():
             try:
-                wanted = self._eager(other)
+                wanted = self.eager(other)
             except torch.linalg.LinAlgError:  # which the graph survives
                 return True
             return _agree(graph(other), wanted)

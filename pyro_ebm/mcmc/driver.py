@@ -157,6 +157,7 @@ class MCMC:
         if initial_state is not None:
             self._check_start(target, initial_state.position)
             self._check_tuning(initial_state)
+            potential.check_repeatable(initial_state.position)
             return self.kernel.refreshed(potential, initial_state)
         if initial_params is None:
             q = finite_start(target, potential.value, self.num_chains)
@@ -165,6 +166,7 @@ class MCMC:
                 like = target.draw_start(1)
             q = target.join(self._checked(initial_params, like))
             self._check_start(target, q)
+        potential.check_repeatable(q)
         state = self.kernel.init(potential, q)
         bad = int((~torch.isfinite(state.potential)).sum())
         if bad:
@@ -370,8 +372,8 @@ class _Postfix:
             parts.append(f"step {float(state.tuning['step_size'].median()):.2e}")
         if self.divergences:
             parts.append(f"divergences {self.divergences}")
-        if self.mcmc is not None and self.mcmc._num_kept >= 8:
+        if self.mcmc is not None and self.mcmc._num_kept >= 8 and "lp" in self.mcmc._stats:
             every = -(-self.mcmc._num_kept // _SHOWN_DRAWS)
-            x = self.mcmc._draws[:_SHOWN_CHAINS, : self.mcmc._num_kept : every, 0].T
-            parts.append(f"R-hat {float(rank_rhat(x)):.2f}")
+            lp = self.mcmc._stats["lp"][:_SHOWN_CHAINS, : self.mcmc._num_kept : every].T
+            parts.append(f"R-hat of lp {float(rank_rhat(lp)):.2f}")
         return ", ".join(parts)

@@ -9,8 +9,11 @@ from typing import Any
 import pyro
 from pyro import poutine
 from pyro.distributions import Delta, ImproperUniform
+from pyro.distributions.transforms import biject_to
+from pyro.poutine.subsample_messenger import _Subsample
 
 from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.ops.constraints import base_measure, plain
 
 Remedy = tuple[str, str]
 
@@ -28,7 +31,7 @@ def explained(
     """
     if "cannot find valid initial params" in str(error):
         return NonFiniteEnergyError(
-            f"model {_name(model)!r}: no starting point of finite density was found. Look for NaN "
+            f"{name_of(model)}: no starting point of finite density was found. Look for NaN "
             "in the data, for data outside the support of their distribution, and for supports "
             "that depend on other latents"
         )
@@ -36,9 +39,7 @@ def explained(
     if found is None:
         return error
     site, remedy = found
-    return ValueError(
-        f"model {_name(model)!r}: site {site!r} {remedy}. Pyro said: {first_line(error)}"
-    )
+    return TypeError(f"{name_of(model)}: site {site!r} {remedy}. Pyro said: {first_line(error)}")
 
 
 def _remedy(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -65,20 +66,35 @@ def _of_site(fn: Any) -> str | None:
             "is ImproperUniform, which cannot be drawn to start from: use a proper law that counts "
             "for nothing, such as dist.Normal(0.0, 1.0).mask(False)"
         )
+    if isinstance(fn, _Subsample):
+        return None
     if isinstance(fn, Delta):
         return "is a latent Delta, which has no density: use pyro.deterministic"
-    if getattr(fn, "support", None) is not None and fn.support.is_discrete:
+    support = fn.support
+    if support.is_discrete:
         return (
-            "is discrete, and a gradient cannot move it. Pyro sums discrete sites out by "
-            "enumeration if their support is finite and the model allows for an extra batch dim on "
-            "the left (no sizes written out, no to_event over plates); or sum it out by hand, for "
-            "a mixture by MixtureSameFamily"
+            f"lives on {plain(support)}, where there is no gradient to move along. Pyro sums "
+            "discrete sites out by enumeration if their support is finite and the model allows for "
+            "an extra batch dim on the left (no sizes written out, no to_event over plates). Else "
+            "sum it out by hand, a mixture by MixtureSameFamily, or draw it by a kernel for its "
+            "support; an EBM's own sample() has a small one"
         )
+    if not _is_movable(support):
+        return f"lives on {plain(support)}, to which no bijection leads from the real numbers"
     return None
 
 
-def _name(model: Callable[..., Any]) -> str:
-    return getattr(model, "__name__", type(model).__name__)
+def _is_movable(support: Any) -> bool:
+    try:
+        biject_to(support)
+    except NotImplementedError:
+        return False
+    return base_measure(support) == "lebesgue"
+
+
+def name_of(model: Any) -> str:
+    """Returns what messages call a model."""
+    return f"model {getattr(model, '__name__', type(model).__name__)!r}"
 
 
 def first_line(error: Exception) -> str:

@@ -13,11 +13,9 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from torch.distributions.constraints import Constraint
 
+from pyro_ebm.distributions.supports import tensors_in
 from pyro_ebm.ops.rng import rng_preserved
-
-_BOUNDS = ("lower_bound", "upper_bound")
 
 
 def check_fixed_supports(
@@ -36,7 +34,7 @@ def check_fixed_supports(
     with rng_preserved(), poutine.block(), pyro.validation_enabled(is_validate=False):
         first, second = (poutine.trace(model).get_trace(*args, **kwargs) for _ in range(2))
     for name in first.stochastic_nodes:
-        if name in second.nodes and not _same(_support(first, name), _support(second, name)):
+        if name in second.nodes and _moves(_support(first, name), _support(second, name)):
             raise ValueError(
                 f"site {name!r}: its support depends on other latents, which MCMC in Pyro does not "
                 "follow. Sample on a fixed support and move the value, as b * u with u ~ "
@@ -44,19 +42,11 @@ def check_fixed_supports(
             )
 
 
-def _support(trace: Any, name: str) -> Constraint | None:
-    support: Any = getattr(trace.nodes[name]["fn"], "support", None)
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return support
+def _support(trace: Any, name: str) -> Any:
+    return getattr(trace.nodes[name]["fn"], "support", None)  # the indices of a plate have none
 
 
-def _same(a: Constraint | None, b: Constraint | None) -> bool:
-    for bound in _BOUNDS:
-        one, two = getattr(a, bound, None), getattr(b, bound, None)
-        if one is None or two is None:
-            continue
-        one, two = torch.as_tensor(one), torch.as_tensor(two)
-        if one.shape != two.shape or not torch.equal(one, two):
-            return False
-    return True
+def _moves(one: Any, two: Any) -> bool:
+    """Whether two supports are made of other numbers."""
+    pairs = zip(tensors_in(one), tensors_in(two), strict=False)
+    return any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)

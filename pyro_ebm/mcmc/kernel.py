@@ -93,7 +93,7 @@ class Kernel(ABC):
     adapt_step_size = False
     adapt_mass_matrix = False
     metric = "diagonal"
-    target_accept_prob: float | None = None
+    target_accept_prob = 0.0
     largest_step_size = float("inf")
     step_size: float | None = None
 
@@ -212,6 +212,22 @@ class Kernel(ABC):
 
 
 _DISTRIBUTIONS = (EnergyDistribution,)
+
+
+def chosen(which: Tensor, new: State, old: State) -> State:
+    """Returns the new state for the chains of ``which``, ``(C,)``, and the old one for the rest."""
+    rows = which[:, None].expand_as(old.position).contiguous()  # used twice
+    return replace(
+        old,
+        position=torch.where(rows, new.position, old.position),
+        potential=torch.where(which, new.potential, old.potential),
+        gradient=torch.where(rows[:, : old.gradient.shape[1]], new.gradient, old.gradient),
+        extra={name: _where(which, new.extra[name], value) for name, value in old.extra.items()},
+    )
+
+
+def _where(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(which.reshape(which.shape + (1,) * (new.dim() - 1)), new, old)
 
 
 def ran_off(state: State) -> Tensor:

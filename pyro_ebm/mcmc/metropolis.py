@@ -9,13 +9,12 @@ with the density :math:`k` of the proposal. Kernels code the ratio in a stabler 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.kernel import Info, Kernel, State
+from pyro_ebm.mcmc.kernel import Info, Kernel, State, chosen
 
 
 class MetropolisKernel(Kernel):
@@ -54,23 +53,9 @@ def accept(state: State, proposal: State, log_ratio: Tensor) -> tuple[State, Ten
     """
     log_ratio = torch.where(torch.isfinite(log_ratio), log_ratio, -torch.inf)
     moves = torch.rand_like(log_ratio).log() < log_ratio
-    rows = moves[:, None].expand_as(state.position).contiguous()  # used twice
-    moved = replace(
-        state,
-        position=torch.where(rows, proposal.position, state.position),
-        potential=torch.where(moves, proposal.potential, state.potential),
-        gradient=_where(moves, proposal.gradient, state.gradient)
-        if state.gradient.shape != rows.shape
-        else torch.where(rows, proposal.gradient, state.gradient),
-        extra={k: _where(moves, proposal.extra[k], old) for k, old in state.extra.items()},
-    )
-    return moved, log_ratio.clamp(max=0.0).exp()
+    return chosen(moves, proposal, state), log_ratio.clamp(max=0.0).exp()
 
 
 def normal_log_prob(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     """Returns the log density of independent Gaussians less its normalizer, ``(C,)``."""
     return -0.5 * ((x - mean) / scale).square().sum(-1)
-
-
-def _where(moves: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(moves.reshape(moves.shape + (1,) * (new.dim() - 1)), new, old)

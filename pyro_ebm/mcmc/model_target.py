@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from math import prod
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_ebm.errors import MissingNormalizerError
-from pyro_ebm.mcmc.explain import explained, first_line
+from pyro_ebm.mcmc.explain import explained, first_line, name_of
 from pyro_ebm.mcmc.fixed_supports import check_fixed_supports
 from pyro_ebm.mcmc.target import Target, Values, check_names
 from pyro_ebm.mcmc.vmap_safe import VmapSafe
@@ -52,7 +51,6 @@ class ModelTarget(Target):
         self.dim = sum(prod(shape) for shape in self._shapes.values())
         first = next(iter(like.values()))
         self.dtype, self.device = first.dtype, first.device
-        self._check_repeatable()
         self._is_vectorized = self._try_vmap()
         self._flat: Tensor | None = None
 
@@ -80,20 +78,6 @@ class ModelTarget(Target):
         """The potential inside a level of differentiation: without one Pyro fails under vmap."""
         return torch.func.vjp(self._potential_of_one, q)[0]
 
-    def _check_repeatable(self) -> None:
-        """Raises if the potential has noise in it: what accepts by it keeps no law at all."""
-        with rng_preserved(), pyro.validation_enabled(is_validate=False):
-            q = 0.1 * self.draw_start(1)[0]
-            try:
-                first, second = (float(self._potential_of_one(q).detach()) for _ in range(2))
-            except torch.linalg.LinAlgError:
-                return
-        if first != second and not (math.isnan(first) or math.isnan(second)):
-            raise ValueError(
-                f"{self.name}: two evaluations at one point gave {first:.6g} and {second:.6g}. "
-                "Draw random numbers before the run or as sample sites; put dropout in eval mode"
-            )
-
     def _try_vmap(self) -> bool:
         """Whether ``vmap`` can follow the potential."""
         q = torch.rand(2, self.dim, dtype=self.dtype, device=self.device)
@@ -103,6 +87,8 @@ class ModelTarget(Target):
         except torch.linalg.LinAlgError:  # by the values, not by vmap
             return True
         except Exception as error:  # vmap and models fail in many ways
+            if "random operation" in str(error):
+                return False  # refused where the run starts
             warnings.warn(
                 f"{self.name} cannot be vectorized, so its chains run one after another, many "
                 f"times slower. vmap said: {first_line(error)}. Known causes: enumerated sites, "
@@ -198,7 +184,6 @@ def target_of_model(
     check_fixed_supports(model, args, kwargs)
     if has_energies(trace):
         check_structure(model, args, kwargs)
-    name = f"model {getattr(model, '__name__', type(model).__name__)!r}"
-    target = ModelTarget(potential_fn, params, transforms, name)
+    target = ModelTarget(potential_fn, params, transforms, name_of(model))
     target.hold_flat()
     return target

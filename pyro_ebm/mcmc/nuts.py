@@ -35,7 +35,7 @@ from pyro_ebm.mcmc.hamiltonian import (
     leapfrog,
     total_energy,
 )
-from pyro_ebm.mcmc.kernel import MAX_ENERGY_ERROR, Info, State
+from pyro_ebm.mcmc.kernel import MAX_ENERGY_ERROR, Info, State, chosen
 
 
 class NUTS(LeapfrogKernel):
@@ -147,12 +147,12 @@ def _double(potential: CapturedPotential, tree: _Tree, depth: int, energy: Tenso
     p_right = torch.where(to_right[:, None], half.p_end, tree.p_right)
     return replace(
         tree,
-        left=_choose(to_left, half.end, tree.left),
-        right=_choose(to_right, half.end, tree.right),
+        left=chosen(to_left, half.end, tree.left),
+        right=chosen(to_right, half.end, tree.right),
         p_left=p_left,
         p_right=p_right,
         rho=rho,
-        proposal=_choose(takes, half.proposal, tree.proposal),
+        proposal=chosen(takes, half.proposal, tree.proposal),
         proposal_energy=torch.where(takes, half.proposal_energy, tree.proposal_energy),
         log_weight=torch.where(
             good, torch.logaddexp(tree.log_weight, half.log_weight), tree.log_weight
@@ -170,7 +170,7 @@ def _grow(
     potential: CapturedPotential, tree: _Tree, depth: int, energy: Tensor, forwards: Tensor
 ) -> _Half:
     """Visits the leaves of the new half, one gradient for all chains at a time."""
-    start = _choose(forwards, tree.right, tree.left)
+    start = chosen(forwards, tree.right, tree.left)
     p = torch.where(forwards[:, None], tree.p_right, tree.p_left)
     half = _empty_half(start, p, tree.active)
     step_size = start.tuning["step_size"] * torch.where(forwards, 1.0, -1.0)[:, None]
@@ -217,10 +217,10 @@ def _visit_next(
     log_weight = torch.where(grows, -error, -torch.inf)
     total = torch.logaddexp(half.log_weight, log_weight)
     takes = grows & (torch.rand_like(error).log() < log_weight - total)
-    half.proposal = _choose(takes, end, half.proposal)
+    half.proposal = chosen(takes, end, half.proposal)
     half.proposal_energy = torch.where(takes, here, half.proposal_energy)
     half.log_weight = torch.where(grows, total, half.log_weight)
-    half.end = _choose(grows, end, half.end)
+    half.end = chosen(grows, end, half.end)
     half.p_end = torch.where(grows[:, None], p, half.p_end)
     half.rho = torch.where(grows[:, None], half.rho + p, half.rho)
     half.num_leaves = half.num_leaves + grows.long()
@@ -245,14 +245,3 @@ def _trailing_ones(n: int) -> int:
 def _is_turning(p_first: Tensor, p_last: Tensor, rho: Tensor) -> Tensor:
     middle = rho - 0.5 * (p_first + p_last)
     return ((p_first * middle).sum(-1) <= 0) | ((p_last * middle).sum(-1) <= 0)
-
-
-def _choose(which: Tensor, new: State, old: State) -> State:
-    """The new state where ``which`` holds, the old one elsewhere."""
-    rows = which[:, None]
-    return replace(
-        old,
-        position=torch.where(rows, new.position, old.position),
-        potential=torch.where(which, new.potential, old.potential),
-        gradient=torch.where(rows, new.gradient, old.gradient),
-    )

@@ -27,8 +27,9 @@ class PCN(PriorKernel, MetropolisKernel):
 
     Args:
         target: An ``EnergyDistribution`` or ``GeneralizedEBM`` with a Gaussian base or prior.
-        step_size: The first s, in (0, 1): the share of the prior's scale that is renewed.
-        target_accept_prob: What s is adapted to.
+        step_size: The first s, in (0, 1): the share of the prior's scale that is renewed; .5 by
+            default.
+        target_accept_prob: What s is adapted to; .3 by default.
         adapt_step_size: Whether warm-up tunes s.
         **options: Those of :class:`Kernel`: ``inverse_temperature``.
 
@@ -38,19 +39,23 @@ class PCN(PriorKernel, MetropolisKernel):
     """
 
     largest_step_size = 1.0
+    first_step_size = 0.5
+    best_accept_prob = 0.3
 
     def __init__(
         self,
         target: Any = None,
         *,
-        step_size: float = 0.5,
-        target_accept_prob: float = 0.3,
+        step_size: float | None = None,
+        target_accept_prob: float | None = None,
         adapt_step_size: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(target, **options)
-        self.step_size = probability("step_size", step_size)
-        self.target_accept_prob = probability("target_accept_prob", target_accept_prob)
+        first = self.first_step_size if step_size is None else step_size
+        wanted = self.best_accept_prob if target_accept_prob is None else target_accept_prob
+        self.step_size = probability("step_size", first)
+        self.target_accept_prob = probability("target_accept_prob", wanted)
         self.adapt_step_size = adapt_step_size
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:

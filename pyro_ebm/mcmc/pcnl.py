@@ -16,8 +16,6 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
@@ -30,12 +28,8 @@ from pyro_ebm.mcmc.target import GaussianPrior
 class PCNL(PCN):
     r"""Preconditioned Crank–Nicolson Langevin, for targets with a Gaussian base.
 
-    Args:
-        target: An ``EnergyDistribution`` or ``GeneralizedEBM`` with a Gaussian base or prior.
-        step_size: The first :math:`\delta`, in (0, 1).
-        target_accept_prob: What :math:`\delta` is adapted to.
-        adapt_step_size: Whether warm-up tunes :math:`\delta`.
-        **options: Those of :class:`Kernel`: ``inverse_temperature``.
+    Takes the arguments of :class:`PCN`; ``step_size`` is the first :math:`\delta`, in (0, 1), .1 by
+    default, and is adapted to an acceptance of .574.
 
     Example:
         >>> PCNL(lambda: None).needs_gradient
@@ -43,23 +37,8 @@ class PCNL(PCN):
     """
 
     needs_gradient = True
-
-    def __init__(
-        self,
-        target: Any = None,
-        *,
-        step_size: float = 0.1,
-        target_accept_prob: float = 0.574,
-        adapt_step_size: bool = True,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            target,
-            step_size=step_size,
-            target_accept_prob=target_accept_prob,
-            adapt_step_size=adapt_step_size,
-            **options,
-        )
+    first_step_size = 0.1
+    best_accept_prob = 0.574
 
     def propose(self, potential: CapturedPotential, state: State) -> State:
         """Returns a proposal for every chain; one gradient."""

@@ -23,19 +23,15 @@ References:
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import numpy as np
-import pyro.poutine
-import torch
 from numpy.typing import NDArray
-from pyro.distributions.transforms import biject_to
 from pyro.infer import HMC, NUTS
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyro_ebm.ops.constraints import base_measure, plain
+from pyro_ebm.mcmc.explain import explained
+from pyro_ebm.mcmc.fixed_supports import check_fixed_supports
 from pyro_ebm.poutine.check_model import check_structure, has_energies
 
 __all__ = ["RecordingHMC", "RecordingNUTS"]
@@ -60,15 +56,12 @@ class _Recorder(HMC):
         try:
             super().setup(warmup_steps, *args, **kwargs)
         except (ValueError, NotImplementedError) as error:
-            found = _unmovable_site(self.model, args, kwargs)
-            if found is None:
+            better = explained(error, self.model, args, kwargs) if self.model else error
+            if better is error:
                 raise
-            raise TypeError(
-                f"{type(self).__name__} moves along gradients, but site {found[0]!r} lives on "
-                f"{found[1]}, which has no real coordinates. Sum it out (a normalized EBM with "
-                "finitely many values is enumerated), or draw it by a kernel for its support; the "
-                "distribution's own sample() has a small one"
-            ) from error
+            raise better from error
+        if self.model is not None:
+            check_fixed_supports(self.model, args, kwargs)
         if self._prototype_trace is not None and has_energies(self._prototype_trace):
             check_structure(self.model, args, kwargs)
 
@@ -132,34 +125,6 @@ class _Recorder(HMC):
             "warmup_stats": _columns(self._warmup_rows),
         }
         return {**super().diagnostics(), **recorded}
-
-
-def _unmovable_site(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[str, str] | None:
-    """Returns the name and support of the first latent site that no gradient can move.
-
-    Pyro's own message speaks of guides, or names a constraint and not the site.
-    """
-    if model is None:
-        return None
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trace = pyro.poutine.trace(model).get_trace(*args, **kwargs)
-    for name, site in trace.iter_stochastic_nodes():
-        fn = site["fn"]
-        if isinstance(fn, _Subsample) or fn.has_enumerate_support or _is_movable(fn.support):
-            continue
-        return name, str(plain(fn.support))
-    return None
-
-
-def _is_movable(support: Any) -> bool:
-    try:
-        biject_to(support)
-    except NotImplementedError:
-        return False
-    return base_measure(support) == "lebesgue"
 
 
 class RecordingHMC(_Recorder):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import ApproximateSampleWarning
+from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.driver import MCMC
 from pyro_ebm.mcmc.hmc import HMC
 from pyro_ebm.mcmc.kernel import Kernel
@@ -39,7 +40,7 @@ def sample(
         dist: An ``EnergyDistribution`` or ``GeneralizedEBM`` with a continuous support.
         sample_shape: Shape of the sample; its number is the number of chains, at least 32.
         kernel: Makes the kernel.
-        num_steps: Iterations after the warm-up.
+        num_steps: Iterations after the warm-up, at least four for R-hat.
         warmup_steps: Iterations that tune the kernel.
         disable_progbar: Hides the progress bar.
 
@@ -48,6 +49,7 @@ def sample(
 
     Raises:
         TypeError: If the support is not continuous.
+        ValueError: If there are fewer than four steps.
 
     Warns:
         ApproximateSampleWarning: If rank R-hat of a coordinate or of U exceeds 1.1.
@@ -60,7 +62,7 @@ def sample(
     shape = torch.Size(sample_shape)
     mcmc = MCMC(
         kernel(dist),
-        max(4, num_steps),
+        whole("num_steps", num_steps, least=4),
         warmup_steps,
         num_chains=max(MIN_CHAINS, shape.numel()),
         disable_progbar=disable_progbar,

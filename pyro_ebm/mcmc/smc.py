@@ -135,8 +135,9 @@ class SMC:
         """Carries the particles from the base to the target.
 
         Raises:
-                NonFiniteEnergyError: If no particle has a finite energy.
-            TypeError: If the kernel is unadjusted.
+            NonFiniteEnergyError: If no particle has a finite energy.
+            TypeError: If the kernel is unadjusted, or remembers more than positions.
+            ValueError: If the energy has noise in it.
 
         Warns:
             ApproximateSampleWarning: If at a rung less than a tenth of the particles counted.
@@ -152,6 +153,7 @@ class SMC:
         potential = CapturedPotential(kernel.bind(), capture=False)
         weighing = CapturedPotential(self.target, capture=False)
         self._rungs = rungs = _Rungs()
+        weighing.check_repeatable(q)
         ancestors = torch.arange(len(q), device=q.device)
         tuning: dict[str, Tensor] | None = None
         with tqdm(total=1.0, disable=self.disable_progbar, bar_format=_BAR) as bar:
@@ -225,7 +227,7 @@ class SMC:
     ) -> State:
         if self.given_plan is not None:
             return state.with_tuning(**self.given_plan.tunings[len(self._rungs.tunings)])
-        if "root" in state.tuning:
+        if kernel.adapt_mass_matrix:
             estimate = MetricEstimate(resolved(kernel.metric, *state.position.shape))
             estimate.update(state)
             state = state.with_tuning(root=estimate.root(state.position))
@@ -321,8 +323,8 @@ def systematic(log_weights: Tensor) -> Tensor:
 
 def _followed(kernel: Kernel, tuning: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
     """The tuning with a step size that follows the acceptance rate."""
-    wanted = kernel.target_accept_prob
-    if wanted is None or "step_size" not in tuning:
+    if not kernel.adapt_step_size:
         return tuning
-    step_size = tuning["step_size"] * torch.exp(tuning["step_size"].new_tensor(rate - wanted))
-    return {**tuning, "step_size": step_size.clamp_max(kernel.largest_step_size)}
+    step_size = tuning["step_size"]
+    change = torch.exp(step_size.new_tensor(rate - kernel.target_accept_prob))
+    return {**tuning, "step_size": (change * step_size).clamp_max(kernel.largest_step_size)}

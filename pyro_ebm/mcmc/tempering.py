@@ -65,7 +65,7 @@ class ParallelTempering(PriorKernel):
     ) -> None:
         super().__init__(target, **options)
         self.num_replicas = whole("num_replicas", num_replicas, least=2)
-        self.wanted_rate = probability("target_accept_prob", target_accept_prob)
+        self.target_accept_prob = probability("target_accept_prob", target_accept_prob)
         self.adapt_ladder = adapt_ladder
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ class ParallelTempering(PriorKernel):
         return self._at_top(potential, state), {"acceptance_rate": accept_prob[-1]}
 
     def _tuned(self, state: State, accept_prob: Tensor) -> State:
-        change = RATE * (accept_prob.mean(1) - self.wanted_rate)
+        change = RATE * (accept_prob.mean(1) - self.target_accept_prob)
         steps = (state.tuning["replica_step_sizes"].log() + change).exp().clamp(1e-4, 1.0)
         return state.with_tuning(replica_step_sizes=steps)
 
@@ -171,7 +171,7 @@ class ParallelTempering(PriorKernel):
         beta, energies = state.tuning["ladder"], state.extra["energies"]
         log_ratio = (beta[1:] - beta[:-1])[:, None] * (energies[1:] - energies[:-1])
         parity = int(state.tuning["iteration"]) % 2
-        turn = (torch.arange(len(beta) - 1) % 2 == parity)[:, None]
+        turn = (torch.arange(len(beta) - 1, device=beta.device) % 2 == parity)[:, None]
         swaps = turn & (torch.rand_like(log_ratio).log() < log_ratio)
         order = _order(swaps)
         extra = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyro_ebm.errors import NonFiniteEnergyError
-from pyro_ebm.mcmc import HMC, MCMC
+from pyro_ebm.mcmc import HMC, MCMC, RecordingNUTS
 from pyro_ebm.mcmc.vmap_safe import VmapSafe
 
 Y = torch.linspace(-1.0, 1.0, 10)
@@ -39,6 +39,10 @@ def improper(y):
     pyro.sample("y", dist.Normal(m, 1.0).expand([10]).to_event(1), obs=y)
 
 
+def on_a_sphere(y):
+    pyro.sample("d", dist.ProjectedNormal(torch.ones(3)))
+
+
 def delta(y):
     m = pyro.sample("m", dist.Normal(0.0, 1.0))
     pyro.sample("d", dist.Delta(2.0 * m))
@@ -69,10 +73,11 @@ def moving_support_of_rows(y):
     [
         (moving_support, ValueError, "site 'x': its support depends on other latents"),
         (moving_support_of_rows, ValueError, "site 'x': its support depends on other latents"),
-        (discrete, ValueError, "site 'n' is discrete, and a gradient cannot move it"),
-        (not_written_for_enumeration, ValueError, "site 'n' is discrete.*extra batch dim"),
-        (improper, ValueError, r"site 'm' is ImproperUniform.*mask\(False\)"),
-        (delta, ValueError, "site 'd' is a latent Delta.*pyro.deterministic"),
+        (discrete, TypeError, "site 'n' lives on IntegerGreaterThan.*no gradient to move along"),
+        (not_written_for_enumeration, TypeError, "site 'n' lives on Boolean.*extra batch dim"),
+        (improper, TypeError, r"site 'm' is ImproperUniform.*mask\(False\)"),
+        (on_a_sphere, TypeError, "site 'd' lives on _?Sphere.*no bijection"),
+        (delta, TypeError, "site 'd' is a latent Delta.*pyro.deterministic"),
         (missing_data, NonFiniteEnergyError, "no starting point of finite density.*NaN"),
         (noisy, ValueError, "two evaluations at one point"),
     ],
@@ -127,3 +132,10 @@ def test_multinomial_models_are_vectorized():
     mcmc = run(model, num_samples=100, warmup_steps=100)  # warnings are errors
     mean = mcmc.get_samples(group_by_chain=False)["p"].mean(0)
     torch.testing.assert_close(mean, torch.tensor([2.0, 9.0, 4.0]) / 15.0, atol=0.03, rtol=0)
+
+
+def test_recording_kernels_refuse_moving_supports_too():
+    """Pyro's own driver fixes the support at the first trace just the same."""
+    mcmc = pyro.infer.MCMC(RecordingNUTS(moving_support), 5, 5, disable_progbar=True)
+    with pytest.raises(ValueError, match="site 'x': its support depends on other latents"):
+        mcmc.run(Y)

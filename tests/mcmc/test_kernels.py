@@ -235,7 +235,7 @@ def test_trajectories_cost_one_gradient_a_step():
 
     target = Counting(PROBLEMS["gaussian"]().dist)
     potential = CapturedPotential(target)
-    potential._with_grad._capture = lambda q: potential._with_grad._eager
+    potential._with_grad._capture = lambda q: potential._with_grad.eager
     kernel = HMC(target.dist, step_size=0.25, trajectory_length=2.5, jitter=False)
     state = kernel.init(potential, torch.randn(4, 2, dtype=torch.float64))
     calls.clear()

@@ -273,3 +273,37 @@ def test_tempering_remembers_more_than_positions():
 def test_a_buffer_does_not_tune():
     with pytest.raises(ValueError, match="bind a step size"):
         ReplayBuffer(HMC)(gebm(), (5,))
+
+
+def test_divergences_between_kept_draws_are_counted():
+    """With thinning, an iteration that is not kept may be the one that diverged: here the third."""
+    calls = []
+
+    class Marked(RandomWalk):
+        def step(self, potential, state):
+            calls.append(0)
+            state, info = super().step(potential, state)
+            return state, {**info, "diverging": torch.full((32,), len(calls) == 3)}
+
+    mcmc = MCMC(Marked(gebm()), 2, 0, thinning=5, num_chains=32, disable_progbar=True)
+    mcmc.run()
+    assert mcmc.diagnostics()["diverging"][0].tolist() == [True, False]
+
+
+def test_noise_in_an_energy_under_smc():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    law = EnergyDistribution(lambda x: net(x).squeeze(-1), base)
+    with pytest.raises(ValueError, match="put dropout in eval mode"):
+        SMC(law, disable_progbar=True).run()
+
+
+def test_smc_tunes_only_what_may_be_tuned():
+    def fixed(law):
+        return HMC(law, step_size=0.3, adapt_step_size=False, adapt_mass_matrix=False)
+
+    smc = SMC(gebm(), 200, kernel=fixed, disable_progbar=True)
+    smc.run()
+    for tuning in smc.plan.tunings:
+        assert float(tuning["step_size"]) == pytest.approx(0.3)
+        assert (tuning["root"] == 1.0).all()

@@ -107,7 +107,7 @@ def test_planted_bugs_in_the_tree_are_seen(bug, monkeypatch):
 
         def newest(potential, half, energy, step_size, visit=nuts._visit_next):
             visit(potential, half, energy, step_size)
-            half.proposal = nuts._choose(half.growing, half.end, half.proposal)
+            half.proposal = nuts.chosen(half.growing, half.end, half.proposal)
 
         monkeypatch.setattr(nuts, "_visit_next", newest)
     with pytest.raises(AssertionError, match="standard errors"):

@@ -326,7 +326,7 @@ def test_an_observed_site_is_not_to_blame():
         pyro.sample("d", dist.Delta(2.0 * m))
         raise RuntimeError("some error of Pyro")
 
-    with pytest.raises(ValueError, match="site 'd' is a latent Delta"):
+    with pytest.raises(TypeError, match="site 'd' is a latent Delta"):
         HMC(model).bind()
 
 
