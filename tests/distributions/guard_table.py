@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
+import guard_models as models
 import pyro
 import torch
 from pyro import infer, poutine
@@ -32,18 +29,6 @@ from pyro_ebm.ops.autograd_graph import leaves_of
 from pyro_ebm.ops.constraints import finite_values
 from pyro_ebm.poutine import surrogate
 
-
-def neighbour(name: str) -> ModuleType:
-    """Imports the module of this name that lies beside this file."""
-    if name not in sys.modules:
-        path = Path(__file__).with_name(f"{name}.py")
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-models = neighbour("guard_models")
 Setup = models.Setup
 Run = Callable[[Any], object]
 

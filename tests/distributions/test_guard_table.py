@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
+import guard_table as table
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -20,16 +19,6 @@ from pyro_ebm.distributions import guard_schedule
 DOCS = Path(__file__).parents[2] / "docs" / "guard.rst"
 
 
-def _table():
-    if "guard_table" not in sys.modules:
-        path = Path(__file__).with_name("guard_table.py")
-        spec = importlib.util.spec_from_file_location("guard_table", path)
-        sys.modules["guard_table"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["guard_table"])
-    return sys.modules["guard_table"]
-
-
-table = _table()
 ROWS = table.ROWS
 X = table.models.X
 

@@ -10,16 +10,14 @@ the 700 numbers by chance once in two thousand choices of all seeds.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import arviz as az
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import reference_models as models
 import torch
 from pyro import poutine
 
@@ -29,16 +27,6 @@ from pyro_ebm.testing.statistics import THRESHOLD
 MIN_ESS, MAX_RHAT = 1000.0, 1.02
 
 
-def _models():
-    if "reference_models" not in sys.modules:
-        path = Path(__file__).with_name("reference_models.py")
-        spec = importlib.util.spec_from_file_location("reference_models", path)
-        sys.modules["reference_models"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["reference_models"])
-    return sys.modules["reference_models"]
-
-
-models = _models()
 ROWS = {row.name: row for row in models.ROWS}
 
 
