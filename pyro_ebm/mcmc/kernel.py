@@ -43,7 +43,7 @@ class State:
         gradient: Its gradient, ``(C, D)``; of a kernel without gradients, empty.
         tuning: What adaptation sets: ``step_size``, ``root`` (of the metric) and the like.
         extra: What a kernel keeps besides, such as momenta.
-        rng: State of torch's generator when this state was reached, if it was noted.
+        rng: State of torch's CPU generator when this state was reached, if it was noted.
     """
 
     position: Tensor
@@ -63,7 +63,7 @@ class State:
         return cls(**torch.load(path, weights_only=True))
 
     def restore_rng(self) -> None:
-        """Sets torch's generator to where it stood, so that a run goes on bit for bit."""
+        """Sets torch's CPU generator to where it stood: a run on the CPU goes on bit for bit."""
         if self.rng is None:
             raise ValueError("this state was taken before its run ended: it notes no generator")
         torch.set_rng_state(self.rng)

@@ -135,9 +135,11 @@ class ReplayBuffer:
     ) -> tuple[Tensor, State]:
         """Slots, none of them twice, and where their chains go on."""
         if self.positions is None or self.positions.shape[1] != target.dim:
-            self.positions, self.ages = target.draw_start(self.size), torch.zeros_like(self.ages)
-        slots = torch.randperm(self.size)[:num]
-        restarts = torch.rand(num) < self.restart_prob
+            self.positions = target.draw_start(self.size)
+            self.ages = torch.zeros_like(self.ages, device=self.positions.device)
+        device = self.positions.device
+        slots = torch.randperm(self.size, device=device)[:num]
+        restarts = torch.rand(num, device=device) < self.restart_prob
         q = _restarted(target, potential, self.positions[slots], restarts)
         state = kernel.init(potential, q)
         lost = ~torch.isfinite(state.potential)

@@ -290,6 +290,11 @@ BAD = {
         ValueError,
         r"values for \['m'\] are needed, got \['mu'\]",
     ),
+    "another name": (
+        lambda: run(HMC(normal), Y, initial_params={"m": torch.zeros(64), "s": torch.zeros(64)}),
+        ValueError,
+        r"values for \['m'\] are needed, got \['m', 's'\]",
+    ),
     "nan": (
         lambda: run(HMC(normal), Y, initial_params={"m": torch.full((64,), torch.nan)}),
         NonFiniteEnergyError,

@@ -139,3 +139,14 @@ def test_recording_kernels_refuse_moving_supports_too():
     mcmc = pyro.infer.MCMC(RecordingNUTS(moving_support), 5, 5, disable_progbar=True)
     with pytest.raises(ValueError, match="site 'x': its support depends on other latents"):
         mcmc.run(Y)
+
+
+def test_an_observed_site_is_not_to_blame():
+    def model():
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        pyro.sample("k", dist.Poisson(3.0), obs=torch.tensor(2.0))
+        pyro.sample("d", dist.Delta(2.0 * m))
+        raise RuntimeError("some error of Pyro")
+
+    with pytest.raises(TypeError, match="site 'd' is a latent Delta"):
+        HMC(model).bind()

@@ -15,13 +15,7 @@ import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
 
-from pyro_ebm import (
-    ApproximateSampleWarning,
-    GeneralizedEBM,
-    LatentReparam,
-    diagnose,
-    to_arviz,
-)
+from pyro_ebm import ApproximateSampleWarning, GeneralizedEBM, LatentReparam, diagnose, to_arviz
 from pyro_ebm.mcmc import RecordingHMC, RecordingNUTS
 from pyro_ebm.ops.log_space import log_mean_exp
 

@@ -1,5 +1,7 @@
 """What a run refuses or says, where it would otherwise bend an answer in silence."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -307,3 +309,21 @@ def test_smc_tunes_only_what_may_be_tuned():
     for tuning in smc.plan.tunings:
         assert float(tuning["step_size"]) == pytest.approx(0.3)
         assert (tuning["root"] == 1.0).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: HMC(lambda: None, step_size=0.0),
+        lambda: HMC(lambda: None, step_size=math.nan),
+        lambda: HMC(lambda: None, target_accept_prob=0.0),
+        lambda: HMC(lambda: None, target_accept_prob=math.nan),
+        lambda: NUTS(lambda: None, max_tree_depth=True),
+        lambda: NUTS(lambda: None, max_tree_depth=2.5),
+        lambda: ReplayBuffer(restart_prob=math.nan),
+        lambda: RandomWalk(lambda: None, metric="fisher"),
+    ],
+)
+def test_numbers_out_of_range(make):
+    with pytest.raises(ValueError, match="must (be|lie)"):
+        make()

@@ -3,8 +3,10 @@
 from functools import partial
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from small_cases import scaled
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.errors import ApproximateSampleWarning
@@ -140,3 +142,35 @@ def test_lost_chains_are_not_returned(monkeypatch):
     monkeypatch.setattr(replay_buffer, "_restarted", lambda target, potential, q, which: q)
     with pytest.raises(AssertionError):
         test_chains_that_run_off_are_restarted_and_said()
+
+
+def buffered(law, step_size, **options):
+    return ReplayBuffer(partial(ULA, step_size=step_size), num_steps=3, **options), law
+
+
+def test_slots_keep_their_own_chains():
+    """Steps too small to move anything: what is written back is where it was."""
+    buffer, law = buffered(scaled().dist, 1e-9, size=40, restart_prob=0.0)
+    buffer(law, (40,))
+    before = buffer.positions.clone()
+    buffer(law, (25,))
+    torch.testing.assert_close(buffer.positions, before, atol=1e-6, rtol=0)
+    assert torch.equal(buffer.state_dict()["ages"], buffer.ages)
+    assert sorted(buffer.ages.tolist()) == [3] * 15 + [6] * 25
+
+
+def test_restarted_slots_are_young():
+    buffer, law = buffered(scaled().dist, 0.1, size=40, restart_prob=1.0)
+    for _ in range(3):
+        buffer(law, (40,))
+    assert (buffer.ages == 3).all()
+
+
+def test_where_the_energy_is_infinite_a_chain_is_lost():
+    edge = EnergyDistribution(
+        lambda x: torch.where(x.abs() < 1.0, 0.5 * x**2, torch.inf), dist.Normal(0.0, 0.1)
+    )
+    buffer, law = buffered(edge, 1.0, size=100, restart_prob=0.0)
+    with pytest.warns(ApproximateSampleWarning, match="ran off"):
+        x = buffer(law, (100,))
+    assert (x.abs() < 1.0).all()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_cases import F64
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ebm.mcmc import MCMC, RandomWalk
@@ -105,3 +106,21 @@ def test_chains_survive_a_factorization_that_fails():
     draws = mcmc.get_samples()["q"]
     assert float(draws.min()) > -0.2
     assert float(draws.std()) > 0.2
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x.exp() + x.sin() + x.cos(),
+        lambda x: (x - x.exp()) * (x.exp() - x) + (x - x.exp()),
+        lambda x: torch.add(x, x.exp(), alpha=2) * torch.add(x, x.exp(), alpha=3),
+        lambda x: x.sum(0) + x.sum(0, dtype=torch.float32),
+        lambda x: x.pow(2) + x.pow(3) + x.pow(0.5),
+        lambda x: x.neg().exp().neg() + x.neg(),
+    ],
+)
+def test_operations_that_differ_are_not_merged(fn):
+    x = torch.rand(4, 4, dtype=F64)
+    graph = make_fx(fn)(x)
+    simplify(graph)
+    assert torch.equal(graph(x), fn(x))

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from small_cases import F64, scaled
 
 from pyro_ebm import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.errors import ApproximateSampleWarning, NonFiniteEnergyError
@@ -172,3 +173,26 @@ def test_a_gap_that_a_plan_jumps_is_said():
 def test_bad_input(make, error, sentence):
     with pytest.raises(error, match=sentence):
         make()
+
+
+def test_a_run_by_plan_is_tuned_as_the_plan_says():
+    first = SMC(scaled().dist, 300, disable_progbar=True)
+    first.run()
+    again = SMC(scaled().dist, 100, plan=first.plan, disable_progbar=True)
+    again.run()
+    assert torch.equal(again.plan.ladder, first.plan.ladder)
+    for ours, theirs in zip(again.plan.tunings, first.plan.tunings, strict=True):
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    root = first.plan.tunings[-1]["root"]
+    spread = (root @ root.T).diagonal() / scaled().variance
+    assert (spread.log().abs() < 0.7).all()
+
+
+def test_step_sizes_of_particles_follow_their_acceptance():
+    tuning = {"step_size": torch.tensor(0.5, dtype=F64), "other": torch.ones(2)}
+    kernel = HMC(lambda: None, target_accept_prob=0.8)
+    for rate in (0.6, 0.8, 1.0):
+        new = smc._followed(kernel, tuning, rate)
+        assert float(new["step_size"]) == pytest.approx(0.5 * math.exp(rate - 0.8))
+    most = smc._followed(PCN(lambda: None), {"step_size": torch.tensor(0.9)}, 1.0)
+    assert float(most["step_size"]) == 1.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from small_cases import F64, LOC, SCALE, scaled, started
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.mcmc import MCMC, ParallelTempering, tempering
@@ -127,3 +129,56 @@ def test_respacing_cuts_the_barrier_into_equal_parts():
     ladder = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
     new = tempering.respaced(ladder, torch.tensor([0.4, 0.2, 0.1, 0.1], dtype=torch.float64))
     torch.testing.assert_close(new, torch.tensor([0.0, 0.125, 0.25, 0.5, 1.0]).double())
+
+
+def test_replicas_keep_a_prior_of_several_scales():
+    kernel = ParallelTempering(scaled().dist, num_replicas=4)
+    potential, state = started(kernel, scaled(), 10_000)
+    laws = [scaled(float(beta)) for beta in state.tuning["ladder"]]
+    exact = torch.stack([law.sample(10_000) for law in laws])
+    extra = {"replicas": exact, "energies": kernel._energies(potential, exact)}
+    state = replace(state, extra=state.extra | extra)
+    for _ in range(5):
+        state, _ = kernel.step(potential, state)
+    for law, q in zip(laws, state.extra["replicas"], strict=True):
+        assert_mean_close(q, law.mean)
+        assert_mean_close((q - law.mean).square(), law.variance)
+
+
+def test_the_hottest_replica_is_drawn_afresh():
+    kernel = ParallelTempering(scaled().dist, num_replicas=3)
+    potential, state = started(kernel, scaled(), 5000)
+    far = {"replicas": state.extra["replicas"] + 50.0}
+    moved, _ = kernel._explore(potential, replace(state, extra=state.extra | far))
+    assert_mean_close(moved.extra["replicas"][0], LOC)
+    assert_mean_close((moved.extra["replicas"][0] - LOC).square(), SCALE**2)
+
+
+def test_replicas_leave_where_the_energy_is_infinite():
+    edge = EnergyDistribution(
+        lambda x: torch.where(x[..., 0] > 0, 0.0, torch.inf), scaled().dist.base
+    )
+    kernel = ParallelTempering(edge, num_replicas=3)
+    potential = CapturedPotential(kernel.bind(), capture=False)
+    state = kernel.init(potential, torch.ones(50, 2, dtype=F64))
+    for _ in range(30):
+        state, _ = kernel._explore(potential, state)
+    assert torch.isfinite(state.extra["energies"]).all()
+
+
+def test_a_state_that_stays_where_it_is_makes_no_trip():
+    """Label 5 is marked at the bottom once; label 7 has never been there."""
+    labels, trips = torch.tensor([[5], [6], [7]]), torch.zeros(1, dtype=torch.long)
+    for _ in range(3):
+        labels, trips = tempering._count_trips(labels, trips)
+        assert labels.tolist() == [[-6], [6], [7]]
+        assert trips.tolist() == [0]
+
+
+def test_step_sizes_of_replicas_follow_their_acceptance():
+    kernel = ParallelTempering(scaled().dist, num_replicas=3, target_accept_prob=0.3)
+    _, state = started(kernel, scaled(), 4)
+    rates = torch.tensor([[1.0], [0.3], [0.1]], dtype=F64).expand(3, 4)
+    new = kernel._tuned(state, rates).tuning["replica_step_sizes"]
+    wanted = [0.5 * math.exp(0.05 * gap) for gap in (0.7, 0.0, -0.2)]
+    assert new.tolist() == pytest.approx(wanted)

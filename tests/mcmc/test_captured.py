@@ -1,0 +1,77 @@
+"""Graphs of a potential: faithful, of one batch size, and left where they would not be."""
+
+from __future__ import annotations
+
+import pyro
+import pytest
+import torch
+from small_cases import F64, LOC, SCALE, scaled
+
+from pyro_ebm import EnergyDistribution
+from pyro_ebm.mcmc import captured
+from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.distribution_target import DistributionTarget
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    pyro.set_rng_seed(13)
+
+
+def test_what_branches_on_its_values_is_not_replayed():
+    """The graph of the first branch would be wrong on the other."""
+
+    def energy(x):
+        return x.square().sum(-1) if bool((x[0] > 0.5).all()) else x.abs().sum(-1)
+
+    target = DistributionTarget(EnergyDistribution(energy, event_shape=(1,)))
+    potential = CapturedPotential(target)
+    ones, small = torch.full((2, 1), 0.55, dtype=F64), torch.full((2, 1), 0.1, dtype=F64)
+    torch.testing.assert_close(potential(ones)[0], ones[:, 0] ** 2)
+    torch.testing.assert_close(potential(small)[0], small[:, 0])
+    torch.testing.assert_close(potential(small)[1], torch.ones_like(small))
+
+
+def test_what_reads_its_values_by_numpy_is_not_replayed():
+    """Nothing fails while this is recorded: the graph would keep the first values for good."""
+
+    def energy(x):
+        return (x - float(x.detach().numpy().max())).square().sum(-1)
+
+    potential = CapturedPotential(DistributionTarget(EnergyDistribution(energy, event_shape=(1,))))
+    for q in (torch.tensor([[1.0], [3.0]], dtype=F64), torch.tensor([[1.0], [2.0]], dtype=F64)):
+        torch.testing.assert_close(potential(q)[0], (q - q.max()).square()[:, 0])
+
+
+def test_graphs_are_of_one_batch_size():
+    made = scaled()
+    potential = CapturedPotential(DistributionTarget(made.dist))
+    for num in (5, 3, 1):
+        q = made.sample(num)
+        torch.testing.assert_close(potential.energy(q), 0.5 * q.square().sum(1))
+        u, gradient = potential(q)
+        torch.testing.assert_close(u, potential.value(q))
+        torch.testing.assert_close(gradient, q + (q - LOC) / SCALE**2)
+
+
+def test_a_graph_that_kept_a_value_is_not_faithful():
+    q = torch.arange(6.0).reshape(3, 2)
+    made = captured._Captured(lambda q: (q.sum(1), 2.0 * q), compile=False, capture=True)
+    assert made._is_faithful(made.fn, q)
+    assert not made._is_faithful(lambda other: (q.sum(1), 2.0 * other), q)
+    assert not made._is_faithful(lambda other: (other.sum(1), 2.0 * q), q)
+
+
+def test_a_graph_recorded_nearer_to_zero_is_that_of_the_points_themselves():
+    """At the first chain's point the matrix is not definite, so nothing can be recorded there."""
+
+    def energy(x):
+        matrix = (1.5 - x.square()).unsqueeze(-1) * torch.eye(2, dtype=F64)
+        return torch.linalg.cholesky(matrix).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    potential = CapturedPotential(DistributionTarget(EnergyDistribution(energy, event_shape=(1,))))
+    u, gradient = potential(torch.tensor([[2.0], [0.5], [-0.3]], dtype=F64))
+    x = torch.tensor([0.5, -0.3], dtype=F64)
+    torch.testing.assert_close(u[1:], (1.5 - x.square()).log())
+    torch.testing.assert_close(gradient[1:, 0], -2.0 * x / (1.5 - x.square()))
+    assert u[0].isnan()
