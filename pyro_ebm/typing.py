@@ -27,7 +27,8 @@ class Tractable(Protocol):
     """An energy whose normalizer with respect to its support's own measure is known.
 
     Used only where a distribution has no other base: with a base, :math:`Z` is a different
-    integral.
+    integral. An energy of which this holds for some arguments only says so by a further attribute
+    ``is_tractable``.
     """
 
     event_shape: torch.Size
@@ -41,3 +42,19 @@ class Tractable(Protocol):
 
     def sample(self, shape: torch.Size) -> Tensor:
         """Returns exact draws of shape ``shape + event_shape``."""
+
+
+@runtime_checkable
+class ExactSampler(Protocol):
+    """An energy that draws exact samples of its law, whether or not it knows log Z."""
+
+    event_shape: torch.Size
+    batch_shape: torch.Size
+    support: Constraint
+    is_sampleable: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Returns the energy of ``x``, one value per event."""
+
+    def sample(self, shape: torch.Size) -> Tensor:
+        """Returns exact draws of shape ``shape + batch_shape + event_shape``."""

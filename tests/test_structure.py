@@ -32,7 +32,12 @@ RANKS = (
     ("testing",),
 )
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}
-LAZY_MODULES = {f"{ROOT}.chains.arviz", f"{ROOT}.plots", f"{ROOT}.datasets"}
+LAZY_MODULES = {
+    f"{ROOT}.chains.arviz",
+    f"{ROOT}.plots",
+    f"{ROOT}.datasets",
+    f"{ROOT}.ops.swendsen_wang",  # SciPy's sparse matrices change the warning filters
+}
 ONLY_IMPORTER = {"arviz": f"{ROOT}.chains.arviz", "matplotlib": f"{ROOT}.plots"}
 MAX_MODULE_LINES = 500
 MAX_BARE_FUNCTION_LINES = 60

@@ -7,7 +7,6 @@ Good enough for prototypes and a first look; for answers use MCMC.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any, Protocol
 
@@ -16,10 +15,12 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.distributions.call_stack import is_prototype_run, is_sequential_predictive
+from pyro_ebm.distributions.layers import unvalidated
 from pyro_ebm.errors import ApproximateSampleWarning
-from pyro_ebm.ops.initial_points import initial_points
+from pyro_ebm.ops.initial_points import initial_points, like_of
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.ops.short_chain import short_chain
+from pyro_ebm.typing import ExactSampler
 
 MIN_CHAINS = 16
 MAX_RHAT = 1.2
@@ -50,7 +51,7 @@ def draw(target: Target, shape: torch.Size) -> Tensor:
     _count_sequential(shape + target.batch_shape + target.event_shape)
     batch = _full_batch(target)
     init = _start(target, _num_chains(shape.numel(), batch.numel()), batch)
-    potential = _without_validation(target).potential
+    potential = unvalidated(target).potential
     result = short_chain(potential, target.support, init, event_dim=len(target.event_shape))
     if result.rhat > MAX_RHAT and not is_prototype_run():
         warnings.warn(
@@ -63,23 +64,11 @@ def draw(target: Target, shape: torch.Size) -> Tensor:
     return result.draws[: shape.numel()].reshape(shape + batch + target.event_shape)
 
 
-def _without_validation(law: Any) -> Any:
-    """A copy that does not check values.
-
-    Float32 rounding takes points off a simplex by more than torch allows.
-    """
-    unchecked = copy.copy(law)
-    unchecked._validate_args = False
-    for part in ("base", "base_dist"):
-        if getattr(law, part, None) is not None:
-            setattr(unchecked, part, _without_validation(getattr(law, part)))
-    return unchecked
-
-
 def draw_exactly(target: Target, shape: torch.Size) -> Tensor:
     """Returns draws of an energy that samples itself, independent along expanded batch dims too."""
     energy = target.energy_function
-    own, batch = energy.log_normalizer().shape, target.batch_shape
+    own = energy.batch_shape if isinstance(energy, ExactSampler) else energy.log_normalizer().shape
+    batch = target.batch_shape
     lead, tail = batch[: len(batch) - len(own)], batch[len(batch) - len(own) :]
     wide = [i for i, (have, want) in enumerate(zip(own, tail, strict=True)) if have != want]
     draws = energy.sample(shape + lead + torch.Size(tail[i] for i in wide))
@@ -105,23 +94,14 @@ def _start(target: Target, chains: int, batch: torch.Size) -> Tensor:
     extra = batch[: len(batch) - len(target.batch_shape)]
     if target.base is not None:
         return target.base.sample(torch.Size((chains,)) + extra)
+    like = like_of(target.energy_function)
     return initial_points(
         target.support,
         torch.Size((chains,)) + batch,
         target.event_shape,
-        dtype=_like(target).dtype,
-        device=_like(target).device,
+        dtype=like.dtype,
+        device=like.device,
     )
-
-
-def _like(target: Target) -> Tensor:
-    """The draws' dtype and device, as a tensor: a parameter of the energy, else torch's default."""
-    energy = target.energy_function
-    if isinstance(energy, torch.nn.Module):
-        for tensor in (*energy.parameters(), *energy.buffers()):
-            if tensor.is_floating_point():
-                return tensor
-    return torch.empty(())
 
 
 def _count_sequential(shape: torch.Size) -> None:

@@ -35,7 +35,7 @@ from pyro_ebm.energies.base import ScaledEnergy, SumEnergy
 from pyro_ebm.energies.checks import check_energy_shape
 from pyro_ebm.ops.autograd import grad_of
 from pyro_ebm.ops.constraints import base_measure, finite_values
-from pyro_ebm.typing import BaseMeasure, EnergyFn, Tractable
+from pyro_ebm.typing import BaseMeasure, EnergyFn, ExactSampler, Tractable
 
 Sampler = Callable[["EnergyDistribution", torch.Size], Tensor]
 
@@ -104,7 +104,7 @@ class EnergyDistribution(TorchDistribution):
         self._weights = draw_weights(energy, getattr(base, "generator", None))
         self._support, event = supports.resolve(energy, base, support, event_shape)
         self._is_exact = base is None and _is_exact(energy, self._support, event)
-        self._draws_exactly = self._is_exact and _is_own(energy, "sample")
+        self._draws_exactly = base is None and _draws_exactly(energy, self._support, event)
         batch = supports.size_of("batch_shape", batch_shape)
         if base is not None:
             batch = supports.broadcast_batch(base.batch_shape, batch, "base")
@@ -413,10 +413,22 @@ def _is_exact(energy: EnergyFn, support: Constraint, event_shape: torch.Size) ->
     """Whether the energy knows its log Z *on this support*, not only on its own."""
     return (
         isinstance(energy, Tractable)
+        and getattr(energy, "is_tractable", True)
         and _is_own(energy, "log_normalizer")
-        and energy.event_shape == event_shape
-        and supports.same_support(energy.support, support)
+        and _lives_on(energy, support, event_shape)
     )
+
+
+def _draws_exactly(energy: EnergyFn, support: Constraint, event_shape: torch.Size) -> bool:
+    if isinstance(energy, ExactSampler):
+        able = energy.is_sampleable
+    else:
+        able = _is_exact(energy, support, event_shape)
+    return able and _is_own(energy, "sample") and _lives_on(energy, support, event_shape)
+
+
+def _lives_on(energy: Any, support: Constraint, event_shape: torch.Size) -> bool:
+    return energy.event_shape == event_shape and supports.same_support(energy.support, support)
 
 
 def _is_own(energy: Any, method: str) -> bool:

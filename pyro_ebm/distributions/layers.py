@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,20 @@ def layers(fn: Any) -> Iterator[Any]:
     while fn is not None:
         yield fn
         fn = getattr(fn, "base_dist", None)
+
+
+def unvalidated(law: Any) -> Any:
+    """Returns a copy of a distribution, its base included, that does not check values.
+
+    Float32 rounding takes points off a simplex by more than torch allows, and a check is a branch
+    on values that no graph can follow.
+    """
+    unchecked = copy.copy(law)
+    unchecked._validate_args = False
+    for part in ("base", "base_dist"):
+        if getattr(law, part, None) is not None:
+            setattr(unchecked, part, unvalidated(getattr(law, part)))
+    return unchecked
 
 
 _PARTS = ("base_dist", "_component_distribution", "component0", "component1")

@@ -6,8 +6,10 @@ from pyro_ebm.energies.banana import Banana
 from pyro_ebm.energies.base import Energy, ScaledEnergy, SumEnergy
 from pyro_ebm.energies.checks import check_energy_shape
 from pyro_ebm.energies.double_well import DoubleWell
+from pyro_ebm.energies.exponential_family import ExponentialFamily
 from pyro_ebm.energies.funnel import Funnel
 from pyro_ebm.energies.gaussian import GaussianEnergy
+from pyro_ebm.energies.ising import Ising
 from pyro_ebm.energies.mixture import GaussianMixtureEnergy
 from pyro_ebm.energies.neural import ConvEnergy, MLPEnergy
 from pyro_ebm.energies.quartic import Quartic
@@ -18,9 +20,11 @@ __all__ = [
     "ConvEnergy",
     "DoubleWell",
     "Energy",
+    "ExponentialFamily",
     "Funnel",
     "GaussianEnergy",
     "GaussianMixtureEnergy",
+    "Ising",
     "MLPEnergy",
     "Quartic",
     "RowWise",

@@ -1,8 +1,10 @@
 """Kernels and drivers: many chains in one batch, and Pyro's own kernels with statistics."""
 
+from pyro_ebm.mcmc.auxiliary import ExactDraws, Sweeps
 from pyro_ebm.mcmc.chees import ChEESHMC
 from pyro_ebm.mcmc.driver import MCMC
 from pyro_ebm.mcmc.elliptical_slice import EllipticalSlice
+from pyro_ebm.mcmc.exchange import Exchange
 from pyro_ebm.mcmc.hmc import HMC
 from pyro_ebm.mcmc.kernel import Kernel, State
 from pyro_ebm.mcmc.kinetic_langevin import KineticLangevin
@@ -29,6 +31,8 @@ __all__ = [
     "ULA",
     "ChEESHMC",
     "EllipticalSlice",
+    "ExactDraws",
+    "Exchange",
     "Kernel",
     "KineticLangevin",
     "ParallelTempering",
@@ -38,5 +42,6 @@ __all__ = [
     "ReplayBuffer",
     "SMCPlan",
     "State",
+    "Sweeps",
     "sample",
 ]

@@ -13,14 +13,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.hamiltonian import LeapfrogKernel, draw_momentum, leapfrog, metropolis
 from pyro_ebm.mcmc.kernel import Info, Kernel, State
 from pyro_ebm.mcmc.metric import MetricEstimate, resolved
 from pyro_ebm.ops.adaptation import DualAveraging
 
 FIRST_SHARE, LAST_SHARE, FIRST_WINDOW = 0.15, 0.15, 10
-MAX_DOUBLINGS = 50
 MEMORY = 0.8  # of a chain's acceptance, per iteration
 STUCK = 0.05  # acceptance that stands for none
 
@@ -125,20 +122,3 @@ def window_ends(num_steps: int) -> list[int]:
     if ends and ends[-1] != end:
         ends[-1] = end  # the rest would be too short a window of its own
     return ends
-
-
-def find_step_size(kernel: Kernel, potential: CapturedPotential, state: State) -> State:
-    """Doubles or halves the leapfrog step until the acceptance of one step crosses .8."""
-    if not isinstance(kernel, LeapfrogKernel) or kernel.step_size is not None:
-        return state
-    direction = 0
-    for _ in range(MAX_DOUBLINGS):
-        p = draw_momentum(state)
-        end, p_end = leapfrog(potential, state, p, state.tuning["step_size"], 1)
-        _, info = metropolis(state, end, p, p_end, 1)
-        wanted = 1 if float(info["acceptance_rate"].mean()) > 0.8 else -1
-        if direction and wanted != direction:
-            break
-        direction = wanted
-        state = state.with_tuning(step_size=state.tuning["step_size"] * 2.0**direction)
-    return state

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from math import prod
 
 import torch
-from pyro.distributions import MultivariateNormal, Normal, constraints
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Independent, MultivariateNormal, Normal, constraints
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
+from pyro_ebm.distributions.layers import unvalidated
 from pyro_ebm.mcmc.target import (
     GaussianPrior,
     Target,
@@ -18,8 +18,8 @@ from pyro_ebm.mcmc.target import (
     check_names,
 )
 from pyro_ebm.ops.constraints import base_measure, plain
-from pyro_ebm.ops.initial_points import initial_points
-from pyro_ebm.ops.spaces import bijection
+from pyro_ebm.ops.initial_points import initial_points, like_of
+from pyro_ebm.ops.spaces import UnconstrainedSpace
 
 
 class DistributionTarget(Target):
@@ -37,12 +37,11 @@ class DistributionTarget(Target):
 
     def __init__(self, dist: EnergyDistribution) -> None:
         self.dist = dist
-        self.law = dist.latent if isinstance(dist, GeneralizedEBM) else dist
+        self.law = unvalidated(dist.latent if isinstance(dist, GeneralizedEBM) else dist)
         _check_continuous(self.law)
-        self.transform = bijection(self.law.support, len(self.law.event_shape))
+        self.space = UnconstrainedSpace.of(self.law.support, self.law.event_shape)
         self._is_real = isinstance(plain(self.law.support), type(constraints.real))
-        events = torch.Size(self.transform.inverse_shape(self.law.event_shape))
-        self.shape = self.law.batch_shape + events
+        self.shape = self.law.batch_shape + self.space.shape
         self.dim = prod(self.shape)
         self.prior = _gaussian_prior(self.law, self.shape, like=self.draw_start(1))
 
@@ -51,31 +50,36 @@ class DistributionTarget(Target):
 
     def potential(self, q: Tensor) -> Tensor:
         """Returns U in nats, summed over the batch of the distribution."""
-        u = self._shaped(q)
-        x = u if self._is_real else self.transform(u)
-        value = self.law.energy(x) if self.law.base is None else self.law.potential(x)
-        if not self._is_real:
-            value = value - self.transform.log_abs_det_jacobian(u, x)
-        return value.flatten(1).sum(1) if value.dim() > 1 else value
+        if self._is_real:
+            return _over_batch(self._density(self._shaped(q)))
+        x, log_det = self.space.with_log_det(self._coordinates(q))
+        return _over_batch(self._density(x) - log_det)
+
+    def _density(self, x: Tensor) -> Tensor:
+        return self.law.energy(x) if self.law.base is None else self.law.potential(x)
 
     def energy(self, q: Tensor) -> Tensor:
         """Returns E with respect to the base in nats, ``(C,)``."""
         if self.law.base is None:
             return super().energy(q)
-        u = self._shaped(q)
-        value = self.law.energy(u if self._is_real else self.transform(u))
-        return value.flatten(1).sum(1) if value.dim() > 1 else value
+        return _over_batch(self.law.energy(self._on_support(q)))
+
+    def _on_support(self, q: Tensor) -> Tensor:
+        return self._shaped(q) if self._is_real else self.space.to_support(self._coordinates(q))
+
+    def _coordinates(self, q: Tensor) -> Tensor:
+        return q.reshape(q.shape[:-1] + self.law.batch_shape + (self.space.size,))
 
     def _shaped(self, q: Tensor) -> Tensor:
         return q.reshape(q.shape[:-1] + self.shape)
 
+    @torch.no_grad()
     def constrain(self, q: Tensor) -> Values:
         """Returns ``x``, and ``x_latent`` of a generalized EBM."""
-        x = self.transform(self._shaped(q))
+        x = self._on_support(q)
         if not isinstance(self.dist, GeneralizedEBM):
             return {"x": x}
-        rows = x.flatten(0, q.dim() - 2)
-        images = self.dist.generator(rows)
+        images = self.dist.generator(x.reshape((-1,) + x.shape[q.dim() - 1 :]))
         return {"x": images.reshape(q.shape[:-1] + images.shape[1:]), "x_latent": x}
 
     @property
@@ -99,7 +103,8 @@ class DistributionTarget(Target):
 
     def position_of(self, x: Tensor) -> Tensor:
         """Returns positions ``lead + (D,)`` for values of the sampled law, on their support."""
-        return self.join({self._name: self.transform.inv(x)})
+        u = self.space.to_unconstrained(x)
+        return u.reshape(u.shape[: u.dim() - len(self.law.batch_shape) - 1] + (self.dim,))
 
     @torch.no_grad()
     def draw_start(self, num_chains: int) -> Tensor:
@@ -108,8 +113,19 @@ class DistributionTarget(Target):
         if law.base is not None:
             x = law.base.sample(lead)
         else:
-            x = initial_points(law.support, lead + law.batch_shape, law.event_shape)
+            like = like_of(law.energy_function)
+            x = initial_points(
+                law.support,
+                lead + law.batch_shape,
+                law.event_shape,
+                dtype=like.dtype,
+                device=like.device,
+            )
         return self.position_of(x)
+
+
+def _over_batch(value: Tensor) -> Tensor:
+    return value.flatten(1).sum(1) if value.dim() > 1 else value
 
 
 def _check_continuous(law: EnergyDistribution) -> None:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from pyro_ebm.chains import Record, summary
 from pyro_ebm.chains.record import to_numpy
 from pyro_ebm.errors import ApproximateSampleWarning, NonFiniteEnergyError
-from pyro_ebm.mcmc.adaptation import Adaptation, find_step_size
+from pyro_ebm.mcmc.adaptation import Adaptation
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.kernel import Info, Kernel, State, finite_start
@@ -133,17 +133,16 @@ class MCMC:
         state = self._start(target, potential, initial_params, initial_state)
         self._check_names(target, state.position)
         if initial_state is None:
-            state = find_step_size(self.kernel, potential, state)
+            state = self.kernel.find_step_size(potential, state)
         self._keep_nothing(target, state)
         total = warmup_steps + self.num_samples * self.thinning
         with tqdm(total=total, disable=self.disable_progbar) as bar:
             try:
-                self.state = state = self._warm_up(potential, state, warmup_steps, bar)
+                state = self._warm_up(potential, state, warmup_steps, bar)
+                self.state = _with_generator(state)
                 self._draw(potential, state, bar)
             except KeyboardInterrupt:
                 self.interrupted = True
-        if self.state is not None:
-            self.state = replace(self.state, rng=torch.get_rng_state())
         self._warn_of_lost_chains()
         self.seconds = time.perf_counter() - started
 
@@ -155,27 +154,40 @@ class MCMC:
         initial_state: State | None,
     ) -> State:
         if initial_state is not None:
-            self._check_start(target, initial_state.position)
-            self._check_tuning(initial_state)
-            potential.check_repeatable(initial_state.position)
-            return self.kernel.refreshed(potential, initial_state)
-        if initial_params is None:
-            q = finite_start(target, potential.value, self.num_chains)
+            state = self._taken_over(target, potential, initial_state)
         else:
-            with rng_preserved():
-                like = target.draw_start(1)
-            q = target.join(self._checked(initial_params, like))
-            self._check_start(target, q)
-        potential.check_repeatable(q)
-        state = self.kernel.init(potential, q)
+            q = self._first_positions(target, potential, initial_params)
+            potential.check_repeatable(q)
+            state = self.kernel.init(potential, q)
         bad = int((~torch.isfinite(state.potential)).sum())
         if bad:
             raise NonFiniteEnergyError(
                 f"{target!r}: the potential is not finite where {bad} of {self.num_chains} chains "
-                "start: give other initial_params"
+                "start, and they could not leave: give other initial_params"
             )
         self._check_resolution(target, state)
         return state
+
+    def _taken_over(self, target: Target, potential: CapturedPotential, given: State) -> State:
+        """A former run's state, with U of this run's target."""
+        self._check_start(target, given.position)
+        self._check_kind(potential, given)
+        potential.check_repeatable(given.position)
+        return replace(self.kernel.refreshed(potential, given), rng=None)
+
+    def _first_positions(
+        self,
+        target: Target,
+        potential: CapturedPotential,
+        initial_params: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        if initial_params is None:
+            return finite_start(target, potential.value, self.num_chains)
+        with rng_preserved():
+            like = target.draw_start(1)
+        q = target.join(self._checked(initial_params, like))
+        self._check_start(target, q)
+        return q
 
     @staticmethod
     def _check_resolution(target: Target, state: State) -> None:
@@ -200,13 +212,17 @@ class MCMC:
                 )
         return {name: value.to(like) for name, value in params.items()}
 
-    def _check_tuning(self, state: State) -> None:
-        wanted = self.kernel.first_tuning(state.position).keys()
-        if state.tuning.keys() != wanted:
-            raise ValueError(
-                f"initial_state is not one of {type(self.kernel).__name__}: its tuning has "
-                f"{sorted(state.tuning)}, expected {sorted(wanted)}"
-            )
+    def _check_kind(self, potential: CapturedPotential, state: State) -> None:
+        """Raises unless the state is one that this kernel makes."""
+        with rng_preserved():
+            own = self.kernel.init(potential, state.position)
+        for what in ("tuning", "extra"):
+            have, want = (_shapes(getattr(s, what)) for s in (state, own))
+            if have != want:
+                raise ValueError(
+                    f"initial_state is not one of {type(self.kernel).__name__} as it is made here: "
+                    f"its {what} has {have}, expected {want}"
+                )
 
     def _check_names(self, target: Target, q: Tensor) -> None:
         known = target.constrain(q[:1]).keys()
@@ -256,11 +272,11 @@ class MCMC:
             if diverging:  # also in the iterations that are not kept
                 info = {**info, "diverging": torch.stack(diverging).any(0)}
             self._keep(i, state, info)
-            self.state = state
+            self.state = _with_generator(state)
 
     def _warn_of_lost_chains(self) -> None:
         """Unadjusted chains can leave for infinity, and their draws are then nothing."""
-        if self.kernel.adjusted or self._num_kept == 0:
+        if self.kernel.adjusted or self._num_kept == 0 or "diverging" not in self._stats:
             return
         lost = self._stats["diverging"][:, : self._num_kept].any(1)
         if bool(lost.any()):
@@ -342,6 +358,15 @@ class MCMC:
     def summary(self) -> Any:
         """Returns a table with mean, sd, rank R-hat and effective sample sizes."""
         return summary(self.record)
+
+
+def _with_generator(state: State) -> State:
+    return replace(state, rng=torch.get_rng_state())
+
+
+def _shapes(values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes; a metric may be a diagonal or a matrix."""
+    return {n: () if n == "root" else tuple(v.shape) for n, v in sorted(values.items())}
 
 
 class _Postfix:

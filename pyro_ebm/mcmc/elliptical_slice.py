@@ -2,8 +2,9 @@ r"""Elliptical slice sampling: for a Gaussian prior and any energy, without a st
 
 For :math:`p(q) \propto e^{-E(q)}\, N(q; m, \Sigma)` draw :math:`\nu \sim N(0, \Sigma)`; the ellipse
 :math:`m + (q - m)\cos\theta + \nu\sin\theta` keeps the prior, and a slice
-:math:`E(q') < E(q) - \log u` is found on it by shrinking a bracket of angles. Nothing is rejected.
-Chains that have found their point wait for the others.
+:math:`E(q') < E(q) - \log u` is found on it by shrinking a bracket of angles: nothing is
+rejected, but for a chain that has found no point after 200 shrinks, which stays where it is. Chains
+that have found their point wait for the others.
 
 References:
     Murray, Adams, MacKay, Elliptical slice sampling, AISTATS 2010. arXiv:1001.0175.

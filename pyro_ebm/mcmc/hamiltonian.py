@@ -24,6 +24,8 @@ from pyro_ebm.mcmc.kernel import MAX_ENERGY_ERROR, Info, Kernel, State
 from pyro_ebm.mcmc.metric import METRICS, pulled_back, stretched
 from pyro_ebm.mcmc.metropolis import accept
 
+_MAX_DOUBLINGS = 50
+
 Drift = Callable[[Tensor, Tensor], Tensor]
 Kick = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -70,6 +72,24 @@ class LeapfrogKernel(Kernel):
             "root": q.new_ones(q.shape[1]),
         }
 
+    def find_step_size(self, potential: CapturedPotential, state: State) -> State:
+        """Doubles or halves the step until the acceptance of one leapfrog crosses the wanted one.
+
+        A step size that was given stays.
+        """
+        direction = 0
+        for _ in range(_MAX_DOUBLINGS if self.step_size is None else 0):
+            p = draw_momentum(state)
+            end, p_end = leapfrog(potential, state, p, state.tuning["step_size"], 1)
+            _, info = metropolis(state, end, p, p_end, 1)
+            rate = float(info["acceptance_rate"].mean())
+            wanted = 1 if rate > self.target_accept_prob else -1
+            if direction and wanted != direction:
+                break
+            direction = wanted
+            state = state.with_tuning(step_size=state.tuning["step_size"] * 2.0**direction)
+        return state
+
 
 def draw_momentum(state: State) -> Tensor:
     """Draws whitened momenta from N(0, I), ``(C, D)``."""
@@ -78,7 +98,8 @@ def draw_momentum(state: State) -> Tensor:
 
 def total_energy(state: State, p: Tensor) -> Tensor:
     """Returns H in nats, ``(C,)``."""
-    return state.potential + 0.5 * torch.mv(p.square(), torch.ones_like(p[0]))
+    squares = torch.mv(p.square(), torch.ones_like(p[0]))  # a sum over a short dim is slower
+    return state.potential + 0.5 * squares
 
 
 def leapfrog(

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.checks import positive
 from pyro_ebm.mcmc.hamiltonian import LeapfrogKernel, draw_momentum, leapfrog, metropolis
 from pyro_ebm.mcmc.kernel import Info, State
 
 MAX_STEPS = 1000
+_STARTS = 2**10
 SETTLING_STEPS = 10  # as long as the scale of the target is unknown
 
 
@@ -66,6 +68,14 @@ class HMC(LeapfrogKernel):
             "iteration": torch.zeros((), dtype=torch.long),
         }
 
+    def init(self, potential: CapturedPotential, q: Tensor) -> State:
+        """Returns the first state, anywhere in the sequence of lengths.
+
+        Were it always the beginning, runs of a few steps would all take the same lengths.
+        """
+        start = torch.randint(_STARTS, ())
+        return super().init(potential, q).with_tuning(iteration=start)
+
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
         """Moves every chain along one trajectory."""
         return self.move(potential, state)[:2]
@@ -87,6 +97,12 @@ class HMC(LeapfrogKernel):
         """Returns L of this iteration."""
         length = self.share(state) * float(state.tuning["trajectory_length"])
         step_size = float(state.tuning["step_size"].median())
+        if not step_size > 0:
+            raise NonFiniteEnergyError(
+                f"{type(self).__name__}: the step size has shrunk to {step_size}, because no step "
+                "however small was accepted. Is there noise in the energy, or a gradient that is "
+                "not the potential's?"
+            )
         largest = SETTLING_STEPS if is_settling(state) else MAX_STEPS
         return min(largest, max(1, math.ceil(length / step_size)))
 

@@ -1,8 +1,8 @@
 """What a kernel is: configuration bound to a target, a state, and a step for all chains at once.
 
 ``step`` takes a :class:`State` and returns the next one with an :data:`Info`. The state holds all
-that the next step needs, adaptation included, and nothing that cannot be saved; the info holds what
-diagnostics need, under ArviZ's names.
+that the next step needs, with what adaptation has set, and nothing that cannot be saved; the info
+holds what diagnostics need, under ArviZ's names.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Kernel(ABC):
     adjusted = True
     needs_gradient = True
     knows_potential = True  # whether U of a state is that of its position
-    goes_on_from_position = True  # whether the position is all that a chain remembers
+    goes_on_from_position = True  # whether a chain may be taken up at its position alone
     adapt_step_size = False
     adapt_mass_matrix = False
     metric = "diagonal"
@@ -140,7 +140,10 @@ class Kernel(ABC):
     def _shapes_of(self, initial_params: Any) -> dict[str, Tensor]:
         """One value per name, of this run or of the one before."""
         if initial_params:
-            self._like = {name: value[0] for name, value in initial_params.items()}
+            self._like = {
+                name: value[0] if isinstance(value, Tensor) and value.dim() else torch.zeros(())
+                for name, value in initial_params.items()  # the driver says what is wrong
+            }
         if not hasattr(self, "_like"):
             raise ValueError("potential_fn= needs initial_params=, one value per name and chain")
         return self._like
@@ -164,7 +167,11 @@ class Kernel(ABC):
 
     @abstractmethod
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
-        """Returns the next state and its statistics."""
+        """Returns the next state and its statistics, ``(C,)`` each.
+
+        A kernel whose step size is adapted reports ``acceptance_rate``, one with a gradient
+        ``diverging``; other names are free.
+        """
 
     def warm_step(
         self,
@@ -185,6 +192,10 @@ class Kernel(ABC):
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
         """Returns the tuning to start with."""
         return {}
+
+    def find_step_size(self, potential: CapturedPotential, state: State) -> State:
+        """Returns the state with a step size of the right order, where the kernel can find one."""
+        return state
 
     def evaluate(self, potential: CapturedPotential, q: Tensor) -> tuple[Tensor, Tensor]:
         """Returns U and, for kernels that use it, its gradient."""
@@ -228,6 +239,19 @@ def chosen(which: Tensor, new: State, old: State) -> State:
 
 def _where(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(which.reshape(which.shape + (1,) * (new.dim() - 1)), new, old)
+
+
+def check_untempered(kernel: Kernel, user: str) -> None:
+    """Raises where draws at another temperature would be taken for the law's own.
+
+    Raises:
+        ValueError: If the kernel has an inverse temperature other than 1.
+    """
+    if kernel.inverse_temperature != 1:
+        raise ValueError(
+            f"{user} draws from the law itself, and the kernel has inverse_temperature "
+            f"{kernel.inverse_temperature:g}: give it dist.temper(beta)"
+        )
 
 
 def ran_off(state: State) -> Tensor:

@@ -38,9 +38,8 @@ class MALA(LeapfrogKernel, MetropolisKernel):
 
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
         """Moves every chain by one leapfrog step."""
-        p = draw_momentum(state)
-        end, p_end = leapfrog(potential, state, p, state.tuning["step_size"], 1)
-        return metropolis(state, end, p, p_end, 1)
+        to = self.propose(potential, state)
+        return metropolis(state, to, *_momenta(state, to), 1)
 
     def propose(self, potential: CapturedPotential, state: State) -> State:
         """Returns the end of one leapfrog step."""
@@ -49,10 +48,7 @@ class MALA(LeapfrogKernel, MetropolisKernel):
 
     def log_accept(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
         """Returns the energy lost along the leapfrog step that leads there."""
-        step_size, root = state.tuning["step_size"], state.tuning["root"]
-        half = whitened(to.position - state.position, root) / step_size
-        p = half + 0.5 * step_size * pulled_back(state.gradient, root)
-        p_end = half - 0.5 * step_size * pulled_back(to.gradient, root)
+        p, p_end = _momenta(state, to)
         return total_energy(state, p) - total_energy(to, p_end)
 
     def proposal_log_prob(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
@@ -61,3 +57,14 @@ class MALA(LeapfrogKernel, MetropolisKernel):
         drift = -0.5 * step_size.square() * pulled_back(state.gradient, root)
         moved = whitened(to.position - state.position, root)
         return normal_log_prob(moved, drift, step_size)
+
+
+def _momenta(state: State, to: State) -> tuple[Tensor, Tensor]:
+    """The whitened momenta at both ends of the one leapfrog step that leads from one to the other.
+
+    They follow from the two points, so that what is accepted by is a function of these alone.
+    """
+    step_size, root = state.tuning["step_size"], state.tuning["root"]
+    half = whitened(to.position - state.position, root) / step_size
+    p = half + 0.5 * step_size * pulled_back(state.gradient, root)
+    return p, half - 0.5 * step_size * pulled_back(to.gradient, root)

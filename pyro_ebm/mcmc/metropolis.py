@@ -37,7 +37,9 @@ class MetropolisKernel(Kernel):
         proposal = self.propose(potential, state)
         moved, accept_prob = accept(state, proposal, self.log_accept(potential, state, proposal))
         lost = ~torch.isfinite(proposal.potential)
-        return moved, {"acceptance_rate": accept_prob, "diverging": lost}
+        # A walk that steps out of the support has not diverged: no trajectory has gone wrong.
+        name = "diverging" if self.needs_gradient else "non_finite"
+        return moved, {"acceptance_rate": accept_prob, name: lost}
 
 
 def accept(state: State, proposal: State, log_ratio: Tensor) -> tuple[State, Tensor]:

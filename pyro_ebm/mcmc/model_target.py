@@ -51,7 +51,7 @@ class ModelTarget(Target):
         self.dim = sum(prod(shape) for shape in self._shapes.values())
         first = next(iter(like.values()))
         self.dtype, self.device = first.dtype, first.device
-        self._is_vectorized = self._try_vmap()
+        self.is_vectorized = self._try_vmap()
         self._flat: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -68,7 +68,7 @@ class ModelTarget(Target):
 
     def potential(self, q: Tensor) -> Tensor:
         """Returns U in nats, ``(C,)``, differentiable."""
-        if self._is_vectorized:
+        if self.is_vectorized:
             u = torch.vmap(self._potential_under_grad)(q)
         else:
             u = torch.stack([self._potential_of_one(row) for row in q])
@@ -133,6 +133,7 @@ class ModelTarget(Target):
         flat = (gradient == 0).all(0)
         return flat if bool(flat.any()) else None
 
+    @torch.no_grad()
     def constrain(self, q: Tensor) -> Values:
         """Returns the sites' values on their supports."""
         values = self.split(q)

@@ -179,7 +179,7 @@ def _grow(
         _visit_next(potential, half, energy, step_size)
         first = (n >> 1).bit_count()
         if n % 2 == 0:
-            slots[min(first, len(slots) - 1)] = (half.p_end, half.rho)
+            slots[first] = (half.p_end, half.rho)
         else:
             _test_subtrees(half, slots, first, _trailing_ones(n))
         half.growing = half.growing & ~half.turned & ~half.diverging

@@ -26,7 +26,7 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import ApproximateSampleWarning
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.checks import share, whole
-from pyro_ebm.mcmc.kernel import Kernel, State, finite_start
+from pyro_ebm.mcmc.kernel import Kernel, State, check_untempered, finite_start
 from pyro_ebm.mcmc.target import Target
 from pyro_ebm.mcmc.ula import ULA
 
@@ -122,6 +122,7 @@ class ReplayBuffer:
     @staticmethod
     def _check_kernel(kernel: Kernel) -> None:
         name = type(kernel).__name__
+        check_untempered(kernel, "ReplayBuffer")
         if not kernel.goes_on_from_position:
             raise TypeError(f"ReplayBuffer keeps positions, and {name} remembers more: use HMC")
         if kernel.adapt_step_size and kernel.step_size is None:
@@ -134,7 +135,12 @@ class ReplayBuffer:
         self, kernel: Kernel, target: Target, potential: CapturedPotential, num: int
     ) -> tuple[Tensor, State]:
         """Slots, none of them twice, and where their chains go on."""
-        if self.positions is None or self.positions.shape[1] != target.dim:
+        if self.positions is not None and self.positions.shape[1] != target.dim:
+            raise ValueError(
+                f"this buffer holds chains of {self.positions.shape[1]} coordinates, and "
+                f"{target!r} has {target.dim}: give every law a buffer of its own"
+            )
+        if self.positions is None:
             self.positions = target.draw_start(self.size)
             self.ages = torch.zeros_like(self.ages, device=self.positions.device)
         device = self.positions.device

@@ -14,7 +14,7 @@ from pyro_ebm.errors import ApproximateSampleWarning
 from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.driver import MCMC
 from pyro_ebm.mcmc.hmc import HMC
-from pyro_ebm.mcmc.kernel import Kernel
+from pyro_ebm.mcmc.kernel import Kernel, check_untempered
 from pyro_ebm.ops.rank_rhat import rank_rhat
 
 MIN_CHAINS = 32
@@ -52,7 +52,8 @@ def sample(
         ValueError: If there are fewer than four steps.
 
     Warns:
-        ApproximateSampleWarning: If rank R-hat of a coordinate or of U exceeds 1.1.
+        ApproximateSampleWarning: If rank R-hat of a coordinate or of U exceeds 1.1, or the kernel
+            is unadjusted.
 
     Example:
         >>> law = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=(), sampler=sample)
@@ -60,14 +61,23 @@ def sample(
         torch.Size([40])
     """
     shape = torch.Size(sample_shape)
+    made = kernel(dist)
+    check_untempered(made, "sample")
     mcmc = MCMC(
-        kernel(dist),
+        made,
         whole("num_steps", num_steps, least=4),
         warmup_steps,
         num_chains=max(MIN_CHAINS, shape.numel()),
         disable_progbar=disable_progbar,
     )
     mcmc.run()
+    if not made.adjusted:
+        warnings.warn(
+            f"{type(made).__name__} has no accept step: its draws are of a law that is off by an "
+            "amount that grows with its step size",
+            ApproximateSampleWarning,
+            stacklevel=2,
+        )
     rhat = _worst_rhat(mcmc)
     if rhat > MAX_RHAT:
         warnings.warn(

@@ -30,12 +30,11 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import ApproximateSampleWarning, NonFiniteEnergyError
-from pyro_ebm.mcmc.adaptation import find_step_size
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.checks import probability, whole
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.mcmc.hmc import HMC
-from pyro_ebm.mcmc.kernel import Kernel, State
+from pyro_ebm.mcmc.kernel import Kernel, State, check_untempered
 from pyro_ebm.mcmc.metric import MetricEstimate, resolved
 from pyro_ebm.mcmc.target import Values
 from pyro_ebm.ops.log_space import effective_sample_size, log_mean_exp
@@ -43,6 +42,7 @@ from pyro_ebm.ops.log_space import effective_sample_size, log_mean_exp
 MAX_RUNGS = 1000
 _HALVINGS = 50
 _LOW_ESS = 0.1
+_BAR = "SMC: beta {n:.3f} |{bar}| {elapsed}"
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,14 @@ class SMCPlan:
 
     ladder: Tensor
     tunings: tuple[dict[str, Tensor], ...]
+
+    def __post_init__(self) -> None:
+        rises = bool((self.ladder.diff() > 0).all()) and float(self.ladder[-1]) == 1.0
+        if not rises or len(self.tunings) != len(self.ladder):
+            raise ValueError(
+                "a plan needs a ladder that rises to 1 and a tuning for each of its rungs, got "
+                f"{self.ladder.tolist()} and {len(self.tunings)} tunings"
+            )
 
 
 @dataclass
@@ -142,9 +150,11 @@ class SMC:
         Warns:
             ApproximateSampleWarning: If at a rung less than a tenth of the particles counted.
         """
+        self._particles = None
         q = self.target.draw_start(self.num_particles)
         beta = q.new_zeros(())  # raised in place, and the law follows
         kernel = self.kernel(self.target.law.temper(beta))
+        check_untempered(kernel, "SMC")
         if not (kernel.adjusted and kernel.goes_on_from_position):
             raise TypeError(
                 "SMC needs a kernel that keeps its target from any position, and "
@@ -232,7 +242,7 @@ class SMC:
             estimate.update(state)
             state = state.with_tuning(root=estimate.root(state.position))
         if tuning is None:
-            return find_step_size(kernel, potential, state)
+            return kernel.find_step_size(potential, state)
         return state.with_tuning(**{k: v for k, v in tuning.items() if k == "step_size"})
 
     # --- reading
@@ -276,9 +286,6 @@ class SMC:
             "num_ancestors": rungs.num_ancestors,
         }
         return {name: torch.tensor(values) for name, values in columns.items()}
-
-
-_BAR = "SMC: beta {n:.3f} |{bar}| {elapsed}"
 
 
 def next_rung(old: float, energy: Tensor, wanted_ess: float) -> float:

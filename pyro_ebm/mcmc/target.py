@@ -36,10 +36,12 @@ class Target(ABC):
     Attributes:
         dim: D, the number of unconstrained coordinates.
         prior: The Gaussian part, for kernels that preserve it; ``None`` if there is none.
+        is_vectorized: Whether all chains are evaluated at once.
     """
 
     dim: int
     prior: GaussianPrior | None = None
+    is_vectorized = True
 
     @abstractmethod
     def potential(self, q: Tensor) -> Tensor:

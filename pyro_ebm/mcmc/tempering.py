@@ -7,7 +7,8 @@ Replicas k = 0..K sample :math:`p_\beta \propto \mathrm{base}\, e^{-\beta E}` on
 
 even pairs at even iterations and odd pairs at odd ones: a state that has moved up keeps moving up,
 and crosses the ladder in time K instead of :math:`K^2`. The replica at 0 draws afresh from the base
-at every iteration. In between all replicas of all chains take one step of pCN, in one batch.
+at every iteration, and stays only where the energy of the draw is infinite. In between all replicas
+of all chains take one step of pCN, in one batch.
 
 During warm-up the ladder is respaced so that all pairs are rejected equally often, and every
 replica has a step size of its own. The sum of rejection rates, the communication barrier
@@ -44,7 +45,8 @@ class ParallelTempering(PriorKernel):
         target: An ``EnergyDistribution`` or ``GeneralizedEBM`` with a Gaussian base or prior.
         num_replicas: K + 1, the ends at 0 and 1 included.
         target_accept_prob: What the step size of every replica is adapted to.
-        adapt_ladder: Whether warm-up respaces the ladder.
+        adapt_ladder: Whether warm-up respaces the ladder: after 50 iterations, 100, 200 and so on,
+            so that a shorter warm-up keeps it even.
         **options: Those of :class:`Kernel`: ``inverse_temperature``, of the coldest replica.
 
     Example:
@@ -130,8 +132,7 @@ class ParallelTempering(PriorKernel):
         state, accept_prob = self._explore(potential, state)
         state = self._tuned(state, accept_prob)
         state, rejected = self._swap(state)
-        share = 2.0 / (float(state.tuning["iteration"]) % 1000 + 2.0)
-        kept = (1.0 - share) * state.tuning["rejections"] + share * rejected.mean(1)
+        kept = _averaged(state, rejected.mean(1))
         count = state.tuning["iteration"] + 1
         state = state.with_tuning(rejections=kept, iteration=count)
         if self.adapt_ladder and int(count) in RESPACE_AT:
@@ -184,6 +185,14 @@ class ParallelTempering(PriorKernel):
         return replace(state, extra={**extra, "round_trips": trips}), rejected
 
 
+def _averaged(state: State, rejected: Tensor) -> Tensor:
+    """The mean rejections of every pair since the ladder was last respaced."""
+    at = int(state.tuning["iteration"])
+    since = at - max((k for k in RESPACE_AT if k <= at), default=0)
+    old = state.tuning["rejections"]
+    return old + (rejected - old) / (since + 1)
+
+
 def _order(swaps: Tensor) -> Tensor:
     """Which replica's state each replica gets, ``(K + 1, C)``; pairs do not overlap."""
     none = torch.zeros_like(swaps[:1])
@@ -219,7 +228,8 @@ def respaced(ladder: Tensor, rejections: Tensor) -> Tensor:
     """
     steps = rejections.clamp_min(1e-3)
     barrier = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
-    wanted = torch.linspace(0.0, 1.0, len(ladder), dtype=ladder.dtype) * barrier[-1]
+    wanted = torch.linspace(0.0, 1.0, len(ladder), dtype=ladder.dtype, device=ladder.device)
+    wanted = wanted * barrier[-1]
     above = torch.searchsorted(barrier, wanted[1:-1].contiguous()).clamp(1, len(ladder) - 1)
     share = (wanted[1:-1] - barrier[above - 1]) / (barrier[above] - barrier[above - 1])
     inner = ladder[above - 1] + share * (ladder[above] - ladder[above - 1])

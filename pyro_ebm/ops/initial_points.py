@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
@@ -16,7 +18,7 @@ from pyro_ebm.ops.constraints import (
 )
 from pyro_ebm.ops.spaces import bijection
 
-__all__ = ["initial_points"]
+__all__ = ["initial_points", "like_of"]
 
 
 def initial_points(
@@ -99,3 +101,17 @@ def _continuous(
     transform = bijection(support, len(event_shape))
     full = torch.Size(shape) + transform.inverse_shape(event_shape)
     return transform(4 * torch.rand(full, dtype=like.dtype, device=like.device) - 2)
+
+
+def like_of(energy: Any) -> Tensor:
+    """Returns a tensor of the dtype and device of an energy's parameters, or torch's default.
+
+    Example:
+        >>> like_of(torch.nn.Linear(2, 1).double()).dtype
+        torch.float64
+    """
+    if isinstance(energy, torch.nn.Module):
+        for tensor in (*energy.parameters(), *energy.buffers()):
+            if tensor.is_floating_point():
+                return tensor
+    return torch.empty(())

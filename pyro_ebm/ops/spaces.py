@@ -86,7 +86,7 @@ class UnconstrainedSpace:
         self.columns = [part.columns for part in parts]
         self.transforms = [bijection(part.constraint, self.event_dim) for part in parts]
         self._shapes = [
-            transform.inverse_shape(_part_shape(event_shape, part.columns))
+            torch.Size(transform.inverse_shape(_part_shape(event_shape, part.columns)))
             for transform, part in zip(self.transforms, parts, strict=True)
         ]
         self._sizes = [prod(shape) for shape in self._shapes]
@@ -100,6 +100,11 @@ class UnconstrainedSpace:
     def size(self) -> int:
         """The number D of coordinates."""
         return sum(self._sizes)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of an event's coordinates: that of the only part, or ``(D,)`` for several."""
+        return self._shapes[0] if len(self._shapes) == 1 else torch.Size((self.size,))
 
     def to_unconstrained(self, x: Tensor) -> Tensor:
         """Returns the coordinates, shape ``(..., D)``, of ``x``, shape ``(..., *event)``."""

@@ -11,7 +11,7 @@ import torch
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.mcmc import HMC, MCMC, PCN, RandomWalk, driver
-from pyro_ebm.mcmc.adaptation import Adaptation, find_step_size, window_ends
+from pyro_ebm.mcmc.adaptation import Adaptation, window_ends
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.kernel import State
 from pyro_ebm.mcmc.metric import MetricEstimate
@@ -176,7 +176,7 @@ def found(made, scale):
     law = gaussian(scale)
     potential = CapturedPotential(HMC(law).bind(), capture=False)
     state = made.init(potential, scale * torch.randn(200, 2, dtype=F64))
-    return state, find_step_size(made, potential, state)
+    return state, made.find_step_size(potential, state)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])

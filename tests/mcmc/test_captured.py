@@ -27,7 +27,8 @@ def test_what_branches_on_its_values_is_not_replayed():
     target = DistributionTarget(EnergyDistribution(energy, event_shape=(1,)))
     potential = CapturedPotential(target)
     ones, small = torch.full((2, 1), 0.55, dtype=F64), torch.full((2, 1), 0.1, dtype=F64)
-    torch.testing.assert_close(potential(ones)[0], ones[:, 0] ** 2)
+    with pytest.warns(UserWarning, match="because it branches on its values"):
+        torch.testing.assert_close(potential(ones)[0], ones[:, 0] ** 2)
     torch.testing.assert_close(potential(small)[0], small[:, 0])
     torch.testing.assert_close(potential(small)[1], torch.ones_like(small))
 
@@ -38,9 +39,52 @@ def test_what_reads_its_values_by_numpy_is_not_replayed():
     def energy(x):
         return (x - float(x.detach().numpy().max())).square().sum(-1)
 
+    check_left_alone(energy, "because it reads its values by Python or NumPy")
+
+
+def check_left_alone(energy, why):
+    """Different points, signs and numbers of positive entries: all as the energy itself says."""
     potential = CapturedPotential(DistributionTarget(EnergyDistribution(energy, event_shape=(1,))))
-    for q in (torch.tensor([[1.0], [3.0]], dtype=F64), torch.tensor([[1.0], [2.0]], dtype=F64)):
-        torch.testing.assert_close(potential(q)[0], (q - q.max()).square()[:, 0])
+    points = [[1.0, 3.0, -2.0], [1.0, 2.0, 0.5], [-1.0, -2.0, -0.5], [-0.1, 2.0, -4.0]]
+    rows = [torch.tensor(row, dtype=F64)[:, None] for row in points]
+    with pytest.warns(UserWarning, match=why):
+        potential(rows[0])
+    for q in rows:
+        torch.testing.assert_close(potential(q)[0], energy(q))
+
+
+def halved_above(x):
+    out = x.square()
+    out[x > 0] = 0.5 * out[x > 0]
+    return out.sum(-1)
+
+
+def summed_above(x):
+    return x.square().sum(-1) + x[x > 0].exp().neg().sum() * 0.1
+
+
+def counted_above(x):
+    return x.square().sum(-1) / (1.0 + len(torch.nonzero(x[:, 0] > 0)))
+
+
+def counted_by_numpy(x):
+    return x.square().sum(-1) * int((x.detach().numpy() > 0).sum())
+
+
+def shifted_far_up(x):
+    """Three nats on one side, on top of 1e4: acceptance is by differences."""
+    side = torch.as_tensor(x.detach().numpy() > 0).to(x.dtype)
+    return (1e4 + x.square() / 2 + 3.0 * side).sum(-1)
+
+
+@pytest.mark.parametrize("energy", [halved_above, summed_above, counted_above])
+def test_shapes_that_depend_on_values_are_not_replayed(energy):
+    check_left_alone(energy, "because it branches on its values")
+
+
+@pytest.mark.parametrize("energy", [counted_by_numpy, shifted_far_up])
+def test_signs_and_small_parts_of_large_energies_are_seen(energy):
+    check_left_alone(energy, "because it reads its values by Python or NumPy")
 
 
 def test_graphs_are_of_one_batch_size():
@@ -56,7 +100,7 @@ def test_graphs_are_of_one_batch_size():
 
 def test_a_graph_that_kept_a_value_is_not_faithful():
     q = torch.arange(6.0).reshape(3, 2)
-    made = captured._Captured(lambda q: (q.sum(1), 2.0 * q), compile=False, capture=True)
+    made = captured._Captured(lambda q: (q.sum(1), 2.0 * q), "it", compile=False, capture=True)
     assert made._is_faithful(made.fn, q)
     assert not made._is_faithful(lambda other: (q.sum(1), 2.0 * other), q)
     assert not made._is_faithful(lambda other: (other.sum(1), 2.0 * q), q)

@@ -158,7 +158,7 @@ def gebm():
         (
             lambda: run(HMC(gebm()), initial_state=run(NUTS(gebm())).state),
             ValueError,
-            "not one of HMC: its tuning has",
+            "not one of HMC as it is made here: its tuning has",
         ),
         (
             lambda: run(HMC(gebm()), initial_params={"x_latent": 3.0}),
@@ -256,7 +256,8 @@ def test_a_box_without_slope_stays_a_box():
     )
     mcmc = run(kernel, initial_params={"x": torch.zeros(256)}, num_chains=256, num_samples=300)
     assert float(mcmc.get_samples(100)["x"].var()) == pytest.approx(25.0 / 3.0, rel=0.1)
-    assert mcmc.diagnostics()["diverging"].any()
+    assert mcmc.diagnostics()["non_finite"].any()
+    assert "diverging" not in mcmc.diagnostics()
 
 
 def test_a_potential_too_large_for_its_dtype():
@@ -327,3 +328,10 @@ def test_smc_tunes_only_what_may_be_tuned():
 def test_numbers_out_of_range(make):
     with pytest.raises(ValueError, match="must (be|lie)"):
         make()
+
+
+@pytest.mark.parametrize("value", [0.5, torch.tensor(0.5)])
+def test_starting_values_without_chains(value):
+    kernel = HMC(potential_fn=lambda q: 0.5 * q["x"] ** 2)
+    with pytest.raises(ValueError, match=r"initial_params\['x'\] must be a tensor with num_chains"):
+        run(kernel, initial_params={"x": value})

@@ -174,3 +174,30 @@ def test_where_the_energy_is_infinite_a_chain_is_lost():
     with pytest.warns(ApproximateSampleWarning, match="ran off"):
         x = buffer(law, (100,))
     assert (x.abs() < 1.0).all()
+
+
+def test_a_buffer_is_of_one_law():
+    buffer = ReplayBuffer(partial(ULA, step_size=0.3), size=10, num_steps=1)
+    buffer(EnergyDistribution(lambda x: x.square().sum(-1), event_shape=(2,)), (3,))
+    with pytest.raises(ValueError, match="give every law a buffer of its own"):
+        buffer(EnergyDistribution(lambda x: x.square().sum(-1), event_shape=(3,)), (3,))
+    tempered = ReplayBuffer(partial(ULA, step_size=0.3, inverse_temperature=2.0), size=10)
+    with pytest.raises(ValueError, match=r"give it dist.temper\(beta\)"):
+        tempered(EnergyDistribution(lambda x: x.square().sum(-1), event_shape=(2,)), (3,))
+
+
+def test_single_steps_are_of_all_lengths(monkeypatch):
+    """One step a use: the sequence of trajectory lengths is entered anywhere."""
+    seen = set()
+    num_steps = HMC.num_steps
+
+    def noted(self, state):
+        seen.add(num_steps(self, state))
+        return num_steps(self, state)
+
+    monkeypatch.setattr(HMC, "num_steps", noted)
+    law = EnergyDistribution(lambda x: x.square().sum(-1), event_shape=(2,))
+    buffer = ReplayBuffer(partial(HMC, step_size=0.1), size=10, num_steps=1)
+    for _ in range(10):
+        buffer(law, (3,))
+    assert len(seen) > 5

@@ -11,7 +11,7 @@ import torch
 
 import pyro_ebm as ebm
 from pyro_ebm.errors import ApproximateSampleWarning
-from pyro_ebm.mcmc import HMC, MALA, sample
+from pyro_ebm.mcmc import HMC, MALA, ULA, sample
 from pyro_ebm.testing import PROBLEMS, assert_mean_close
 
 
@@ -62,3 +62,11 @@ def test_chains_that_disagree_are_told():
     law = ebm.EnergyDistribution(lambda x: 50.0 * (x**2 - 4.0) ** 2, base=dist.Normal(0.0, 2.0))
     with pytest.warns(ApproximateSampleWarning, match="do not agree"):
         sample(law, (64,), kernel=MALA, num_steps=20, warmup_steps=20)
+
+
+def test_what_is_not_the_law_itself_is_told():
+    made = PROBLEMS["tilted gaussian"]().dist
+    with pytest.raises(ValueError, match=r"give it dist.temper\(beta\)"):
+        sample(made, (4,), kernel=partial(HMC, inverse_temperature=3.0))
+    with pytest.warns(ApproximateSampleWarning, match="ULA has no accept step"):
+        sample(made, (64,), kernel=partial(ULA, step_size=0.5), num_steps=300)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -9,7 +12,23 @@ import torch
 from small_cases import F64, KERNELS, LOC, SCALE, WITH_PRIOR, scaled, several, started
 
 from pyro_ebm import EnergyDistribution
-from pyro_ebm.mcmc import HMC, MCMC, PCNL, KineticLangevin, RandomWalk, State, metropolis, pcnl
+from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.mcmc import (
+    HMC,
+    MALA,
+    MCMC,
+    NUTS,
+    PCN,
+    PCNL,
+    ULA,
+    EllipticalSlice,
+    KineticLangevin,
+    ParallelTempering,
+    RandomWalk,
+    State,
+    metropolis,
+    pcnl,
+)
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.testing import assert_detailed_balance, assert_invariant, assert_mean_close
 
@@ -198,3 +217,106 @@ def test_only_the_sites_asked_for_are_returned():
         "b": (4, 2, 3, 2),
         "c": (4, 2, 3),
     }
+
+
+# --- whose state it is, and whether its chains can go on
+
+
+def box(half):
+    """Standard normals between two walls."""
+    return EnergyDistribution(
+        lambda x: torch.where(x.abs() < half, 0.5 * x.square(), torch.inf).sum(-1),
+        event_shape=(1,),
+    )
+
+
+@pytest.mark.parametrize("kernel", [HMC, NUTS, MALA, RandomWalk])
+def test_chains_that_could_not_leave_are_told(kernel):
+    first = MCMC(kernel(box(3.0)), 5, 30, num_chains=64, disable_progbar=True)
+    first.run()
+    second = MCMC(kernel(box(0.1)), 5, 30, num_chains=64, disable_progbar=True)
+    with pytest.raises(NonFiniteEnergyError, match="chains start, and they could not leave"):
+        second.run(initial_state=first.state)
+
+
+def ran(kernel):
+    mcmc = MCMC(kernel, 3, 10, num_chains=8, disable_progbar=True)
+    mcmc.run()
+    return mcmc.state
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (ULA, PCNL),
+        (partial(ParallelTempering, num_replicas=4), partial(ParallelTempering, num_replicas=8)),
+        (PCN, EllipticalSlice),
+    ],
+)
+def test_a_state_of_another_kernel_is_refused(one, other):
+    law = scaled().dist
+    mcmc = MCMC(other(law), 3, 10, num_chains=8, disable_progbar=True)
+    with pytest.raises(ValueError, match="initial_state is not one of .* as it is made here"):
+        mcmc.run(initial_state=ran(one(law)))
+
+
+def test_the_generator_is_that_of_the_state_whatever_ends_the_run():
+    """Interrupted in the middle of three iterations, the rest is as if nothing had happened."""
+    law = scaled().dist
+    start = ran(HMC(law))
+
+    class Stopped(HMC):
+        left = 7
+        error = KeyboardInterrupt
+
+        def step(self, potential, state):
+            Stopped.left -= 1
+            if Stopped.left == 0:
+                raise Stopped.error
+            return super().step(potential, state)
+
+    def go(kernel, num, state):
+        mcmc = MCMC(kernel, num, num_chains=8, thinning=3, disable_progbar=True)
+        state.restore_rng()
+        return mcmc, state
+
+    whole, state = go(HMC(law), 6, start)
+    whole.run(initial_state=state)
+    for error in (KeyboardInterrupt, RuntimeError):
+        Stopped.left, Stopped.error = 7 + 1, error  # in the third draw
+        broken, state = go(Stopped(law), 6, start)
+        with suppress(RuntimeError):
+            broken.run(initial_state=state)
+        rest, state = go(HMC(law), 4, broken.state)
+        rest.run(initial_state=state)
+        assert torch.equal(rest.get_samples()["x"], whole.get_samples(4)["x"])
+
+
+def test_a_kernel_of_the_users_own_needs_no_statistics():
+    class Bare(RandomWalk):
+        adjusted = False
+
+        def step(self, potential, state):
+            return super().step(potential, state)[0], {}
+
+    mcmc = MCMC(Bare(scaled().dist, adapt_step_size=False), 3, 5, num_chains=4)
+    mcmc.disable_progbar = True
+    mcmc.run()
+    assert mcmc.get_samples()["x"].shape == (4, 3, 2)
+
+
+def test_a_run_that_ends_before_its_first_draw_notes_no_generator():
+    """Of a former run's state, whose generator stood elsewhere."""
+
+    class Failing(HMC):
+        def step(self, potential, state):
+            raise RuntimeError("at once")
+
+    law = scaled().dist
+    mcmc = MCMC(Failing(law), 3, 10, num_chains=8, disable_progbar=True)
+    start = ran(HMC(law))
+    torch.rand(5)
+    now = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="at once"):
+        mcmc.run(initial_state=start)
+    assert torch.equal(mcmc.state.rng, now)

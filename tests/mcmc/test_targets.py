@@ -9,8 +9,10 @@ import torch
 from pyro import poutine
 from small_cases import F64, LOC, SCALE, scaled, several
 from torch.distributions import biject_to
+from torch.distributions import constraints as C
 
 from pyro_ebm import EnergyDistribution, GeneralizedEBM
+from pyro_ebm.energies import MLPEnergy
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
@@ -175,3 +177,69 @@ def test_only_the_chains_that_cannot_start_are_drawn_anew(monkeypatch):
     monkeypatch.setattr(target, "draw_start", lambda n: next(draws))
     q = finite_start(target, lambda q: torch.where(q[:, 0] > 0, q[:, 0], torch.inf), 3)
     assert q[:, 0].tolist() == [1.0, 9.0, 2.0]
+
+
+MIXED = {
+    "stack": (C.stack([C.real, C.positive], -1), (2,)),
+    "cat with a simplex": (C.cat([C.real, C.simplex], -1, [1, 3]), (4,)),
+    "cat": (C.cat([C.real, C.greater_than(2.0)], -1, [1, 1]), (2,)),
+}
+
+
+@pytest.mark.parametrize("num_chains", [1, 2, 5])
+@pytest.mark.parametrize("name", MIXED)
+def test_columns_of_several_kinds_have_their_own_jacobians(name, num_chains):
+    """One value per chain, whatever their number; the Jacobian by autograd."""
+    support, event = MIXED[name]
+    law = EnergyDistribution(lambda x: x.square().sum(-1), support=support, event_shape=event)
+    target = DistributionTarget(law)
+    q = target.draw_start(num_chains).double()
+    assert target.potential(q).shape == (num_chains,)
+
+    def free(row):  # of a simplex all entries but the last
+        return target.space.to_support(row)[: target.dim]
+
+    for row, u in zip(q, target.potential(q), strict=True):
+        x = target.constrain(row)["x"]
+        jacobian = torch.func.jacrev(free)(row)
+        want = x.square().sum() - torch.linalg.slogdet(jacobian)[1]
+        torch.testing.assert_close(u, want)
+    torch.testing.assert_close(target.position_of(target.constrain(q)["x"]), q)
+
+
+def test_columns_of_several_kinds_are_sampled():
+    """A standard normal beside an exponential."""
+    support, event = MIXED["stack"]
+    law = EnergyDistribution(
+        lambda x: 0.5 * x[..., 0] ** 2 + x[..., 1], support=support, event_shape=event
+    )
+    mcmc = MCMC(HMC(law), 100, 200, num_chains=500, disable_progbar=True)
+    mcmc.run()
+    x = mcmc.get_samples()["x"].double()
+    assert_mean_close(x.mean(1), torch.tensor([0.0, 1.0], dtype=F64))
+    assert_mean_close(x.square().mean(1), torch.tensor([1.0, 2.0], dtype=F64))
+
+
+def test_starts_have_the_dtype_of_the_energy():
+    energy = MLPEnergy(2, (4,)).double()
+    law = EnergyDistribution(energy, event_shape=(2,))
+    assert DistributionTarget(law).draw_start(3).dtype == F64
+    mcmc = MCMC(HMC(law), 4, 4, num_chains=4, disable_progbar=True)
+    mcmc.run()
+    assert mcmc.get_samples()["x"].dtype == F64
+
+
+def test_values_carry_no_graph():
+    made = GeneralizedEBM(torch.nn.Linear(2, 3), dist.Normal(torch.zeros(2), 1.0).to_event(1), sum3)
+    target = DistributionTarget(made)
+    assert not target.constrain(target.draw_start(4))["x"].requires_grad
+
+
+def sum3(x):
+    return x.square().sum(-1)
+
+
+def test_a_gaussian_base_of_torch_is_one():
+    base = torch.distributions.Independent(torch.distributions.Normal(LOC, SCALE), 1)
+    target = DistributionTarget(EnergyDistribution(sum3, base))
+    torch.testing.assert_close(target.prior.loc, LOC)

@@ -12,7 +12,8 @@ import torch
 from small_cases import F64, LOC, SCALE, scaled, started
 
 from pyro_ebm import EnergyDistribution
-from pyro_ebm.mcmc import MCMC, ParallelTempering, tempering
+from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.mcmc import HMC, MCMC, ParallelTempering, State, tempering
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.testing import PROBLEMS, assert_mean_close
 
@@ -182,3 +183,23 @@ def test_step_sizes_of_replicas_follow_their_acceptance():
     new = kernel._tuned(state, rates).tuning["replica_step_sizes"]
     wanted = [0.5 * math.exp(0.05 * gap) for gap in (0.7, 0.0, -0.2)]
     assert new.tolist() == pytest.approx(wanted)
+
+
+def test_rejections_are_averaged_over_one_ladder():
+    """A new ladder starts a new mean; within one every iteration counts the same."""
+    state = State(*[torch.zeros(1)] * 3, {"rejections": torch.tensor([0.0])})
+    means = []
+    for i in range(60):
+        state = state.with_tuning(iteration=torch.tensor(i))
+        value = torch.tensor([1.0 if i < 50 else 0.25 * (i - 50)])
+        state = state.with_tuning(rejections=tempering._averaged(state, value))
+        means.append(float(state.tuning["rejections"]))
+    assert means[:50] == [1.0] * 50
+    assert means[50:53] == [0.0, 0.125, 0.25]
+
+
+def test_step_sizes_that_shrink_to_nothing_are_told():
+    kernel = HMC(scaled().dist)
+    _, state = started(kernel, scaled())
+    with pytest.raises(NonFiniteEnergyError, match="has shrunk to 0.0"):
+        kernel.num_steps(state.with_tuning(step_size=torch.tensor(0.0)))

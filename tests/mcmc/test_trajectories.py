@@ -38,6 +38,9 @@ def test_iterations_are_counted():
     made = scaled()
     kernel = HMC(made.dist, step_size=0.2)
     potential, state = started(kernel, made)
+    starts = {int(started(kernel, made)[1].tuning["iteration"]) for _ in range(5)}
+    assert len(starts) == 5  # anywhere in the sequence
+    state = state.with_tuning(iteration=torch.tensor(0))
     lengths = []
     for _ in range(3):
         state, info = kernel.step(potential, state)

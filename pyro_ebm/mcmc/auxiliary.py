@@ -1,0 +1,66 @@
+r"""Auxiliary draws for exchange: whole data sets :math:`y \sim p_{\theta'}` of every chain's own.
+
+Exact draws make exchange exact. Where the energy has no exact sampler, y is what some sweeps of a
+kernel that keeps :math:`p_{\theta'}` make of the data (double Metropolis–Hastings): the posterior
+is then too wide by an amount that falls with the number of sweeps and that nothing in the chain
+shows.
+
+Reference:
+    Liang, A double Metropolis–Hastings sampler for spatial models with intractable normalizing
+    constants, Journal of Statistical Computation and Simulation 80, 2010.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from pyro_ebm.energies import ExponentialFamily
+from pyro_ebm.mcmc.checks import whole
+
+
+class Auxiliary(ABC):
+    """How the auxiliary draws of an exponential family are made."""
+
+    is_exact: bool
+
+    @abstractmethod
+    def draw(self, family: ExponentialFamily, observed: Tensor) -> Tensor:
+        """Returns a value of the site for every chain.
+
+        Args:
+            family: The energy at the proposed parameters, ``batch_shape == (C,) + B``.
+            observed: The data, ``B + event``.
+
+        Returns:
+            Shape ``(C,) + B + event``.
+        """
+
+
+class ExactDraws(Auxiliary):
+    """Draws by the energy's own exact sampler."""
+
+    is_exact = True
+
+    def draw(self, family: ExponentialFamily, observed: Tensor) -> Tensor:
+        """Returns exact draws."""
+        return family.sample()
+
+
+class Sweeps(Auxiliary):
+    """Sweeps of the energy's own kernel, started at the data.
+
+    Args:
+        num_sweeps: Sweeps; double them until the posterior's spread no longer moves.
+    """
+
+    is_exact = False
+
+    def __init__(self, num_sweeps: int = 20) -> None:
+        self.num_sweeps = whole("num_sweeps", num_sweeps, least=1)
+
+    def draw(self, family: ExponentialFamily, observed: Tensor) -> Tensor:
+        """Returns where the sweeps have led."""
+        start = observed.expand(family.batch_shape + family.event_shape)
+        return family.sweep(start, self.num_sweeps)

@@ -1,0 +1,169 @@
+r"""A Pyro model whose observed EBM sites lack log Z, with what exchange needs to know of them.
+
+The potential leaves log Z out: :math:`U(\theta) = -\log\pi(\theta) + \sum_s E_\theta(x_s) +
+\dots`. Beside it stand, for the sites that log Z is missing from, the natural parameters as
+functions of the latents, and the energy of other values y at other latents; both are vectorized
+over chains by running the model under ``vmap``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_ebm.distributions import EnergyDistribution, unwrap
+from pyro_ebm.distributions.layers import mask_of
+from pyro_ebm.energies import ExponentialFamily
+from pyro_ebm.mcmc.explain import name_of
+from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
+from pyro_ebm.mcmc.target import Values
+from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.poutine import surrogate
+
+
+class UnnormalizedSites:
+    """Scores observed EBM sites without log Z where it is not known, as frozen objectives do."""
+
+    is_frozen = True
+
+    def site_log_prob(self, name: str, p: EnergyDistribution, x: Tensor, **context: Any) -> Tensor:
+        """Returns -U(x) in nats, less log Z where it is known."""
+        return p.log_prob(x) if p.is_normalized else p.unnormalized_log_prob(x)
+
+    def free_log_normalizers(self) -> dict[str, Any]:
+        """Returns nothing: no log Z is inferred."""
+        return {}
+
+
+class ExchangeTarget(ModelTarget):
+    """The target of a model without the log Z's that are missing.
+
+    Made by :func:`exchange_target`.
+
+    Attributes:
+        observed: Values of the sites without log Z, ``B + event`` each.
+        energies: Their energies, as the model made them once; parameters are of no account.
+        weights: What counts of each site, ``B``: scale times mask.
+    """
+
+    observed: Values
+    energies: dict[str, Any]
+    weights: Values
+
+    def watch(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Remembers the model and looks at its sites once."""
+        self._run = lambda: model(*args, **kwargs)
+        with rng_preserved(), torch.no_grad(), poutine.block(), _Sites() as sites:
+            poutine.condition(self._run, self._values(self.draw_start(1)[0]))()
+        if not sites.laws:
+            raise ValueError(
+                f"{self.name} has no observed EBM site without log Z: HMC or NUTS samples it"
+            )
+        self.observed, self.weights = sites.observed, sites.weights
+        self.energies = {name: law.energy_function for name, law in sites.laws.items()}
+
+    def families(self) -> Mapping[str, ExponentialFamily] | None:
+        """The sites' energies if all are linear in their parameters and none has a base."""
+        found = {n: e for n, e in self.energies.items() if isinstance(e, ExponentialFamily)}
+        return found if len(found) == len(self.energies) and not self._has_base() else None
+
+    def _has_base(self) -> bool:
+        return any(law.base is not None for law in self._sites_at(self.draw_start(1)[0]).values())
+
+    def _values(self, q: Tensor) -> Values:
+        return self.constrain(q)
+
+    def _sites_at(self, q: Tensor) -> dict[str, EnergyDistribution]:
+        """The EBM sites' laws at one position."""
+        with poutine.block(), _Sites() as sites:
+            poutine.condition(self._run, self._values(q))()
+        return sites.laws
+
+    def naturals(self, q: Tensor) -> Values:
+        """Returns the natural parameters of every site, ``(C,) + B + (p,)``."""
+
+        def one(row: Tensor) -> Values:
+            found = {}
+            for name, law in self._sites_at(row).items():
+                natural = law.energy_function.natural()  # type: ignore[attr-defined]
+                found[name] = natural.expand(law.batch_shape + natural.shape[-1:])
+            return found
+
+        with pyro.validation_enabled(is_validate=False), torch.no_grad():
+            return torch.vmap(one)(q)
+
+    def site_energy(self, q: Tensor, y: Values) -> Tensor:
+        """Returns the sum over sites of U(y) at the latents ``q``, ``(C,)`` in nats.
+
+        Args:
+            q: Positions, ``(C, D)``.
+            y: Values of the sites without log Z, ``(C,) + B + event`` each.
+        """
+
+        def one(row: Tensor, values: Values) -> Tensor:
+            total = row.new_zeros(())
+            for name, law in self._sites_at(row).items():
+                total = total + (self.weights[name] * law.potential(values[name])).sum()
+            return total
+
+        with pyro.validation_enabled(is_validate=False), torch.no_grad():
+            return torch.vmap(one)(q, y)
+
+
+class _Sites(Messenger):
+    """Collects the observed EBM sites whose log Z is not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.laws: dict[str, EnergyDistribution] = {}
+        self.observed: Values = {}
+        self.weights: Values = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        law = unwrap(msg["fn"])
+        if law is None or not msg["is_observed"] or law.is_normalized:
+            return
+        name, x = msg["name"], msg["value"]
+        self.laws[name] = law
+        self.observed[name] = x.expand(law.batch_shape + law.event_shape)
+        self.weights[name] = _weight(msg, law, x)
+
+
+def _weight(msg: Any, law: EnergyDistribution, x: Tensor) -> Tensor:
+    if msg["scale"] != 1.0:
+        raise ValueError(
+            f"EBM site {msg['name']!r} is scaled by {float(msg['scale'])}: exchange needs all of "
+            "the data at once, without subsampling"
+        )
+    mask = mask_of(msg["fn"], msg["mask"])
+    counts = torch.as_tensor(mask, device=x.device).expand(law.batch_shape)
+    return counts.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
+
+
+def exchange_target(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ExchangeTarget:
+    """Returns the target of a Pyro model with these arguments.
+
+    Raises:
+        TypeError: If the model is not a function.
+        ValueError: If no observed EBM site lacks its log Z, or one is scaled.
+    """
+    if not callable(model) or isinstance(model, EnergyDistribution):
+        raise TypeError(
+            f"Exchange samples the latents of a Pyro model, got {type(model).__name__}: put the "
+            "distribution at an observed site of one"
+        )
+    bare = target_of_model(surrogate(model, UnnormalizedSites()), args, kwargs)
+    target = ExchangeTarget.__new__(ExchangeTarget)
+    target.__dict__.update(bare.__dict__, name=name_of(model))
+    target.watch(model, args, kwargs)
+    return target

@@ -1,0 +1,233 @@
+"""Exchange against posteriors by quadrature: one lattice, rows, groups; and what it refuses."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_ebm import EnergyDistribution
+from pyro_ebm.energies import ExponentialFamily, GaussianEnergy, Ising
+from pyro_ebm.mcmc import HMC, MCMC, ExactDraws, Exchange, Sweeps
+from pyro_ebm.ops.kaufman import torus_log_normalizer
+
+F64 = torch.float64
+
+
+class Lattice(Ising):
+    """A lattice that keeps its log Z to itself."""
+
+    is_tractable = False
+
+
+class Precision(ExponentialFamily):
+    """N(0, 1 / precision) without its log Z."""
+
+    coefficients = ("precision",)
+    is_sampleable = True
+
+    def __init__(self, precision):
+        super().__init__((), dist.constraints.real)
+        self._set("precision", precision)
+
+    def statistics(self, x):
+        return -0.5 * x.square().unsqueeze(-1)
+
+    def sample(self, shape=()):
+        shape = torch.Size(shape) + self.precision.shape
+        return torch.randn(shape, dtype=self.precision.dtype) / self.precision.sqrt()
+
+
+def lattice_with(bonds):
+    """A torus whose sum over bonds is this: two spins apart turned, or one."""
+    x = torch.ones(4, 4, dtype=F64) if bonds in (16, 24) else torch.ones(3, 3, dtype=F64)
+    x[0, 0] = -1.0
+    if bonds in (16, 2):
+        x[-2, -2] = -1.0
+    return x
+
+
+def one_lattice(x):
+    coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0, dtype=F64), 1.0))
+    pyro.sample("x", EnergyDistribution(Lattice(coupling, x.shape[-2:])), obs=x)
+
+
+def moments(log_density, low, high, num=4001):
+    """Mean and sd by quadrature."""
+    theta = torch.linspace(low, high, num, dtype=F64)
+    ends = torch.ones_like(theta)
+    ends[0] = ends[-1] = 0.5
+    weights = (log_density(theta) + ends.log()).softmax(0)
+    mean = (weights * theta).sum()
+    return float(mean), float((weights * (theta - mean).square()).sum().sqrt())
+
+
+def of_lattice(bonds, num=1):
+    def log_density(k):
+        return k * bonds - num * torus_log_normalizer(k, shape)
+
+    shape = lattice_with(bonds / num).shape
+
+    return moments(log_density, 0.0, 1.0)
+
+
+def run(kernel, *args, num_chains=256, num_samples=150, warmup_steps=150):
+    mcmc = MCMC(kernel, num_samples, warmup_steps, num_chains=num_chains, disable_progbar=True)
+    mcmc.run(*args)
+    return mcmc
+
+
+def check(draws, mean, sd):
+    """Gates at five standard errors, from the spread of the chains' own means.
+
+    256 chains and a few thousand effective draws: a mean off by a fifteenth of an sd is seen.
+    """
+    for values, wanted in ((draws, mean), ((draws - mean).square(), sd**2)):
+        means = values.mean(1)
+        error = means.std() / len(means) ** 0.5
+        assert abs(float((means.mean() - wanted) / error)) < 5
+        assert float(error / (sd if values is draws else sd**2)) < 0.05
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    pyro.set_rng_seed(5)
+    torch.set_default_dtype(F64)
+
+
+def test_quadrature_gives_the_published_posterior():
+    assert of_lattice(16) == pytest.approx((0.327236, 0.123620), abs=2e-6)
+
+
+@pytest.mark.parametrize(("bonds", "num_bridges"), [(16, 0), (2, 0), (10, 0), (2, 3)])
+def test_one_lattice(bonds, num_bridges):
+    mcmc = run(Exchange(one_lattice, num_bridges=num_bridges), lattice_with(bonds))
+    assert mcmc.kernel.adjusted
+    check(mcmc.get_samples()["coupling"], *of_lattice(bonds))
+
+
+def test_bridges_raise_the_acceptance():
+    rates = []
+    for num_bridges in (0, 8):
+        kernel = Exchange(
+            one_lattice, num_bridges=num_bridges, step_size=2.0, adapt_step_size=False
+        )
+        mcmc = run(kernel, lattice_with(2), num_samples=50, warmup_steps=30)
+        rates.append(float(mcmc.diagnostics()["acceptance_rate"].mean()))
+    assert rates[1] > 1.1 * rates[0]
+
+
+def test_few_sweeps_are_too_wide_and_say_that_they_are_not_exact():
+    """Double Metropolis-Hastings: one sweep from the data is far off, twenty are not."""
+    wide = run(Exchange(one_lattice, auxiliary=Sweeps(1)), lattice_with(2), num_samples=60)
+    assert not wide.kernel.adjusted
+    _, sd = of_lattice(2)
+    assert float(wide.get_samples()["coupling"].std()) > 1.3 * sd
+    many = run(Exchange(one_lattice, auxiliary=Sweeps(20)), lattice_with(2), num_samples=60)
+    check(many.get_samples()["coupling"], *of_lattice(2))
+
+
+def test_rows_are_drawn_one_by_one():
+    """n = 20 rows of N(0, 1 / precision) under Gamma(2, 1): conjugate."""
+    x = torch.randn(20) / 2.2**0.5
+
+    def model(x):
+        precision = pyro.sample("precision", dist.Gamma(torch.tensor(2.0), 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", EnergyDistribution(Precision(precision)), obs=x)
+
+    exact = dist.Gamma(2.0 + 10.0, 1.0 + 0.5 * x.square().sum())
+    draws = run(Exchange(model), x).get_samples()["precision"]
+    check(draws, float(exact.mean), float(exact.variance.sqrt()))
+
+
+def test_groups_have_parameters_of_their_own():
+    """Three lattices, the last one masked: its coupling keeps the prior."""
+    x = torch.ones(3, 3, 3)
+    x[0, 0, 0] = x[0, 1, 1] = x[1, 0, 0] = -1.0  # sums over bonds of 2, 10 and 18
+    seen = torch.tensor([True, True, False])
+
+    def model(x):
+        with pyro.plate("groups", 3):
+            coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
+            with pyro.poutine.mask(mask=seen):
+                pyro.sample("x", EnergyDistribution(Lattice(coupling, (3, 3))), obs=x)
+
+    draws = run(Exchange(model), x, num_samples=300, warmup_steps=300).get_samples()["coupling"]
+    check(draws[..., 0], *of_lattice(2))
+    check(draws[..., 1], *of_lattice(10))
+    check(draws[..., 2], 0.5, 1.0 / 12.0**0.5)
+
+
+def test_two_sites_share_a_parameter_and_one_of_them_knows_its_log_z():
+    x = torch.ones(3, 3)
+    x[0, 0] = x[1, 1] = -1.0
+
+    def model(x):
+        coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
+        for name, energy in (("x", Lattice), ("y", Ising), ("z", Lattice)):
+            pyro.sample(name, EnergyDistribution(energy(coupling, (3, 3))), obs=x)
+
+    draws = run(Exchange(model), x, num_samples=200).get_samples()["coupling"]
+    check(draws, *of_lattice(3 * 2, num=3))
+
+
+def test_the_energy_of_other_values_at_other_latents():
+    x = lattice_with(16)
+    target = Exchange(one_lattice).bind(x)
+    q = torch.randn(5, 1)
+    y = Ising(torch.full((5,), 0.2), (4, 4)).sample()
+    coupling = q[:, 0].sigmoid()
+    torch.testing.assert_close(target.naturals(q)["x"], coupling[:, None])
+    torch.testing.assert_close(
+        target.site_energy(q, {"x": y}), -coupling * Ising(1.0, (4, 4)).statistics(y)[:, 0]
+    )
+
+
+# --- what is refused
+
+
+def scaled_model(x):
+    coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
+    with pyro.poutine.scale(scale=5.0):
+        pyro.sample("x", EnergyDistribution(Lattice(coupling, (4, 4))), obs=x)
+
+
+def plain_energy(x):
+    scale = pyro.sample("scale", dist.Gamma(torch.tensor(2.0), 1.0))
+    pyro.sample("x", EnergyDistribution(lambda v: v**4 * scale, event_shape=()), obs=x)
+
+
+def known(x):
+    scale = pyro.sample("scale", dist.Gamma(torch.tensor(2.0), 1.0))
+    pyro.sample("x", EnergyDistribution(GaussianEnergy(0.0, scale)), obs=x)
+
+
+def latent(x):
+    coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
+    pyro.sample("x", EnergyDistribution(Lattice(coupling, (4, 4))))
+
+
+X = torch.tensor(0.3)
+BAD = {
+    "scaled": (scaled_model, torch.ones(4, 4), ValueError, "without subsampling"),
+    "no family": (plain_energy, X, TypeError, "derive the energy from ExponentialFamily"),
+    "known": (known, X, ValueError, "no observed EBM site without log Z: HMC or NUTS"),
+    "latent": (latent, X, TypeError, "site 'x' lives on"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_one_sentence_each(case):
+    model, x, error, sentence = BAD[case]
+    with pytest.raises(error, match=sentence):
+        run(Exchange(model), x, num_chains=4)
+
+
+def test_a_distribution_is_no_model():
+    with pytest.raises(TypeError, match="put the distribution at an observed site"):
+        run(Exchange(EnergyDistribution(Ising(0.1, (4, 4)))), num_chains=4)
+
+
+def test_auxiliary_draws_of_other_kernels_are_not_taken():
+    with pytest.raises(TypeError, match="auxiliary"):
+        HMC(one_lattice, auxiliary=ExactDraws())
