@@ -14,6 +14,7 @@ from pyro_ebm import (
     energies,
     infer,
     mcmc,
+    normalizers,
     poutine,
     settings,
 )
@@ -31,6 +32,7 @@ from pyro_ebm.errors import (
     NonFiniteEnergyError,
 )
 from pyro_ebm.infer import fit
+from pyro_ebm.normalizers import estimate_log_normalizer
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.poutine import LatentReparam, check_model
 
@@ -52,9 +54,11 @@ __all__ = [
     "distributions",
     "energies",
     "energy_factor",
+    "estimate_log_normalizer",
     "fit",
     "infer",
     "mcmc",
+    "normalizers",
     "poutine",
     "settings",
     "to_arviz",

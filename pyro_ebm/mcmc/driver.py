@@ -36,6 +36,10 @@ _RESOLUTION = 0.5  # nats
 class MCMC:
     """Runs a kernel's chains in one batch.
 
+    Unlike Pyro's, ``get_samples`` returns draws by chain unless told otherwise, and its
+    ``num_samples`` are the last ones of every chain; deterministic sites are not recorded, but
+    computed by ``Predictive`` from ``get_samples(group_by_chain=False)``.
+
     Args:
         kernel: One of :mod:`pyro_ebm.mcmc`'s kernels.
         num_samples: Draws kept of each chain.
@@ -87,6 +91,8 @@ class MCMC:
         self.warmup_steps = whole("warmup_steps", warmup_steps, least=0)
         self.num_chains = whole("num_chains", num_chains, least=1)
         self.thinning = whole("thinning", thinning, least=1)
+        if isinstance(save_params, str):
+            raise TypeError(f"save_params must be a list of names, got the string {save_params!r}")
         self.save_params = None if save_params is None else list(save_params)
         self.compile = compile
         self.disable_progbar = disable_progbar
@@ -113,7 +119,7 @@ class MCMC:
             *args: Arguments of the model.
             initial_params: Site name to unconstrained values, ``(num_chains, ...)``.
             initial_state: A former run's :attr:`state`: its chains go on from there, as they were
-                tuned, without a warm-up.
+                tuned, without a warm-up; bit for bit if :meth:`State.restore_rng` is called first.
             **kwargs: Keyword arguments of the model.
 
         Raises:
@@ -173,7 +179,7 @@ class MCMC:
         self._check_start(target, given.position)
         self._check_kind(potential, given)
         potential.check_repeatable(given.position)
-        return replace(self.kernel.refreshed(potential, given), rng=None)
+        return self.kernel.refreshed(potential, given)
 
     def _first_positions(
         self,
@@ -214,14 +220,19 @@ class MCMC:
 
     def _check_kind(self, potential: CapturedPotential, state: State) -> None:
         """Raises unless the state is one that this kernel makes."""
+        name = type(self.kernel).__name__
+        if state.kernel not in ("", self.kernel.kind):
+            raise ValueError(
+                f"initial_state was tuned for {state.kernel}, and this is {self.kernel.kind}"
+            )
         with rng_preserved():
             own = self.kernel.init(potential, state.position)
         for what in ("tuning", "extra"):
             have, want = (_shapes(getattr(s, what)) for s in (state, own))
             if have != want:
                 raise ValueError(
-                    f"initial_state is not one of {type(self.kernel).__name__} as it is made here: "
-                    f"its {what} has {have}, expected {want}"
+                    f"initial_state is not one of {name} as it is made here: its {what} has "
+                    f"{have}, expected {want}"
                 )
 
     def _check_names(self, target: Target, q: Tensor) -> None:

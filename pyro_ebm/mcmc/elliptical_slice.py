@@ -51,7 +51,7 @@ class EllipticalSlice(PriorKernel):
         for _ in range(MAX_SHRINKS):
             at = loc + centred * angle.cos()[:, None] + nu * angle.sin()[:, None]
             value = potential.energy(at)
-            hit = ~found & (value < slice_at)
+            hit = ~found & (value < slice_at) & torch.isfinite(value)
             num_tries = num_tries + (~found).long()
             q = torch.where(hit[:, None], at, q)
             found = found | hit

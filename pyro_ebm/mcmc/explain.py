@@ -31,9 +31,14 @@ def explained(
     """
     if "cannot find valid initial params" in str(error):
         return NonFiniteEnergyError(
-            f"{name_of(model)}: no starting point of finite density was found. Look for NaN "
-            "in the data, for data outside the support of their distribution, and for supports "
-            "that depend on other latents"
+            f"{name_of(model)}: no starting point of finite density was found. Look for NaN in the "
+            "data (masked entries too must hold some number of the support), for data outside the "
+            "support of their distribution, and for supports that depend on other latents"
+        )
+    if "subsample sites" in str(error):
+        return TypeError(
+            f"{name_of(model)}: a plate subsamples its data, and MCMC needs all of them at every "
+            "step: leave subsample_size= out"
         )
     found = _remedy(model, args, kwargs)
     if found is None:
@@ -70,7 +75,7 @@ def _of_site(fn: Any) -> str | None:
         return None
     if isinstance(fn, Delta):
         return "is a latent Delta, which has no density: use pyro.deterministic"
-    support = fn.support
+    support = plain(fn.support)
     if support.is_discrete:
         return (
             f"lives on {plain(support)}, where there is no gradient to move along. Pyro sums "

@@ -44,6 +44,7 @@ class State:
         tuning: What adaptation sets: ``step_size``, ``root`` (of the metric) and the like.
         extra: What a kernel keeps besides, such as momenta.
         rng: State of torch's CPU generator when this state was reached, if it was noted.
+        kernel: The :attr:`Kernel.kind` that was tuned.
     """
 
     position: Tensor
@@ -52,6 +53,7 @@ class State:
     tuning: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)
     rng: Tensor | None = None
+    kernel: str = ""
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the state, to go on from it in another process."""
@@ -148,6 +150,14 @@ class Kernel(ABC):
             raise ValueError("potential_fn= needs initial_params=, one value per name and chain")
         return self._like
 
+    @property
+    def kind(self) -> str:
+        """The name of the kernel whose tuning this one's is: its own, or that of our base of it."""
+        ours = __name__.partition(".")[0]
+        return next(
+            k.__name__ for k in type(self).__mro__ if k.__module__.partition(".")[0] == ours
+        )
+
     # --- the chain
 
     def refreshed(self, potential: CapturedPotential, state: State) -> State:
@@ -163,7 +173,7 @@ class Kernel(ABC):
     def init(self, potential: CapturedPotential, q: Tensor) -> State:
         """Returns the first state at positions ``(C, D)``."""
         u, gradient = self.evaluate(potential, q)
-        return State(q, u, gradient, self.first_tuning(q))
+        return State(q, u, gradient, self.first_tuning(q), kernel=self.kind)
 
     @abstractmethod
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -18,7 +19,7 @@ from pyro_ebm.errors import MissingNormalizerError
 from pyro_ebm.mcmc.explain import explained, first_line, name_of
 from pyro_ebm.mcmc.fixed_supports import check_fixed_supports
 from pyro_ebm.mcmc.target import Target, Values, check_names
-from pyro_ebm.mcmc.vmap_safe import VmapSafe
+from pyro_ebm.mcmc.vmap_safe import VmapSafe, vmap_safe_operations
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine.check_model import check_structure, has_energies
 
@@ -64,7 +65,8 @@ class ModelTarget(Target):
         return {site: part.reshape(q.shape[:-1] + shape) for (site, shape), part in parts}
 
     def _potential_of_one(self, q: Tensor) -> Tensor:
-        return self._potential_fn(self.split(q)).reshape(())
+        with vmap_safe_operations():
+            return self._potential_fn(self.split(q)).reshape(())
 
     def potential(self, q: Tensor) -> Tensor:
         """Returns U in nats, ``(C,)``, differentiable."""
@@ -90,14 +92,23 @@ class ModelTarget(Target):
             if "random operation" in str(error):
                 return False  # refused where the run starts
             warnings.warn(
-                f"{self.name} cannot be vectorized, so its chains run one after another, many "
-                f"times slower. vmap said: {first_line(error)}. Known causes: enumerated sites, "
-                "OrderedLogistic likelihoods (give Categorical the differences of sigmoids), "
-                "branches on values, batch norm in training mode",
+                f"{self.name} cannot be vectorized{self._site_to_blame(q)}, so its chains run one "
+                f"after another, many times slower. vmap said: {first_line(error)}. Known causes: "
+                "OrderedLogistic (give Categorical the differences of sigmoids), Wishart (give LKJ "
+                "and scales), Stable, splines, branches on values, batch norm in training mode",
                 stacklevel=4,
             )
             return False
         return True
+
+    def _site_to_blame(self, q: Tensor) -> str:
+        """Names the first site that vmap cannot follow, or the last one that it could."""
+        scored, unchecked = _Scored(), pyro.validation_enabled(is_validate=False)
+        with suppress(Exception), unchecked, torch.no_grad(), scored:
+            torch.vmap(self._potential_under_grad)(q)
+        if scored.refused is not None:
+            return f" at site {scored.refused!r}"
+        return f" after site {scored.last!r}" if scored.last else ""
 
     def hold_flat(self) -> None:
         """Gives coordinates that the density does not depend on a standard normal of their own.
@@ -160,6 +171,21 @@ class ModelTarget(Target):
         return 4.0 * q - 2.0
 
 
+class _Scored(poutine.messenger.Messenger):
+    """Scores every site as it is met, and remembers the first one that cannot be."""
+
+    refused: str | None = None
+    last: str | None = None
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        try:
+            msg["fn"].log_prob(msg["value"])
+        except Exception:
+            self.refused = self.refused or msg["name"]
+            raise
+        self.last = msg["name"]
+
+
 def target_of_model(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> ModelTarget:
@@ -171,7 +197,8 @@ def target_of_model(
         NonFiniteEnergyError: If there is nowhere to start.
     """
     try:
-        with pyro.validation_enabled(is_validate=False), poutine.block():
+        checks = pyro.validation_enabled(is_validate=False)
+        with checks, poutine.block(), torch.enable_grad(), vmap_safe_operations():
             params, potential_fn, transforms, trace = initialize_model(
                 VmapSafe()(model), args, kwargs
             )

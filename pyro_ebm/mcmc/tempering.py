@@ -110,7 +110,9 @@ class ParallelTempering(PriorKernel):
         return replace(state, position=top, potential=u)
 
     def _energies(self, potential: CapturedPotential, replicas: Tensor) -> Tensor:
-        return potential.energy(replicas.flatten(0, 1)).reshape(replicas.shape[:2])
+        """Energies of all replicas; one that is not finite counts as a wall."""
+        energies = potential.energy(replicas.flatten(0, 1)).reshape(replicas.shape[:2])
+        return torch.where(torch.isfinite(energies), energies, torch.inf)
 
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
         """Moves all replicas, then swaps neighbours of one parity."""

@@ -6,7 +6,7 @@ For a proposal with density k, detailed balance asks of every pair of points tha
 
 before the cut at zero. Both sides are computed and compared pair by pair: no draws are averaged,
 so that there is no noise, and a wrong factor anywhere shows in the first pair. Whether proposals
-are really drawn from k is another question, which
+are really drawn from k, and whether ``step`` accepts by this ratio, are other questions, which
 :func:`~pyro_ebm.testing.assert_invariant` answers.
 """
 

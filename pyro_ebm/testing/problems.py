@@ -206,6 +206,26 @@ def three_modes() -> Problem:
     )
 
 
+def wall() -> Problem:
+    """A normal cut off at zero by infinite energy: trajectories end in it, and must not count."""
+
+    def energy(x: Tensor) -> Tensor:
+        return torch.where(x[..., 0] > 0.0, 0.5 * x.square().sum(-1), torch.inf)
+
+    def draw(n: int) -> Tensor:
+        x = torch.randn(n, 2, dtype=torch.float64)
+        return torch.cat([x[:, :1].abs(), x[:, 1:]], 1)
+
+    return Problem(
+        "wall",
+        EnergyDistribution(energy, event_shape=(2,), sampler=_double),
+        draw,
+        torch.tensor([math.sqrt(2.0 / math.pi), 0.0], dtype=torch.float64),
+        torch.tensor([1.0 - 2.0 / math.pi, 1.0], dtype=torch.float64),
+        math.log(math.pi),
+    )
+
+
 def _double(law: EnergyDistribution, shape: torch.Size) -> Tensor:
     raise NotImplementedError("a problem is drawn by its own sample")
 
@@ -220,4 +240,5 @@ MAKERS: dict[str, Callable[[], Problem]] = {
     "banana": banana,
     "funnel": funnel,
     "three modes": three_modes,
+    "wall": wall,
 }

@@ -1,5 +1,7 @@
 """The Ising lattice: its sums, what is exact of it, and where it says that nothing is."""
 
+import itertools
+
 import pytest
 import torch
 from lattices import all_lattices, cell_of
@@ -7,6 +9,7 @@ from torch import nn
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import Ising
+from pyro_ebm.ops import coupling_from_the_past
 from pyro_ebm.ops.coupling_from_the_past import ferromagnet
 from pyro_ebm.ops.swendsen_wang import swendsen_wang
 
@@ -208,3 +211,33 @@ def test_bad_input(case):
     make, error, sentence = BAD[case]
     with pytest.raises(error, match=sentence):
         make()
+
+
+def test_the_past_is_the_same_past(monkeypatch):
+    """Every further run replays the numbers of those before it: fresh ones would favour lattices
+    that meet soon."""
+    seen, run = [], coupling_from_the_past._HeatBath.run
+
+    def noted(self, which, seeds):
+        seen.append(list(seeds))
+        return run(self, which, seeds)
+
+    monkeypatch.setattr(coupling_from_the_past._HeatBath, "run", noted)
+    coupling = numbers(0.5).expand(20)
+    ferromagnet(coupling, torch.zeros_like(coupling), torch.Size([4, 4]), periodic=True)
+    assert len(seen) > 3
+    assert all(later[: len(sooner)] == sooner for sooner, later in itertools.pairwise(seen))
+
+
+def test_lattices_that_have_met_stay_where_they_are():
+    """More past leads to the same present."""
+    coupling, shape = numbers(0.3).expand(50), torch.Size([4, 4])
+    colors = coupling_from_the_past._colors(shape, periodic=True)
+    bath = coupling_from_the_past._HeatBath(
+        coupling, torch.zeros_like(coupling), colors, periodic=True
+    )
+    met, state = bath.run(torch.arange(50), [1, 2, 3, 4])
+    also, further = bath.run(torch.arange(50), [1, 2, 3, 4, 5])
+    assert int(met.sum()) > 0
+    assert bool(also[met].all())
+    assert torch.equal(state[met], further[met])

@@ -838,8 +838,6 @@ ROWS = [
         enumerated_mixture,
         enumerated_mixture_moments,
         (CLUSTERS,),
-        options={"num_chains": 8, "num_samples": 250, "warmup_steps": 80},
-        warning="cannot be vectorized",
     ),
     Row("half-cauchy scales", scales, scales_moments, (NORMAL,)),
     Row("uniform", bounded, bounded_moments, (single([0.1, 0.3, 0.2, 0.15, 0.6]),)),

@@ -227,3 +227,21 @@ def test_the_driver_warms_up_and_then_draws(monkeypatch):
     assert len(drawn) == 60 + 20  # a warm step is a step
     assert all(torch.equal(s, finished[0].tuning["step_size"]) for s in drawn[60:])
     assert torch.equal(mcmc.state.tuning["root"], finished[0].tuning["root"])
+
+
+def test_windows_that_fit_exactly_are_kept():
+    assert window_ends(100) == [25, 45, 85]
+
+
+def test_averaged_steps_count_by_a_power_of_their_number():
+    """The average of dual averaging, written as the sum that it is."""
+    tuner, steps = DualAveraging(torch.tensor(1.0, dtype=F64), target=0.8), []
+    for rate in (0.2, 0.9, 0.5, 1.0, 0.7):
+        tuner.update(torch.tensor(rate, dtype=F64))
+        steps.append(float(tuner.step_size.log()))
+    weights = [k**-0.75 for k in range(1, 6)]
+    average = 0.0
+    for share, step in zip(weights, steps, strict=True):
+        average += share * (step - average)
+    tuner.freeze()
+    assert float(tuner.step_size.log()) == pytest.approx(average)

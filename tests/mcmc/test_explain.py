@@ -4,10 +4,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions import hmm
+from pyro.ops import special
 
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc import HMC, MCMC, RecordingNUTS
+from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.vmap_safe import VmapSafe
+from pyro_ebm.testing import assert_mean_close
 
 Y = torch.linspace(-1.0, 1.0, 10)
 
@@ -150,3 +154,115 @@ def test_an_observed_site_is_not_to_blame():
 
     with pytest.raises(TypeError, match="site 'd' is a latent Delta"):
         HMC(model).bind()
+
+
+# --- hidden Markov models, enumeration, mixtures
+
+
+LOGITS = torch.tensor([[1.0, -0.5], [-0.3, 0.8]])
+PATH = torch.tensor([1.9, 2.3, -1.5, -2.2, 1.1, 0.3])
+
+
+def hidden_markov(y):
+    mu = pyro.sample("mu", dist.Normal(torch.tensor([-2.0, 2.0]), 1.0).to_event(1))
+    steps = dist.Normal(mu, 1.0)
+    pyro.sample("y", dist.DiscreteHMM(torch.zeros(2), LOGITS, steps), obs=y)
+
+
+def enumerated(y):
+    mu = pyro.sample("mu", dist.Normal(torch.tensor([-2.0, 2.0]), 1.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(mu[z.long()], 1.0), obs=y)
+
+
+def summed(model, mu, y):
+    """The log density with the states summed out by hand."""
+    prior = dist.Normal(torch.tensor([-2.0, 2.0]), 1.0).log_prob(mu).sum()
+    steps = dist.Normal(mu, 1.0).log_prob(y[:, None])
+    if model is enumerated:
+        weights = torch.tensor([0.7, 0.3]).log()
+        return prior + torch.logsumexp(weights + steps, 1).sum()
+    forward = torch.zeros(2).log_softmax(0)
+    for step in steps:  # Pyro's model moves before its first observation
+        forward = torch.logsumexp(forward[:, None] + LOGITS.log_softmax(1), 0) + step
+    return prior + torch.logsumexp(forward, 0)
+
+
+@pytest.mark.parametrize("model", [hidden_markov, enumerated])
+def test_what_is_summed_out_is_vectorized(model):
+    """No warning, and value and slope as by hand, also where a probability is zero."""
+    target = HMC(model).bind(PATH)
+    assert target.is_vectorized
+    q = torch.cat([3.0 * torch.randn(4, 2), torch.tensor([[300.0, -300.0]])])
+    u, gradient = CapturedPotential(target)(q)
+    for row, value, slope in zip(q[:4], u, gradient, strict=False):
+        at = row.clone().requires_grad_()
+        wanted = -summed(model, at, PATH)
+        torch.testing.assert_close(value, wanted.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(slope, torch.autograd.grad(wanted, at)[0], rtol=1e-3, atol=1e-3)
+    assert gradient.isfinite().all()
+
+
+def test_pyro_is_left_as_it_was():
+    before = special._SafeLog, hmm._logmatmulexp
+    HMC(hidden_markov).bind(PATH)
+    assert (special._SafeLog, hmm._logmatmulexp) == before
+
+
+def test_a_latent_mixture_lives_where_its_components_do():
+    def model():
+        parts = dist.Gamma(torch.tensor([2.0, 9.0]), 1.0)
+        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts))
+
+    mcmc = MCMC(HMC(model), 100, 200, num_chains=256, disable_progbar=True)
+    mcmc.run()
+    x = mcmc.get_samples()["x"].double()
+    assert float(x.min()) > 0
+    assert_mean_close(x.mean(1), 5.5)
+
+
+def test_the_site_that_cannot_be_vectorized_is_named():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("rank", dist.OrderedLogistic(a, torch.tensor([-1.0, 1.0])), obs=torch.tensor(1))
+
+    with pytest.warns(UserWarning, match="cannot be vectorized after site 'a', so its chains"):
+        HMC(model).bind()
+
+    class Noted(dist.Normal):
+        def log_prob(self, value):
+            return super().log_prob(value) if bool(value > -9.0) else value
+
+    def own():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(a, 1.0), obs=torch.tensor(0.3))
+        pyro.sample("c", Noted(0.0, 1.0))
+
+    with pytest.warns(UserWarning, match="cannot be vectorized at site 'c', so its chains"):
+        HMC(own).bind()
+
+
+def test_subsampled_plates_are_refused():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 10, subsample_size=2):
+            pyro.sample("y", dist.Normal(a, 1.0), obs=torch.zeros(2))
+
+    with pytest.raises(TypeError, match="leave subsample_size= out"):
+        HMC(model).bind()
+
+
+def test_a_run_under_no_grad():
+    def model():
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+
+    mcmc = MCMC(HMC(model), 5, 5, num_chains=4, disable_progbar=True)
+    with torch.no_grad():
+        mcmc.run()
+    assert mcmc.get_samples()["a"].isfinite().all()
+
+
+def test_a_string_is_no_list_of_names():
+    with pytest.raises(TypeError, match="a list of names, got the string 'mu'"):
+        MCMC(HMC(hidden_markov), 5, save_params="mu")

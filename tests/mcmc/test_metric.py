@@ -150,3 +150,14 @@ def test_directions_in_which_nothing_moves_leave_a_finite_metric():
 )
 def test_what_auto_means(metric, num_chains, dim, wanted):
     assert resolved(metric, num_chains, dim) == wanted
+
+
+def test_a_direction_in_which_nothing_moves_keeps_a_scale():
+    estimate = MetricEstimate("dense")
+    q = torch.randn(50, 3, dtype=torch.float64)
+    q[:, 1] = 2.0
+    q[:, 2] = torch.inf
+    estimate.update(State(q, q[:, 0], q))
+    root = estimate.root(q)
+    assert bool((root.diagonal() > 0).all())
+    assert root.isfinite().all()

@@ -141,7 +141,7 @@ def test_interrupted_before_the_first_draw(monkeypatch):
 
 def test_a_kernel_that_moves_nothing_does_not_pass():
     problem = PROBLEMS["gaussian"]()
-    with pytest.raises(AssertionError, match="moved no chain"):
+    with pytest.raises(AssertionError, match="moved 0.0% of the chains"):
         assert_invariant(MALA(problem.dist, step_size=1e6), problem, num_chains=100)
 
 
@@ -158,7 +158,7 @@ def gebm():
         (
             lambda: run(HMC(gebm()), initial_state=run(NUTS(gebm())).state),
             ValueError,
-            "not one of HMC as it is made here: its tuning has",
+            "initial_state was tuned for NUTS, and this is HMC",
         ),
         (
             lambda: run(HMC(gebm()), initial_params={"x_latent": 3.0}),

@@ -227,3 +227,9 @@ def test_acceptance_is_a_mean_over_leaves():
     torch.testing.assert_close(
         info["acceptance_rate"], torch.ones(500, dtype=F64), atol=1e-4, rtol=0
     )
+
+
+def test_what_lies_behind_a_wall_does_not_count():
+    """Trees that run into infinite energy give up their new half for good."""
+    made = PROBLEMS["wall"]()
+    assert_invariant(NUTS(made.dist, step_size=0.3), made, num_steps=4)

@@ -92,8 +92,10 @@ def test_rounding_of_large_energies_is_not_out_of_balance():
 
 def test_a_kernel_that_moves_nothing_is_not_tested():
     made = PROBLEMS["gaussian"]()
-    with pytest.raises(AssertionError, match="moved no chain"):
+    with pytest.raises(AssertionError, match="moved 0.0% of the chains"):
         assert_invariant(RandomWalk(made.dist, step_size=1e9), made, num_chains=100, num_steps=2)
+    with pytest.raises(AssertionError, match="of the chains"):
+        assert_invariant(RandomWalk(made.dist, step_size=100.0), made, num_chains=2000)
 
 
 @pytest.mark.parametrize("name", ["linear gebm", "correlated gaussian", "banana"])
@@ -105,3 +107,26 @@ def test_exact_draws_have_the_correlations_too(name):
     _, gradient = target.potential_and_grad(q)
     products = q[:, :, None] * gradient[:, None, :]
     assert_mean_close(products, torch.eye(target.dim, dtype=F64))
+
+
+def test_six_standard_errors_are_too_many():
+    x = torch.randn(10_000, dtype=F64)
+    x = (x - x.mean()) / x.std()
+    assert_mean_close(x + 0.045, 0.0)
+    with pytest.raises(AssertionError, match="standard errors"):
+        assert_mean_close(x + 0.06, 0.0)
+
+
+@pytest.mark.parametrize("far", [True, False])
+def test_pairs_far_apart_and_pairs_of_one_step_are_looked_at(far, monkeypatch):
+    """A ratio that is wrong for the one kind only."""
+    right = RandomWalk.log_accept
+
+    def wrong(self, potential, state, to):
+        apart = (state.position - to.position).norm(dim=1)
+        return right(self, potential, state, to) + ((apart > 0.5) == far).double()
+
+    made = scaled()
+    monkeypatch.setattr(RandomWalk, "log_accept", wrong)
+    with pytest.raises(AssertionError, match="out of balance"):
+        assert_detailed_balance(RandomWalk(made.dist, step_size=0.01), made)

@@ -37,13 +37,16 @@ def stein(target, q):
     assert_mean_close(q * gradient, 1.0)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+SMOOTH = [name for name in PROBLEMS if name != "wall"]  # which has a density up to its edge
+
+
+@pytest.mark.parametrize("name", SMOOTH)
 def test_draws_are_of_the_density(name):
     _, target, _, q = drawn(name)
     stein(target, q)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", SMOOTH)
 def test_other_draws_are_seen(name):
     """One coordinate off by a tenth of its standard deviation is seen by 20 000 draws."""
     _, target, _, q = drawn(name)
@@ -56,7 +59,13 @@ def one_over_z(problem, target, q):
     """E q0(q) exp(U(q)) = 1 / Z for any density q0; here a Gaussian well inside the draws."""
     covariance = 0.3 * torch.cov(q.T).reshape(q.shape[1], -1)
     inside = torch.distributions.MultivariateNormal(q.median(0).values, covariance).log_prob(q)
-    return (inside + target.potential(q) + problem.log_normalizer).exp()
+    ratio = (inside + target.potential(q) + problem.log_normalizer).exp()
+    return ratio if problem.name != "wall" else ratio / normal_right_of_zero(q, covariance)
+
+
+def normal_right_of_zero(q, covariance):
+    """What of the Gaussian lies where there is any density."""
+    return torch.special.ndtr(q[:, 0].median() / covariance[0, 0].sqrt())
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -1,0 +1,150 @@
+r"""Log Z by the routes that a distribution leaves open, and whether they agree.
+
+Exact sums and quadrature come first. Else a route that starts from the base (annealing) stands
+beside one that starts from draws of chains (bridge sampling). Two routes from one start miss the
+same modes and agree on the wrong value, so that their agreement is called agreement, and no more:
+chains that are started from the base as well share that start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
+from pyro_ebm.mcmc import HMC, MCMC
+from pyro_ebm.normalizers.ais import ais
+from pyro_ebm.normalizers.bridge import bridge
+from pyro_ebm.normalizers.exact import exact
+from pyro_ebm.normalizers.importance import importance
+from pyro_ebm.normalizers.laws import law_of, single
+from pyro_ebm.normalizers.quadrature import MAX_DIM, quadrature
+from pyro_ebm.normalizers.smc import smc
+from pyro_ebm.ops.constraints import base_measure, site_values
+from pyro_ebm.ops.log_normalizer import LogNormalizer
+from pyro_ebm.ops.spaces import UnconstrainedSpace
+
+METHODS: dict[str, Callable[[EnergyDistribution], LogNormalizer]] = {
+    "exact": exact,
+    "quadrature": quadrature,
+    "importance": importance,
+    "ais": ais,
+    "smc": smc,
+}
+_MOST_STATES = 2**20
+_THROUGH_CHAINS = " through chains"
+_AGREE = 3.0  # standard errors of the difference
+
+
+def estimate_log_normalizer(
+    dist: EnergyDistribution, method: str = "auto", *, draws: Tensor | None = None
+) -> LogNormalizer:
+    """Returns log Z by the best way there is, or by the one that is named.
+
+    Args:
+        dist: The distribution.
+        method: ``"auto"``, or ``"exact"``, ``"quadrature"``, ``"importance"``, ``"ais"``,
+            ``"smc"`` or ``"bridge"``, with their defaults.
+        draws: Draws of the law for the bridge, ``(chains, draws) + event_shape``, by preference
+            from chains that were started at data; drawn by 64 chains of HMC if not given.
+
+    Returns:
+        ``LogNormalizer`` in nats. Where two routes disagree its value is that of the one with the
+        smaller error, and :attr:`LogNormalizer.doubts` says so.
+
+    Raises:
+        ValueError: If the method is unknown, or the distribution does not allow for it.
+        NotImplementedError: If no route is open.
+
+    Example:
+        >>> law = EnergyDistribution(lambda x: x**4, event_shape=())
+        >>> print(estimate_log_normalizer(law).method)
+        quadrature
+    """
+    if method == "bridge":
+        return _bridged(dist, draws)
+    if method in METHODS:
+        return METHODS[method](dist)
+    if method != "auto":
+        raise ValueError(
+            f"method must be 'auto', 'bridge' or one of {sorted(METHODS)}, got {method!r}"
+        )
+    return _Routes.of(dist).estimate(draws)
+
+
+@dataclass(frozen=True)
+class _Routes:
+    """What is open for a law."""
+
+    dist: EnergyDistribution
+    law: EnergyDistribution
+    num_states: int | None
+    dim: int | None
+
+    @classmethod
+    def of(cls, dist: EnergyDistribution) -> _Routes:
+        law = law_of(dist)
+        values = site_values(law.support, law.event_shape)
+        states = None
+        if values is not None:
+            sites = law.event_shape[:-1] if values.dim() == 2 else law.event_shape
+            states = len(values) ** sites.numel()
+        continuous = base_measure(law.support) == "lebesgue"
+        size = UnconstrainedSpace.of(law.support, law.event_shape).size if continuous else None
+        return cls(dist, law, states, size)
+
+    def estimate(self, draws: Tensor | None) -> LogNormalizer:
+        small = self.num_states is not None and self.num_states <= _MOST_STATES
+        if self.law.is_exact_energy or small:
+            return exact(self.dist)
+        if self.dim is not None and self.dim <= MAX_DIM:
+            return quadrature(self.dist)
+        if self.dim is None:
+            raise NotImplementedError(
+                f"{self.dist!r} is discrete with more than {_MOST_STATES} states, and no estimate "
+                "of its log Z is implemented: exact(dist, max_states=...) sums more"
+            )
+        single(self.dist, "estimate_log_normalizer")
+        by_bridge = _bridged(self.dist, draws)
+        if self.law.base is None:
+            return by_bridge
+        return agreed(ais(self.dist), by_bridge)
+
+
+def agreed(one: LogNormalizer, other: LogNormalizer) -> LogNormalizer:
+    """Returns the estimate with the smaller error, with a doubt where the two disagree."""
+    best, second = sorted((one, other), key=_rank)
+    error = (_variance(one) + _variance(other)) ** 0.5
+    gap = float((one.value - other.value).abs())
+    if gap <= _AGREE * error:
+        alike = " from the same start" if _first_start(one) == _first_start(other) else ""
+        return replace(best, method=f"{best.method}, in agreement with {second.method}{alike}")
+    remark = f"{second.method} gives {float(second.value):.3f} ({gap / error:.0f} errors away)"
+    return replace(best, remarks=(*best.remarks, remark))
+
+
+def _rank(estimate: LogNormalizer) -> tuple[bool, float]:
+    return (not estimate.is_trusted, _variance(estimate))
+
+
+def _variance(estimate: LogNormalizer) -> float:
+    return float("inf") if estimate.stderr is None else float(estimate.stderr) ** 2
+
+
+def _first_start(estimate: LogNormalizer) -> str:
+    return (estimate.start or "").removesuffix(_THROUGH_CHAINS)
+
+
+def _bridged(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer:
+    if draws is not None:
+        return bridge(dist, draws)
+    start = "support" if law_of(dist).base is None else "base"
+    return replace(bridge(dist, _drawn(dist)), start=f"{start}{_THROUGH_CHAINS}")
+
+
+def _drawn(dist: EnergyDistribution) -> Tensor:
+    mcmc = MCMC(HMC(dist), 250, 300, num_chains=64, disable_progbar=True)
+    mcmc.run()
+    return mcmc.get_samples()["x_latent" if isinstance(dist, GeneralizedEBM) else "x"]

@@ -1,0 +1,122 @@
+r"""Log Z by summing over all states of a finite support.
+
+.. math:: \log Z = \log \sum_x e^{-U(x)}
+
+with :math:`U = E - \log\mathrm{base}`. The sum is done in chunks, and differentiable in whatever
+the energy and the base depend on: a chunk is evaluated again for the backward pass, so that memory
+does not grow with the number of states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.normalizers.laws import law_of, leaves_of
+from pyro_ebm.ops.constraints import plain, site_values
+from pyro_ebm.ops.initial_points import like_of
+from pyro_ebm.ops.log_normalizer import LogNormalizer
+
+CHUNK = 2**16
+
+
+def exact(dist: EnergyDistribution, *, max_states: int = 2**24) -> LogNormalizer:
+    """Returns log Z without an error: in closed form, or as a sum over all states.
+
+    ``dist.with_log_normalizer(exact(dist))`` is a normalized distribution in whose parameters HMC
+    and SVI may infer: the sum keeps its graph.
+
+    Args:
+        dist: A distribution whose energy knows log Z, or whose support is finite.
+        max_states: States that are summed at most; a million take about a second.
+
+    Returns:
+        ``LogNormalizer`` in nats of the distribution's batch shape, with standard error 0.
+
+    Raises:
+        NotImplementedError: If the support is not finite and log Z not known.
+        ValueError: If there are more states.
+
+    Example:
+        >>> from pyro_ebm.ops.constraints import spins
+        >>> law = EnergyDistribution(lambda x: -x.sum(-1), support=spins, event_shape=(3,))
+        >>> print(exact(law))  # doctest: +ELLIPSIS
+        log Z = 3.3807... nats (sum over 8 states)
+    """
+    law = law_of(dist)
+    if law.is_exact_energy:
+        value, method = law.energy_function.log_normalizer(), "closed form"  # type: ignore[attr-defined]
+    else:
+        states = States.of(law, max_states)
+        value, method = _log_sum(law, states), f"sum over {states.number} states"
+    return LogNormalizer(value, torch.zeros_like(value.detach()), method, parameters=leaves_of(law))
+
+
+class States:
+    """The states of a finite support, by their number in mixed radix.
+
+    Args:
+        values: What one site can be, ``(K,)`` or one-hot ``(K, K)``.
+        event_shape: The shape of one event.
+        like: A tensor of the dtype and device of states.
+    """
+
+    def __init__(self, values: Tensor, event_shape: torch.Size, like: Tensor) -> None:
+        self.values = values.to(like)
+        self.event_shape = event_shape
+        sites = event_shape[:-1] if values.dim() == 2 else event_shape
+        self.num_sites = sites.numel()
+        self.number = len(values) ** self.num_sites
+
+    @classmethod
+    def of(cls, law: EnergyDistribution, max_states: int) -> States:
+        """Returns the states of a law's support.
+
+        Raises:
+            NotImplementedError: If it is not finite.
+            ValueError: If there are more than ``max_states``.
+        """
+        values = site_values(law.support, law.event_shape)
+        if values is None:
+            raise NotImplementedError(
+                f"exact sums over finite supports, and {law!r} lives on {plain(law.support)}: use "
+                "quadrature in up to three dimensions, else an estimate"
+            )
+        states = cls(values, law.event_shape, like_of(law.energy_function))
+        if states.number > max_states:
+            raise ValueError(
+                f"{law!r} has {len(values)}^{states.num_sites} states, more than max_states = "
+                f"{max_states}: raise it, or estimate log Z"
+            )
+        return states
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Yields states ``(n,) + event_shape``, all of them once."""
+        for start in range(0, self.number, CHUNK):
+            yield self[torch.arange(start, min(start + CHUNK, self.number))]
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Returns the states of these numbers, ``(n,) + event_shape``."""
+        radix = len(self.values) ** torch.arange(self.num_sites)
+        digits = (index[:, None] // radix) % len(self.values)
+        return self.values[digits.to(self.values.device)].reshape((-1,) + self.event_shape)
+
+
+def _log_sum(law: EnergyDistribution, states: States) -> Tensor:
+    def part(x: Tensor) -> Tensor:
+        return torch.logsumexp(-law.potential(x.reshape(_rows(law, x))), 0)
+
+    chunks = list(states.chunks())
+    if len(chunks) == 1:
+        return part(chunks[0])
+    parts = [checkpoint(part, x, use_reentrant=False) for x in chunks]
+    return torch.logsumexp(torch.stack(parts), 0)
+
+
+def _rows(law: EnergyDistribution, x: Tensor) -> torch.Size:
+    """States on a first dim of their own, beside the batch."""
+    return x.shape[:1] + torch.Size((1,) * len(law.batch_shape)) + law.event_shape

@@ -1,0 +1,77 @@
+"""Which way is taken, and what is said of the agreement of two."""
+
+import re
+
+import pyro.distributions as dist
+import pytest
+import torch
+from laws_with_log_z import draws_of_tilted, tilted
+
+from pyro_ebm import EnergyDistribution, LogNormalizer
+from pyro_ebm.energies import Ising
+from pyro_ebm.normalizers import estimate_log_normalizer
+from pyro_ebm.normalizers.estimate import METHODS, agreed
+from pyro_ebm.ops.constraints import spins
+
+F64 = torch.float64
+WIDE = EnergyDistribution(lambda x: 0.5 * x.square().sum(-1), event_shape=(6,))
+
+
+@pytest.mark.parametrize(
+    ("law", "method"),
+    [
+        (EnergyDistribution(Ising(0.3, (32, 32))), "closed form"),
+        (EnergyDistribution(lambda x: x.sum(-1), support=spins, event_shape=(4,)), "sum over 16"),
+        (EnergyDistribution(lambda x: x**4, event_shape=()), "quadrature"),
+        (WIDE, "bridge"),
+        (tilted()[0], "in agreement with .* from the same start"),
+    ],
+)
+def test_the_best_way_is_taken(law, method):
+    estimate = estimate_log_normalizer(law)
+    assert estimate.is_trusted
+    assert re.search(method, estimate.method)
+
+
+def test_draws_from_elsewhere_are_another_start():
+    law, log_z = tilted()
+    estimate = estimate_log_normalizer(law, draws=draws_of_tilted((10, 200)))
+    assert "in agreement" in estimate.method
+    assert "same start" not in estimate.method
+    assert abs(float(estimate.value) - log_z) < 5 * float(estimate.stderr)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "bridge"])
+def test_a_way_can_be_named(method):
+    law, log_z = tilted(dim=2, factor=0.5)
+    if method == "exact":
+        with pytest.raises(NotImplementedError, match="use quadrature"):
+            estimate_log_normalizer(law, method)
+        return
+    estimate = estimate_log_normalizer(law, method)
+    assert abs(float(estimate.value) - log_z) < 5 * float(estimate.stderr) + 1e-8
+
+
+def test_disagreement_is_a_doubt():
+    one = LogNormalizer(torch.tensor(1.0), torch.tensor(0.1), "one", start="base")
+    other = LogNormalizer(torch.tensor(3.0), torch.tensor(0.2), "other", start="draws")
+    best = agreed(other, one)
+    assert best.method == "one"
+    assert best.doubts == ("other gives 3.000 (9 errors away)",)
+    near = agreed(LogNormalizer(torch.tensor(1.2), torch.tensor(0.2), "other", start="base"), one)
+    assert near.method == "one, in agreement with other from the same start"
+    assert near.is_trusted
+
+
+def test_an_untrusted_estimate_is_not_the_best():
+    few = LogNormalizer(torch.tensor(1.0), torch.tensor(0.01), "few", ess=5.0)
+    many = LogNormalizer(torch.tensor(1.0), torch.tensor(0.1), "many", ess=500.0)
+    assert agreed(few, many).method.startswith("many")
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="method must be 'auto', 'bridge' or one of"):
+        estimate_log_normalizer(WIDE, "magic")
+    counts = EnergyDistribution(lambda x: x.sum(-1), dist.Poisson(torch.ones(3)).to_event(1))
+    with pytest.raises(NotImplementedError, match="discrete with more than"):
+        estimate_log_normalizer(counts)

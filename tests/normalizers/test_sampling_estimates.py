@@ -1,0 +1,161 @@
+"""Importance sampling, bridge, annealing and SMC: unbiased, with errors that cover."""
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from laws_with_log_z import check_estimates, draws_of_tilted, three_modes, tilted
+
+from pyro_ebm import EnergyDistribution, GeneralizedEBM
+from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.mcmc import MCMC, RandomWalk
+from pyro_ebm.normalizers import ais, bridge, importance, smc
+
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(F64)
+
+
+# --- importance sampling
+
+
+@pytest.mark.parametrize("proposal", [None, dist.Normal(torch.zeros(2), 1.2).to_event(1)])
+def test_importance_sampling_covers(proposal):
+    law, log_z = tilted(dim=2, factor=0.5)
+    check_estimates([importance(law, proposal, num_samples=500) for _ in range(40)], log_z)
+
+
+@pytest.mark.parametrize("variance", [0.7, 1.5, 3.0])
+def test_the_effective_size_is_the_known_one(variance):
+    """ESS / S of N(0, 1) against N(0, s2) is sqrt(2 s2 - 1) / s2."""
+    law = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=())
+    seen = importance(law, dist.Normal(0.0, variance**0.5), num_samples=20_000)
+    assert seen.ess / 20_000 == pytest.approx((2 * variance - 1) ** 0.5 / variance, rel=0.05)
+    assert float(seen.value) == pytest.approx(0.5 * math.log(2 * math.pi), abs=0.05)
+
+
+def test_a_strong_tilt_is_not_to_be_trusted():
+    seen = importance(three_modes(), num_samples=20_000)
+    assert not seen.is_trusted
+    with pytest.raises(ValueError, match="no interval can be given: "):
+        seen.interval()
+
+
+# --- the bridge
+
+
+def test_the_bridge_covers():
+    law, log_z = tilted()
+    check_estimates([bridge(law, draws_of_tilted((10, 60))) for _ in range(40)], log_z)
+
+
+def test_the_bridge_covers_with_draws_of_slow_chains():
+    """Random walks whose draws are worth a twentieth: the error must know."""
+    law = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=())
+    estimates = []
+    for _ in range(40):
+        kernel = RandomWalk(law, step_size=0.6, adapt_step_size=False, adapt_mass_matrix=False)
+        mcmc = MCMC(kernel, 300, 60, num_chains=16, disable_progbar=True)
+        mcmc.run()
+        estimates.append(bridge(law, mcmc.get_samples()["x"]))
+    check_estimates(estimates, 0.5 * math.log(2 * math.pi))
+
+
+def test_the_bridge_on_a_half_line_and_of_a_generalized_ebm():
+    law = EnergyDistribution(lambda x: x, event_shape=(), support=dist.constraints.positive)
+    draws = torch.empty(10, 1000).exponential_()
+    assert abs(float(bridge(law, draws).value)) < 0.05  # of an exponential, Z = 1
+    prior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    made = GeneralizedEBM(lambda z: 2.0 * z, prior, lambda x: 0.5 * x.square().sum(-1))
+    seen = bridge(made, torch.randn(10, 500, 2) / 5.0**0.5)
+    assert float(seen.value) == pytest.approx(-math.log(5.0), abs=0.02)
+
+
+# --- annealing and particles
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_annealing_covers(backwards):
+    law, log_z = tilted(dim=4)
+    estimates = []
+    for _ in range(40):
+        draws = draws_of_tilted((100,), dim=4) if backwards else None
+        estimates.append(
+            ais(law, num_chains=100, num_rungs=15, draws=draws, draws_are_exact=backwards)
+        )
+    check_estimates(estimates, log_z)
+
+
+def test_bounds_are_below_and_above():
+    """With few rungs they are far apart: of 30 runs each mean is beyond by four errors."""
+    law, log_z = tilted()
+    runs = [
+        ais(law, num_chains=50, num_rungs=5, draws=draws_of_tilted((50,)), draws_are_exact=True)
+        for _ in range(30)
+    ]
+    for bounds, sign in ((torch.stack([r.lower for r in runs]), -1.0),
+                         (torch.stack([r.upper for r in runs]), 1.0)):  # fmt: skip
+        z = sign * (bounds.mean() - log_z) / (bounds.std() / len(bounds) ** 0.5)
+        assert float(z) > 4
+
+
+def test_draws_that_are_not_exact_give_no_bound():
+    law, _ = tilted()
+    assert ais(law, num_rungs=20, draws=draws_of_tilted((50,))).upper is None
+
+
+def test_modes_far_from_the_base_are_reached():
+    law = three_modes()
+    assert ais(law, num_rungs=300).interval()[0] < 0.0 < ais(law, num_rungs=300).interval()[1] + 0.1
+    seen = smc(law, num_particles=300)
+    assert abs(float(seen.value)) < 5 * float(seen.stderr)
+
+
+def test_particles_cover():
+    law, log_z = tilted(dim=2)
+    estimates = [smc(law, num_particles=60, num_runs=10) for _ in range(20)]
+    check_estimates(estimates, log_z, coverage=0.7)
+
+
+BAD = {
+    "no base": (lambda: ais(EnergyDistribution(lambda x: x**2, event_shape=())), "give base="),
+    "no proposal": (
+        lambda: importance(EnergyDistribution(lambda x: x**2, event_shape=())),
+        "has no base to draw from: give a proposal",
+    ),
+    "batch": (lambda: smc(tilted(2)[0].expand((3,))), r"batch_shape is \(3,\)"),
+    "another event": (
+        lambda: importance(tilted(2)[0], dist.Normal(0.0, 1.0)),
+        r"event_shape \(\), expected \(\) and \(2,\)",
+    ),
+    "unnormalized": (
+        lambda: importance(tilted(2)[0], tilted(2)[0]),
+        "must be a normalized distribution",
+    ),
+    "shape": (lambda: bridge(tilted(2)[0], torch.zeros(4, 2)), r"must be \(chains, draws\) \+"),
+    "few": (lambda: bridge(tilted(2)[0], torch.randn(1, 5, 2)), "5 draws are too few"),
+    "joined": (
+        lambda: ais(tilted(2)[0], num_rungs=3, draws=torch.zeros(4, 5, 2)),
+        r"by flatten\(0, 1\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    make, sentence = BAD[case]
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_energies_that_are_not_finite(value):
+    law = EnergyDistribution(lambda x: x + value, dist.Normal(0.0, 1.0))
+    with pytest.raises(NonFiniteEnergyError):
+        importance(law)
+    with pytest.raises(NonFiniteEnergyError):
+        bridge(law, torch.randn(4, 50))
