@@ -243,16 +243,6 @@ def test_the_site_that_cannot_be_vectorized_is_named():
         HMC(own).bind()
 
 
-def test_subsampled_plates_are_refused():
-    def model():
-        a = pyro.sample("a", dist.Normal(0.0, 1.0))
-        with pyro.plate("rows", 10, subsample_size=2):
-            pyro.sample("y", dist.Normal(a, 1.0), obs=torch.zeros(2))
-
-    with pytest.raises(TypeError, match="leave subsample_size= out"):
-        HMC(model).bind()
-
-
 def test_a_run_under_no_grad():
     def model():
         pyro.sample("a", dist.Normal(0.0, 1.0))

@@ -9,8 +9,10 @@ from laws_with_log_z import check_estimates, draws_of_tilted, three_modes, tilte
 
 from pyro_ebm import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.errors import NonFiniteEnergyError
-from pyro_ebm.mcmc import MCMC, RandomWalk
+from pyro_ebm.mcmc import HMC, MCMC, SMC, RandomWalk
+from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.normalizers import ais, bridge, importance, smc
+from pyro_ebm.normalizers.ais import Path
 
 F64 = torch.float64
 
@@ -159,3 +161,51 @@ def test_energies_that_are_not_finite(value):
         importance(law)
     with pytest.raises(NonFiniteEnergyError):
         bridge(law, torch.randn(4, 50))
+
+
+# --- how they are made
+
+
+def test_heavy_tails_are_told():
+    """A proposal narrower than the law by a third: the weights have no variance."""
+    law = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=())
+    seen = importance(law, dist.Normal(0.0, 0.4**0.5), num_samples=20_000)
+    assert 0.4 < seen.khat < 0.8  # 1 - .4 where there are infinitely many
+
+
+def test_the_other_half_is_bridged(monkeypatch):
+    """Fitted to the first half of every chain, evaluated at the second."""
+    law, _ = tilted(dim=2)
+    draws, seen = torch.randn(3, 40, 2), []
+
+    def noted(self, q):
+        seen.append(q)
+        return torch.zeros(len(q))
+
+    monkeypatch.setattr(DistributionTarget, "potential", noted)
+    bridge(law, draws)
+    torch.testing.assert_close(seen[0].reshape(3, 20, 2), draws[:, 20:])
+
+
+def test_rungs_are_those_of_the_way_back(monkeypatch):
+    """Forward the kernel stands at beta_1 to beta_K-1; backward at the same, in turn."""
+    path = Path.piloted(tilted(dim=2)[0], 5, HMC)
+    stops = []
+    monkeypatch.setattr(Path, "_moved", lambda self, q, rung: (stops.append(rung), q)[1])
+    path.forward(3)
+    path.backward(torch.zeros(3, 2))
+    assert stops == [0, 1, 2, 3, 3, 2, 1, 0]
+
+
+def test_runs_keep_the_ladder(monkeypatch):
+    plans, run = [], SMC.run
+
+    def noted(self):
+        plans.append(self.given_plan)
+        run(self)
+
+    monkeypatch.setattr(SMC, "run", noted)
+    smc(tilted(dim=2)[0], num_particles=30, num_runs=3)
+    assert plans[0] is None
+    assert plans[1] is not None
+    assert plans[1] is plans[2] is plans[3]

@@ -129,3 +129,63 @@ def test_deepcopy_beside_its_energy_keeps_watching_the_copied_weights():
 def test_fields_cannot_be_reassigned():
     with pytest.raises(AttributeError):
         LogNormalizer(torch.tensor(0.0)).value = torch.tensor(1.0)
+
+
+# --- what is said of an error bar
+
+
+def judged(**options):
+    return LogNormalizer(torch.tensor(1.0), torch.tensor(0.1), "ais", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"ess": 99.0}, "effective sample size 99 < 100"),
+        ({"khat": 0.71}, "Pareto tail index 0.71 > 0.70"),
+        ({"khat": 0.55, "num_samples": 100}, "Pareto tail index 0.55 > 0.50"),
+        ({"khat": float("nan")}, "Pareto tail index nan"),
+        ({"remarks": ("the runs differ",)}, "the runs differ"),
+    ],
+)
+def test_what_speaks_against_an_estimate(options, sentence):
+    z = judged(**options)
+    assert not z.is_trusted
+    assert sentence in z.doubts[0]
+    assert f"not to be trusted: {sentence}" in str(z)
+
+
+def test_what_speaks_for_an_estimate():
+    z = judged(ess=100.0, khat=0.49, num_samples=100, start="base")
+    assert z.is_trusted
+    assert str(z) == "log Z = 1.00 ± 0.10 nats (ais, from the base, ESS 100 of 100)"
+    low, high = z.interval()
+    assert float(low) == pytest.approx(1.0 - 0.196)
+    assert float(high) == pytest.approx(1.0 + 0.196)
+
+
+def test_no_interval_where_there_are_doubts():
+    with pytest.raises(ValueError, match="no interval can be given: effective sample size 5 < 100"):
+        judged(ess=5.0).interval()
+    with pytest.raises(ValueError, match="has no standard error, hence no interval"):
+        LogNormalizer(torch.tensor(1.0), method="quadrature").interval()
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "text"),
+    [
+        (1234.5678, 0.00123, "1234.5678 ± 0.0012"),
+        (1.0, 12.0, "1 ± 12"),
+        (-0.346573590, 0.0, "-0.34657359"),
+        (2.5, None, "2.5"),
+    ],
+)
+def test_figures(value, stderr, text):
+    error = None if stderr is None else torch.tensor(stderr)
+    z = LogNormalizer(torch.tensor(value, dtype=torch.float64), error, "m")
+    assert str(z) == f"log Z = {text} nats (m)"
+
+
+def test_many_values_are_told_by_their_range():
+    z = LogNormalizer(torch.tensor([1.0, 2.0, 5.0]), torch.zeros(3), "exact")
+    assert str(z) == "log Z = 1 to 5 (shape (3,)) nats (exact)"
