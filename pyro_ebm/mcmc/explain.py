@@ -37,8 +37,8 @@ def explained(
         )
     if "subsample sites" in str(error):
         return TypeError(
-            f"{name_of(model)}: a plate subsamples its data at random, and MCMC needs the same ones "
-            "at every step: leave subsample_size= out, or fix the rows by subsample="
+            f"{name_of(model)}: a plate subsamples its data at random, and MCMC needs the same "
+            "rows at every step: leave subsample_size= out, or fix the rows by subsample="
         )
     found = _remedy(model, args, kwargs)
     if found is None:
