@@ -1,0 +1,255 @@
+r"""Log Z as a function of its parameters, from draws at a few of them.
+
+For an exponential family with statistics T and draws pooled from anchors :math:`\eta_1, \dots,
+\eta_K`, :math:`N_k` of each,
+
+.. math:: \hat Z(\eta) = \sum_n \frac{e^{\eta \cdot T_n}}{\sum_k N_k\, e^{\eta_k \cdot T_n} / Z_k},
+
+where the :math:`Z_k` solve the same equation at the anchors (MBAR), up to one factor that they
+share. With the draws held this is a smooth function with the right slope and curvature, so that HMC
+and SVI may infer parameters through it; with one anchor it is Geyer and Thompson's Monte Carlo
+likelihood.
+
+**How far it holds.** The effective number S of draws at :math:`\eta`, of the weights above, falls
+away from the anchors. With n observations of the law, the error of :math:`\log \hat Z` displaces
+the posterior by about :math:`\sqrt{p n / S}` of its standard deviations. Where the effective share
+is below :data:`LEAST_SHARE` the function is NaN, and a kernel rejects what would lead there.
+
+References:
+    Geyer, Thompson, Constrained Monte Carlo maximum likelihood for dependent data, JRSS B 54, 1992;
+    Shirts, Chodera, Statistically optimal analysis of samples from multiple equilibrium states,
+    Journal of Chemical Physics 129, 2008 (MBAR).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pyro.ops.stats import effective_sample_size
+from torch import Tensor
+
+from pyro_ebm.energies import ExponentialFamily
+from pyro_ebm.mcmc.checks import whole
+
+LEAST_SHARE = 0.05
+"""The share of effective draws below which log Z is not told."""
+
+LARGEST_DISPLACEMENT = 0.3
+"""Posterior standard deviations by which the error of log Z may displace a mean."""
+
+LEAST_SHARED = 5.0
+"""Effective draws that link the anchors, as the curvature counts them."""
+
+_NEWTON_STEPS = 100
+
+
+class Anchored:
+    """Log Z of an exponential family from draws of its statistics at anchors.
+
+    Args:
+        anchors: Natural parameters, ``(K, p)``.
+        statistics: Statistics of draws at each of them, ``(K, C, N, p)``, of C chains.
+        log_normalizer: Log Z at the first anchor in nats, if it is known; else log Z is up to a
+            constant, which inference does not see, and evidence does.
+
+    Raises:
+        ValueError: If the shapes do not fit, or the anchors do not overlap.
+
+    Example:
+        >>> from pyro_ebm.energies import Ising
+        >>> _ = torch.manual_seed(0)
+        >>> family = Ising(0.0, (6, 6), periodic=False)
+        >>> log_z = anchored(family, torch.tensor([[0.2]]), num_draws=2000)
+        >>> change = log_z(torch.tensor([0.25])) - log_z(torch.tensor([0.2]))
+        >>> exact = [Ising(k, (6, 6), periodic=False).log_normalizer() for k in (0.25, 0.2)]
+        >>> bool((change - (exact[0] - exact[1])).abs() < 0.02)
+        True
+    """
+
+    def __init__(self, anchors: Tensor, statistics: Tensor, *, log_normalizer: float = 0.0) -> None:
+        if statistics.dim() != 4 or statistics.shape[::3] != anchors.shape:
+            raise ValueError(
+                f"statistics must be (K, chains, draws, p) for anchors (K, p) = "
+                f"{tuple(anchors.shape)}, got {tuple(statistics.shape)}"
+            )
+        self.anchors = anchors.detach().double()
+        self.statistics = statistics.detach().double()
+        self._counts = self._effective_counts()
+        self._rows, self._log_counts = self._pooled()
+        self.log_normalizers = self._solved() + log_normalizer
+        self._log_mixture = self._mixture(self._rows, self.log_normalizers)
+
+    def _effective_counts(self) -> Tensor:
+        """What the draws of each anchor count for, ``(K,)``: of chains, fewer than there are."""
+        along = self.statistics @ self.anchors.new_ones(self.anchors.shape[1], 1)
+        spread = self.statistics.flatten(1, 2).std(1).amax(-1) > 0
+        sizes = [
+            effective_sample_size(a, chain_dim=0, sample_dim=1).item() if moves else 1.0
+            for a, moves in zip(along[..., 0], spread, strict=True)
+        ]
+        most = self.statistics.shape[1] * self.statistics.shape[2]
+        return self.anchors.new_tensor([min(max(s, 1.0), most) for s in sizes])
+
+    def _mixture(self, rows: Tensor, log_z: Tensor) -> Tensor:
+        """Log density of the pooled draws at statistics ``(n, p)``, per effective draw."""
+        return torch.logsumexp(rows @ self.anchors.mT - log_z + self._counts.log(), -1)
+
+    def _pooled(self) -> tuple[Tensor, Tensor]:
+        """The different rows of all draws, ``(n, p)``, and what each counts for, in logs."""
+        each = self._counts / (self.statistics.shape[1] * self.statistics.shape[2])
+        weights = each.repeat_interleave(self.statistics[0, ..., 0].numel())
+        rows, which = self.statistics.flatten(0, 2).unique(dim=0, return_inverse=True)
+        return rows, weights.new_zeros(len(rows)).index_add_(0, which, weights).log()
+
+    def _solved(self) -> Tensor:
+        """Log Z at the anchors less that of the first, ``(K,)``: Newton's method with halvings."""
+        log_z = torch.zeros_like(self._counts)
+        value, slope, curvature = self._objective(log_z)
+        for _ in range(_NEWTON_STEPS):
+            if float(slope.abs().max()) < 1e-9 * float(self._counts.sum()):
+                break
+            step = torch.linalg.lstsq(curvature[1:, 1:], slope[1:, None]).solution[:, 0]
+            step = torch.cat([step.new_zeros(1), step])
+            while self._objective(log_z + step)[0] > value and float(step.abs().max()) > 1e-12:
+                step = 0.5 * step
+            log_z = log_z + step
+            value, slope, curvature = self._objective(log_z)
+        self._check_overlap(curvature)
+        return log_z
+
+    def _objective(self, log_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A convex function of log Z at the anchors, minus its slope, and its curvature."""
+        scores = self._rows @ self.anchors.mT - log_z + self._counts.log()
+        weights, share = self._log_counts.exp(), scores.softmax(-1)
+        mass = weights @ share
+        value = weights @ torch.logsumexp(scores, -1) + self._counts @ log_z
+        curvature = torch.diag(mass) - (weights[:, None] * share).mT @ share
+        return value, mass - self._counts, curvature
+
+    def _check_overlap(self, curvature: Tensor) -> None:
+        """Raises where hardly any draw of one group of anchors could be one of the others."""
+        if len(curvature) > 1 and float(torch.linalg.eigvalsh(curvature)[1]) < LEAST_SHARED:
+            raise ValueError("the anchors do not overlap: put some between them")
+
+    # --- the function
+
+    def __call__(self, natural: Tensor) -> Tensor:
+        """Returns log Z in nats, ``(...)`` for natural parameters ``(..., p)``.
+
+        Differentiable in them; NaN where too few draws count.
+        """
+        log_weights = self._log_weights(natural)
+        value = torch.logsumexp(log_weights, -1)
+        held = self._size(log_weights.detach()) >= LEAST_SHARE * self._counts.sum()
+        return torch.where(held, value, torch.nan).to(natural.dtype)
+
+    def _log_weights(self, natural: Tensor) -> Tensor:
+        scores = natural.double() @ self._rows.mT
+        return scores - self._log_mixture + self._log_counts
+
+    def _size(self, log_weights: Tensor) -> Tensor:
+        """The effective number of independent draws behind weights."""
+        shares = log_weights.softmax(-1)
+        return 1.0 / (shares.square() / self._log_counts.exp()).sum(-1)
+
+    def effective_size(self, natural: Tensor) -> Tensor:
+        """Returns the effective number S of independent draws, ``(...)``, for ``(..., p)``."""
+        return self._size(self._log_weights(natural))
+
+    def displacement(self, natural: Tensor, num_observations: int) -> Tensor:
+        r"""Returns :math:`\sqrt{pn / S}`: about how far a posterior mean is off, in its own sd's.
+
+        Args:
+            natural: Where the posterior is, ``(..., p)``.
+            num_observations: n, how often Z enters the likelihood.
+        """
+        p, size = natural.shape[-1], self.effective_size(natural)
+        return torch.sqrt(p * whole("num_observations", num_observations, least=1) / size)
+
+    def check(self, natural: Tensor, num_observations: int) -> None:
+        """Raises unless the draws are enough for these observations around here.
+
+        Args:
+            natural: Draws of the posterior, ``(..., p)``.
+            num_observations: n.
+
+        Raises:
+            ValueError: If a posterior would be displaced by more than
+                :data:`LARGEST_DISPLACEMENT` of its standard deviations.
+        """
+        worst = float(self.displacement(natural, num_observations).median())
+        if worst > LARGEST_DISPLACEMENT:
+            factor = math.ceil((worst / LARGEST_DISPLACEMENT) ** 2)
+            raise ValueError(
+                f"{float(self._counts.sum()):.0f} effective draws of the anchors displace the "
+                f"posterior by about {worst:.2g} of its standard deviations: use {factor} times "
+                "as many, or anchors nearer to it"
+            )
+
+    def bootstrap(self, num_replicates: int) -> list[Anchored]:
+        """Returns functions made of resampled chains, which show the error of this one.
+
+        Args:
+            num_replicates: Their number.
+        """
+        num_anchors, num_chains = self.statistics.shape[:2]
+        which = torch.randint(num_chains, (num_replicates, num_anchors, num_chains))
+        rows = torch.arange(num_anchors)[:, None]
+        return [Anchored(self.anchors, self.statistics[rows, chains]) for chains in which]
+
+
+def anchored(
+    family: ExponentialFamily,
+    anchors: Tensor,
+    *,
+    num_draws: int = 1000,
+    num_chains: int = 100,
+    burn_in: int = 200,
+    start: Tensor | None = None,
+) -> Anchored:
+    """Returns log Z of a family as a function of its natural parameters, from draws at anchors.
+
+    Args:
+        family: The family; its own parameters are of no account.
+        anchors: Natural parameters, ``(K, p)``.
+        num_draws: Draws at each anchor, over all chains.
+        num_chains: Chains at each anchor, where draws are not exact.
+        burn_in: Sweeps before the first draw; one sweep lies between two draws of a chain.
+        start: Where chains start, ``event_shape``; needed where draws are not exact.
+
+    Raises:
+        ValueError: If draws are not exact and there is no start.
+    """
+    anchors = anchors.double()
+    laws = family.with_natural(anchors)
+    num_chains = min(num_chains, whole("num_draws", num_draws, least=2))
+    per_chain = -(-num_draws // num_chains)
+    if family.is_sampleable:
+        x = laws.sample((num_chains, per_chain))  # (C, N, K) + event
+        drawn = family.statistics(x).movedim(2, 0)
+    else:
+        drawn = _by_sweeps(family, anchors, (num_chains, per_chain), burn_in, start)
+    known = family.with_natural(anchors[0]).log_normalizer() if family.is_tractable else 0.0
+    return Anchored(anchors, drawn, log_normalizer=float(known))
+
+
+def _by_sweeps(
+    family: ExponentialFamily,
+    anchors: Tensor,
+    shape: tuple[int, int],
+    burn_in: int,
+    start: Tensor | None,
+) -> Tensor:
+    """Statistics of chains, ``(K, C, N, p)``."""
+    if start is None:
+        raise ValueError(
+            f"{type(family).__name__} has no exact sampler: give start=, such as the data"
+        )
+    laws = family.with_natural(anchors[:, None].expand(-1, shape[0], -1))
+    x = laws.sweep(start.expand(laws.batch_shape + family.event_shape), burn_in)
+    drawn = []
+    for _ in range(shape[1]):
+        x = laws.sweep(x, 1)
+        drawn.append(family.statistics(x))
+    return torch.stack(drawn, 2)

@@ -1,0 +1,135 @@
+"""Log Z as a function, from draws at anchors, against the sum over all lattices."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_ebm import EnergyDistribution
+from pyro_ebm.energies import Ising
+from pyro_ebm.mcmc import HMC, MCMC
+from pyro_ebm.normalizers import Anchored, anchored
+
+F64 = torch.float64
+SHAPE = (4, 4)
+
+
+class Hidden(Ising):
+    """Knows neither log Z nor how to draw."""
+
+    is_tractable = False
+    is_sampleable = False
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(F64)
+
+
+def lattice(field=None):
+    return Ising(0.0, SHAPE, field=field)
+
+
+def exact(natural):
+    field = natural[..., 1] if natural.shape[-1] == 2 else None
+    return Ising(natural[..., 0], SHAPE, field=field).log_normalizer()
+
+
+def grid(*values):
+    return torch.tensor(values, dtype=F64)[:, None]
+
+
+def error_of(function, natural):
+    """The spread of log Z less that at the first anchor, over resampled chains."""
+    copies = function.bootstrap(30)
+    values = torch.stack([f(natural) - f(function.anchors[0]) for f in copies])
+    return values.std(0)
+
+
+@pytest.mark.parametrize("anchors", [grid(0.25), grid(0.1, 0.25, 0.4)])
+def test_values_between_the_anchors(anchors):
+    log_z = anchored(lattice(), anchors, num_draws=4000)
+    at = grid(0.2, 0.25, 0.3)
+    error = error_of(log_z, at)
+    assert float(error.max()) < 0.03
+    assert bool(((log_z(at) - exact(at)).abs() < 5 * error + 1e-9).all())
+
+
+def test_two_parameters_and_their_slopes():
+    """The slope of log Z is the mean of the statistics, its curvature their covariance."""
+    log_z = anchored(lattice(0.0), torch.tensor([[0.2, 0.0], [0.2, 0.2]]), num_draws=20_000)
+    at = torch.tensor([0.22, 0.1])
+    slopes = [torch.func.grad(f)(at) for f in (log_z, exact)]
+    torch.testing.assert_close(*slopes, rtol=0, atol=0.25)
+    curvatures = [torch.func.jacrev(torch.func.grad(f))(at) for f in (log_z, exact)]
+    torch.testing.assert_close(*curvatures, rtol=0.1, atol=2.0)
+    values = torch.vmap(log_z)(at.expand(3, 2))
+    torch.testing.assert_close(values, log_z(at).expand(3))
+
+
+def test_errors_of_repeats_are_those_of_the_bootstrap():
+    """20 repeats: their spread is within a factor of two of what one says of itself."""
+    at = grid(0.32)
+    runs = [anchored(lattice(), grid(0.2, 0.3), num_draws=500) for _ in range(20)]
+    seen = torch.stack([f(at) - f(f.anchors[0]) - (exact(at) - exact(grid(0.2))) for f in runs])
+    said = torch.stack([error_of(f, at) for f in runs[:5]]).mean()
+    assert 0.5 < float(seen.std() / said) < 2.0
+    assert abs(float(seen.mean() / (seen.std() / 20**0.5))) < 5
+
+
+def test_slow_chains_count_by_their_effective_draws():
+    exact_draws = anchored(lattice(), grid(0.4), num_draws=4000)
+    chains = anchored(
+        Hidden(0.0, SHAPE), grid(0.4), num_draws=4000, num_chains=40, start=torch.ones(SHAPE)
+    )
+    assert float(exact_draws.effective_size(torch.tensor([0.4]))) > 3000
+    assert float(chains.effective_size(torch.tensor([0.4]))) < 3500
+    gap, wanted = (f(grid(0.42)) - f(grid(0.4)) for f in (chains, exact))
+    assert abs(float(gap - wanted)) < 0.05
+
+
+def test_far_from_all_anchors_it_is_not_told():
+    log_z = anchored(lattice(), grid(0.1), num_draws=500)
+    assert log_z(grid(0.1, 3.0)).isnan().tolist() == [False, True]
+
+
+def test_enough_draws_for_many_observations():
+    log_z = anchored(lattice(), grid(0.3), num_draws=1000)
+    here = torch.tensor([[0.3]])
+    assert float(log_z.displacement(here, 10)) == pytest.approx(0.1, rel=0.1)
+    log_z.check(here, 10)
+    with pytest.raises(ValueError, match="12 times as many, or anchors nearer"):
+        log_z.check(here, 1000)
+
+
+def test_it_makes_a_model_that_hmc_may_sample():
+    """One lattice with a uniform prior: the posterior is that by quadrature."""
+    x = torch.ones(SHAPE)
+    x[0, 0] = x[2, 2] = -1.0  # a sum over bonds of 16
+    log_z = anchored(lattice(), grid(0.1, 0.3, 0.5, 0.7), num_draws=4000)
+
+    def model(x):
+        coupling = pyro.sample("coupling", dist.Uniform(0.0, torch.tensor(0.8)))
+        energy = Hidden(coupling, SHAPE)
+        law = EnergyDistribution(energy, log_normalizer=lambda: log_z(energy.natural()))
+        pyro.sample("x", law, obs=x)
+
+    mcmc = MCMC(HMC(model), 200, 200, num_chains=64, disable_progbar=True)
+    mcmc.run(x)
+    draws = mcmc.get_samples()["coupling"]
+    theta = torch.linspace(0.0, 0.8, 4001)
+    weights = (theta * 16 - exact(theta[:, None])).softmax(0)
+    mean = (weights * theta).sum()
+    sd = (weights * (theta - mean).square()).sum().sqrt()
+    assert abs(float((draws.mean() - mean) / sd)) < 0.05
+    assert float(draws.std() / sd) == pytest.approx(1.0, abs=0.05)
+    log_z.check(draws.flatten()[:100, None], 1)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"must be \(K, chains, draws, p\)"):
+        Anchored(torch.zeros(2, 1), torch.zeros(2, 10, 1))
+    with pytest.raises(ValueError, match="give start=, such as the data"):
+        anchored(Hidden(0.0, SHAPE), grid(0.1))
+    with pytest.raises(ValueError, match="the anchors do not overlap"):
+        anchored(Ising(0.0, (30, 30)), grid(0.05, 0.3), num_draws=200)
