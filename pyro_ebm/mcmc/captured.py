@@ -18,9 +18,10 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_ebm.mcmc.constant_reads import ConstantReads, depends_on_input
 from pyro_ebm.mcmc.simplify import let_factorizations_fail, simplify
 from pyro_ebm.mcmc.target import Target
 from pyro_ebm.ops.rng import rng_preserved
@@ -147,12 +148,16 @@ class _Captured:
         for scale in (1.0, 0.1, 0.0):
             try:
                 with torch.no_grad(), pyro.validation_enabled(is_validate=False):
-                    return make_fx(lambda q: self.fn(q))(scale * q)
+                    return make_fx(lambda q: self._followed(q))(scale * q)
             except torch.linalg.LinAlgError:
                 continue
             except RuntimeError:
                 return None
         return None
+
+    def _followed(self, q: Tensor) -> tuple[Tensor, ...]:
+        with ConstantReads():
+            return self.fn(q)
 
     def _is_faithful(self, graph: GraphModule, q: Tensor) -> bool:
         """Whether the graph gives the target's numbers at points that it was not recorded at."""
@@ -167,16 +172,18 @@ class _Captured:
 
 
 class _MovingShapes(Interpreter):
-    """Runs a graph and notes whether a shape in it depends on values."""
+    """Runs a graph and notes whether a shape in it depends on the positions."""
 
     found = False
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target in _BY_VALUE:
-            self.found = True
-        if target in _BY_INDEX:
-            self.found |= any(t is not None and t.dtype == torch.bool for t in args[1])
-        return super().call_function(target, args, kwargs)
+    def run_node(self, n: Node) -> Any:
+        args: Any = n.args
+        if n.target in _BY_VALUE:
+            self.found |= depends_on_input(args[0])
+        if n.target in _BY_INDEX:
+            masks = [m for m in args[1] if m is not None and self.env[m].dtype == torch.bool]
+            self.found |= any(depends_on_input(m) for m in masks)
+        return super().run_node(n)
 
 
 _BY_VALUE = {torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default}

@@ -3,7 +3,8 @@
 ``Multinomial.log_prob`` writes into its logits at places that depend on the data, and the logarithm
 of hidden Markov models and enumerated sites is a function with a backward pass of its own: ``vmap``
 refuses both, and chains would run one after another. The support of a ``MixtureSameFamily`` has no
-bijection, though that of its components has one.
+bijection, though that of its components has one. And a distribution that was expanded before the
+run goes on checking its values, which is a branch on them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from pyro_ebm.distributions.layers import layers, unvalidated
 from pyro_ebm.ops.constraints import plain
 
 
@@ -37,6 +39,8 @@ class VmapSafe(Messenger):
         if better is not None:
             msg["fn"] = copy.copy(msg["fn"])
             msg["fn"].__class__ = better
+        if any(getattr(layer, "_validate_args", False) for layer in layers(msg["fn"])):
+            msg["fn"] = unvalidated(msg["fn"])
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from small_cases import F64, LOC, SCALE, scaled
 
 from pyro_ebm import EnergyDistribution
-from pyro_ebm.mcmc import captured
+from pyro_ebm.mcmc import HMC, captured
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 
@@ -119,3 +120,37 @@ def test_a_graph_recorded_nearer_to_zero_is_that_of_the_points_themselves():
     torch.testing.assert_close(u[1:], (1.5 - x.square()).log())
     torch.testing.assert_close(gradient[1:, 0], -2.0 * x / (1.5 - x.square()))
     assert u[0].isnan()
+
+
+DATA = torch.arange(4.0, dtype=F64)
+
+
+def numbers_of_data(x):
+    scale = int(DATA.sum()) if bool((DATA > 2).any()) else 0
+    return scale * x.square().sum(-1)
+
+
+def masked_data(x):
+    return x.square().sum(-1) * DATA[DATA > 1].sum() + x[:, 0] * len(torch.nonzero(DATA))
+
+
+@pytest.mark.parametrize("energy", [numbers_of_data, masked_data])
+def test_numbers_and_masks_of_data_are_no_branches(energy):
+    """They are the same at every evaluation: no warning, and a graph."""
+    potential = CapturedPotential(DistributionTarget(EnergyDistribution(energy, event_shape=(1,))))
+    q = torch.tensor([[1.0], [-2.0]], dtype=F64)
+    for row in (q, -q):
+        torch.testing.assert_close(potential(row)[0], energy(row))
+    assert all(not hasattr(g, "__self__") for g in potential._with_grad._graphs.values())
+
+
+PRIOR = dist.Normal(0.0, 1.0).expand([3]).to_event(1)  # which goes on checking its values
+
+
+def test_distributions_made_before_the_run_are_no_branches():
+    """No warning, in a model and as a base."""
+    target = HMC(lambda: pyro.sample("x", PRIOR)).bind()
+    q = torch.randn(4, 3)
+    law = EnergyDistribution(lambda x: 0.0 * x.sum(-1), base=PRIOR)
+    for potential in (CapturedPotential(target), CapturedPotential(DistributionTarget(law))):
+        torch.testing.assert_close(potential(q)[1], q)
