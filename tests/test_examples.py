@@ -16,6 +16,7 @@ TIMEOUT = 180  # seconds; the smoke runs are meant to take a few
 
 # Every script of the folder, and whether it draws a figure.
 EXAMPLES = {
+    "conway_maxwell_poisson.py": True,
     "quickstart.py": True,
     "energy_factors.py": True,
     "nce_two_moons.py": True,

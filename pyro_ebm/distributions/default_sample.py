@@ -67,8 +67,7 @@ def draw(target: Target, shape: torch.Size) -> Tensor:
 def draw_exactly(target: Target, shape: torch.Size) -> Tensor:
     """Returns draws of an energy that samples itself, independent along expanded batch dims too."""
     energy = target.energy_function
-    own = energy.batch_shape if isinstance(energy, ExactSampler) else energy.log_normalizer().shape
-    batch = target.batch_shape
+    own, batch = own_batch(energy), target.batch_shape
     lead, tail = batch[: len(batch) - len(own)], batch[len(batch) - len(own) :]
     wide = [i for i, (have, want) in enumerate(zip(own, tail, strict=True)) if have != want]
     draws = energy.sample(shape + lead + torch.Size(tail[i] for i in wide))
@@ -76,6 +75,13 @@ def draw_exactly(target: Target, shape: torch.Size) -> Tensor:
     for k, i in enumerate(wide):
         draws = draws.transpose(start + k, start + len(wide) + i)
     return draws.reshape(shape + batch + target.event_shape)
+
+
+def own_batch(energy: Any) -> torch.Size:
+    """Returns the batch shape of an energy that samples itself: that of its parameters."""
+    if isinstance(energy, ExactSampler):
+        return energy.batch_shape
+    return energy.log_normalizer().shape
 
 
 def _num_chains(wanted: int, batch: int) -> int:

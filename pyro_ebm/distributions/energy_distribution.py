@@ -110,8 +110,7 @@ class EnergyDistribution(TorchDistribution):
             batch = supports.broadcast_batch(base.batch_shape, batch, "base")
             self.base = base if batch == base.batch_shape else base.expand(batch)
         elif self._is_exact:
-            own = energy.log_normalizer().shape  # type: ignore[attr-defined]
-            batch = supports.broadcast_batch(own, batch, "energy")
+            batch = supports.broadcast_batch(default_sample.own_batch(energy), batch, "energy")
         super().__init__(batch, event, validate_args=validate_args)
 
     # --- what the distribution is

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyro_ebm.energies.banana import Banana
 from pyro_ebm.energies.base import Energy, ScaledEnergy, SumEnergy
 from pyro_ebm.energies.checks import check_energy_shape
+from pyro_ebm.energies.conway_maxwell_poisson import ConwayMaxwellPoisson
 from pyro_ebm.energies.double_well import DoubleWell
 from pyro_ebm.energies.exponential_family import ExponentialFamily
 from pyro_ebm.energies.funnel import Funnel
@@ -18,6 +19,7 @@ from pyro_ebm.energies.row_wise import RowWise
 __all__ = [
     "Banana",
     "ConvEnergy",
+    "ConwayMaxwellPoisson",
     "DoubleWell",
     "Energy",
     "ExponentialFamily",
