@@ -10,27 +10,55 @@ from pyro_ebm.energies.double_well import DoubleWell
 from pyro_ebm.energies.exponential_family import ExponentialFamily
 from pyro_ebm.energies.funnel import Funnel
 from pyro_ebm.energies.gaussian import GaussianEnergy
+from pyro_ebm.energies.graph_statistics import (
+    GWESP,
+    DyadStatistic,
+    Edges,
+    GraphStatistic,
+    GWDegree,
+    NodeCovariate,
+    NodeMatch,
+    Stars,
+    Triangles,
+    adjacency_of,
+    dyads,
+    ties_of,
+)
 from pyro_ebm.energies.ising import Ising
 from pyro_ebm.energies.mixture import GaussianMixtureEnergy
 from pyro_ebm.energies.neural import ConvEnergy, MLPEnergy
 from pyro_ebm.energies.quartic import Quartic
+from pyro_ebm.energies.random_graph import ExponentialRandomGraph
 from pyro_ebm.energies.row_wise import RowWise
 
 __all__ = [
+    "GWESP",
     "Banana",
     "ConvEnergy",
     "ConwayMaxwellPoisson",
     "DoubleWell",
+    "DyadStatistic",
+    "Edges",
     "Energy",
     "ExponentialFamily",
+    "ExponentialRandomGraph",
     "Funnel",
+    "GWDegree",
     "GaussianEnergy",
     "GaussianMixtureEnergy",
+    "GraphStatistic",
     "Ising",
     "MLPEnergy",
+    "NodeCovariate",
+    "NodeMatch",
     "Quartic",
     "RowWise",
     "ScaledEnergy",
+    "Stars",
     "SumEnergy",
+    "Triangles",
+    "adjacency_of",
     "check_energy_shape",
+    "dyads",
+    "ties_of",
 ]
