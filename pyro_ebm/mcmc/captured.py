@@ -48,9 +48,9 @@ class CapturedPotential:
     ) -> None:
         self.target = target
 
-        def captured(fn: Callable[[Tensor], tuple[Tensor, ...]]) -> _Captured:
+        def captured(fn: Callable[[Tensor], tuple[Tensor, ...]]) -> CapturedFunction:
             name = repr(target) if target.is_vectorized else None
-            return _Captured(fn, name, compile=compile, capture=capture)
+            return CapturedFunction(fn, name, compile=compile, capture=capture)
 
         self._with_grad = captured(target.potential_and_grad)
         self._value = captured(lambda q: (target.potential(q),))
@@ -85,8 +85,15 @@ class CapturedPotential:
             )
 
 
-class _Captured:
-    """A function of positions, replayed as a graph wherever that gives the same numbers."""
+class CapturedFunction:
+    """A function of positions, replayed as a graph wherever that gives the same numbers.
+
+    Args:
+        fn: The function, ``(C, D)`` to a tuple of tensors.
+        name: What the warning calls it where it cannot be replayed; ``None`` for no warning.
+        compile: Whether to hand graphs to ``torch.compile``.
+        capture: ``False`` evaluates the function as it is.
+    """
 
     def __init__(
         self,
@@ -103,6 +110,7 @@ class _Captured:
         self._graphs: dict[tuple[Any, ...], Callable[[Tensor], tuple[Tensor, ...]]] = {}
 
     def __call__(self, q: Tensor) -> tuple[Tensor, ...]:
+        """Returns the function's values at positions ``(C, D)``, detached."""
         key = (q.shape, q.dtype, q.device)
         graph = self._graphs.get(key)
         if graph is None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.layers import mask_of
 from pyro_ebm.energies import ExponentialFamily
+from pyro_ebm.mcmc.captured import CapturedFunction
 from pyro_ebm.mcmc.explain import name_of
 from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
 from pyro_ebm.mcmc.target import Values
@@ -69,6 +70,7 @@ class ExchangeTarget(ModelTarget):
             )
         self.observed, self.weights = sites.observed, sites.weights
         self.energies = {name: law.energy_function for name, law in sites.laws.items()}
+        self._captured = CapturedFunction(self._naturals, self.name, compile=False, capture=True)
 
     def families(self) -> Mapping[str, ExponentialFamily] | None:
         """The sites' energies if all are linear in their parameters and none has a base."""
@@ -89,16 +91,18 @@ class ExchangeTarget(ModelTarget):
 
     def naturals(self, q: Tensor) -> Values:
         """Returns the natural parameters of every site, ``(C,) + B + (p,)``."""
+        return dict(zip(self.energies, self._captured(q), strict=True))
 
-        def one(row: Tensor) -> Values:
-            found = {}
-            for name, law in self._sites_at(row).items():
-                natural = law.energy_function.natural()  # type: ignore[attr-defined]
-                found[name] = natural.expand(law.batch_shape + natural.shape[-1:])
-            return found
+    def _naturals(self, q: Tensor) -> tuple[Tensor, ...]:
+        def one(row: Tensor) -> tuple[Tensor, ...]:
+            laws = self._sites_at(row)
+            found = {name: laws[name].energy_function.natural() for name in self.energies}  # type: ignore[attr-defined]
+            return tuple(
+                natural.expand(laws[name].batch_shape + natural.shape[-1:])
+                for name, natural in found.items()
+            )
 
-        with pyro.validation_enabled(is_validate=False), torch.no_grad():
-            return torch.vmap(one)(q)
+        return torch.vmap(one)(q)
 
     def site_energy(self, q: Tensor, y: Values) -> Tensor:
         """Returns the sum over sites of U(y) at the latents ``q``, ``(C,)`` in nats.

@@ -101,7 +101,9 @@ def test_graphs_are_of_one_batch_size():
 
 def test_a_graph_that_kept_a_value_is_not_faithful():
     q = torch.arange(6.0).reshape(3, 2)
-    made = captured._Captured(lambda q: (q.sum(1), 2.0 * q), "it", compile=False, capture=True)
+    made = captured.CapturedFunction(
+        lambda q: (q.sum(1), 2.0 * q), "it", compile=False, capture=True
+    )
     assert made._is_faithful(made.fn, q)
     assert not made._is_faithful(lambda other: (q.sum(1), 2.0 * other), q)
     assert not made._is_faithful(lambda other: (other.sum(1), 2.0 * q), q)
