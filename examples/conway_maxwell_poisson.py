@@ -158,7 +158,6 @@ def print_side_by_side(runs: dict[str, MCMC]) -> None:
         cells = (table.loc[site, ["mean", "sd", "r_hat", "ess_bulk"]] for table in tables)
         shown = (f" {m:>8.3f} {s:>7.3f} {r:>7.3f} {e:>7.0f}" for m, s, r, e in cells)
         print(f"{site:<8}" + "".join(shown))
-    print(f"{'seconds':<8}" + "".join(f" {mcmc.seconds:>32.1f}" for mcmc in runs.values()))
 
 
 def draw_counts(ax: Axes, draws: dict[str, Tensor]) -> None:
