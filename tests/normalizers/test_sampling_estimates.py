@@ -11,8 +11,9 @@ from pyro_ebm import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc import HMC, MCMC, SMC, RandomWalk
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
-from pyro_ebm.normalizers import ais, bridge, importance, smc
+from pyro_ebm.normalizers import ais, bridge, importance, quadrature, smc
 from pyro_ebm.normalizers.ais import Path
+from pyro_ebm.normalizers.bridge import bridged
 
 F64 = torch.float64
 
@@ -56,15 +57,17 @@ def test_the_bridge_covers():
 
 
 def test_the_bridge_covers_with_draws_of_slow_chains():
-    """Random walks whose draws are worth a twentieth: the error must know."""
-    law = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=())
+    """Random walks whose draws are worth a twentieth, of a law that no Gaussian fits."""
+    law = EnergyDistribution(lambda x: x**4 / 4 - x**2 / 2, event_shape=())
     estimates = []
     for _ in range(40):
-        kernel = RandomWalk(law, step_size=0.6, adapt_step_size=False, adapt_mass_matrix=False)
-        mcmc = MCMC(kernel, 300, 60, num_chains=16, disable_progbar=True)
+        kernel = RandomWalk(law, step_size=0.5, adapt_step_size=False, adapt_mass_matrix=False)
+        mcmc = MCMC(kernel, 400, 60, num_chains=16, disable_progbar=True)
         mcmc.run()
         estimates.append(bridge(law, mcmc.get_samples()["x"]))
-    check_estimates(estimates, 0.5 * math.log(2 * math.pi))
+    check_estimates(estimates, float(quadrature(law).value))
+    spread = torch.stack([e.value for e in estimates]).std()
+    assert float(spread) < 1.5 * float(torch.stack([e.stderr for e in estimates]).mean())
 
 
 def test_the_bridge_on_a_half_line_and_of_a_generalized_ebm():
@@ -209,3 +212,15 @@ def test_runs_keep_the_ladder(monkeypatch):
     assert plans[0] is None
     assert plans[1] is not None
     assert plans[1] is plans[2] is plans[3]
+
+
+def test_repeated_draws_count_once():
+    """Every draw twenty times over says no more: half of the squared error is theirs."""
+    law = EnergyDistribution(lambda x: x, event_shape=())
+    at_draws, at_noise = torch.randn(10, 50) + 0.5, torch.randn(500) - 0.5
+    once = bridged(at_draws, at_noise, "bridge", start="draws", law=law)
+    often = bridged(at_draws.repeat_interleave(20, 1), at_noise, "bridge", start="draws", law=law)
+    assert float(often.stderr / once.stderr) == pytest.approx(1.0, abs=0.15)
+    terms = (torch.sigmoid(once.value - at_draws), torch.sigmoid(at_noise - once.value))
+    variances = [float(t.var() / t.mean().square()) / 500 for t in terms]
+    assert float(once.stderr) == pytest.approx(sum(variances) ** 0.5, rel=0.1)
