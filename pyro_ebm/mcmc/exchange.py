@@ -20,11 +20,14 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc.auxiliary import Auxiliary, ExactDraws, Sweeps
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.checks import whole
@@ -85,16 +88,21 @@ class Exchange(RandomWalk):
                 "Exchange needs energies that are exponential families without a base, got "
                 f"{', '.join(others)}: derive the energy from ExponentialFamily"
             )
-        if self.auxiliary is None:
-            exact = all(family.is_sampleable for family in families.values())
-            self.auxiliary = ExactDraws() if exact else Sweeps()
-            self.adjusted = exact
+        self._drawn_by = self.auxiliary or _best_for(families.values())
+        self.adjusted = self._drawn_by.is_exact
         return target
 
     def init(self, potential: CapturedPotential, q: Tensor) -> State:
         """Returns the first state, with the natural parameters there."""
         state = super().init(potential, q)
         return replace(state, extra=_target_of(potential).naturals(q))
+
+    def refreshed(self, potential: CapturedPotential, state: State) -> State:
+        """Returns the state with U and the natural parameters of this target."""
+        naturals = _target_of(potential).naturals(state.position)
+        same = all(torch.equal(naturals[name], state.extra[name]) for name in naturals)
+        fresh = super().refreshed(potential, state)
+        return fresh if same else replace(fresh, extra=naturals)
 
     def propose(self, potential: CapturedPotential, state: State) -> State:
         """Returns a jump of every chain, with its natural parameters."""
@@ -112,10 +120,9 @@ class Exchange(RandomWalk):
         self, target: ExchangeTarget, name: str, template: Any, old: Values, new: Values
     ) -> Tensor:
         """One unbiased estimate of Z / Z' in logs, ``(C,)``: the y-term of the acceptance."""
-        assert self.auxiliary is not None
         step = (old[name] - new[name]) / (self.num_bridges + 1)
         weight = target.weights[name]
-        y = self.auxiliary.draw(template.with_natural(new[name]), target.observed[name])
+        y = self._drawn_by.draw(template.with_natural(new[name]), target.observed[name])
         total = _weighted(step * template.statistics(y), weight)
         for k in range(1, self.num_bridges + 1):
             between = template.with_natural(new[name] + k * step)
@@ -130,6 +137,10 @@ def _target_of(potential: CapturedPotential) -> ExchangeTarget:
     return target
 
 
+def _best_for(families: Iterable[ExponentialFamily]) -> Auxiliary:
+    return ExactDraws() if all(family.is_sampleable for family in families) else Sweeps()
+
+
 def _weighted(terms: Tensor, weight: Tensor) -> Tensor:
     """Sums ``(C,) + B + (p,)`` over all but the chains."""
-    return (terms.sum(-1) * weight).flatten(1).sum(1) if weight.dim() else terms.sum(-1) * weight
+    return (terms.sum(-1) * weight).reshape(len(terms), -1).sum(1)

@@ -2,8 +2,7 @@ r"""A Pyro model whose observed EBM sites lack log Z, with what exchange needs t
 
 The potential leaves log Z out: :math:`U(\theta) = -\log\pi(\theta) + \sum_s E_\theta(x_s) +
 \dots`. Beside it stand, for the sites that log Z is missing from, the natural parameters as
-functions of the latents, and the energy of other values y at other latents; both are vectorized
-over chains by running the model under ``vmap``.
+functions of the latents, vectorized over chains by running the model under ``vmap``.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -63,30 +61,25 @@ class ExchangeTarget(ModelTarget):
         """Remembers the model and looks at its sites once."""
         self._run = lambda: model(*args, **kwargs)
         with rng_preserved(), torch.no_grad(), poutine.block(), _Sites() as sites:
-            poutine.condition(self._run, self._values(self.draw_start(1)[0]))()
+            poutine.condition(self._run, self.constrain(self.draw_start(1)[0]))()
         if not sites.laws:
             raise ValueError(
                 f"{self.name} has no observed EBM site without log Z: HMC or NUTS samples it"
             )
         self.observed, self.weights = sites.observed, sites.weights
         self.energies = {name: law.energy_function for name, law in sites.laws.items()}
+        self._has_base = any(law.base is not None for law in sites.laws.values())
         self._captured = CapturedFunction(self._naturals, self.name, compile=False, capture=True)
 
     def families(self) -> Mapping[str, ExponentialFamily] | None:
         """The sites' energies if all are linear in their parameters and none has a base."""
         found = {n: e for n, e in self.energies.items() if isinstance(e, ExponentialFamily)}
-        return found if len(found) == len(self.energies) and not self._has_base() else None
-
-    def _has_base(self) -> bool:
-        return any(law.base is not None for law in self._sites_at(self.draw_start(1)[0]).values())
-
-    def _values(self, q: Tensor) -> Values:
-        return self.constrain(q)
+        return found if len(found) == len(self.energies) and not self._has_base else None
 
     def _sites_at(self, q: Tensor) -> dict[str, EnergyDistribution]:
         """The EBM sites' laws at one position."""
         with poutine.block(), _Sites() as sites:
-            poutine.condition(self._run, self._values(q))()
+            poutine.condition(self._run, self.constrain(q))()
         return sites.laws
 
     def naturals(self, q: Tensor) -> Values:
@@ -103,23 +96,6 @@ class ExchangeTarget(ModelTarget):
             )
 
         return torch.vmap(one)(q)
-
-    def site_energy(self, q: Tensor, y: Values) -> Tensor:
-        """Returns the sum over sites of U(y) at the latents ``q``, ``(C,)`` in nats.
-
-        Args:
-            q: Positions, ``(C, D)``.
-            y: Values of the sites without log Z, ``(C,) + B + event`` each.
-        """
-
-        def one(row: Tensor, values: Values) -> Tensor:
-            total = row.new_zeros(())
-            for name, law in self._sites_at(row).items():
-                total = total + (self.weights[name] * law.potential(values[name])).sum()
-            return total
-
-        with pyro.validation_enabled(is_validate=False), torch.no_grad():
-            return torch.vmap(one)(q, y)
 
 
 class _Sites(Messenger):

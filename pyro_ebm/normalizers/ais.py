@@ -22,7 +22,6 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,12 +35,11 @@ from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.bridge import bridged
 from pyro_ebm.normalizers.importance import from_weights
-from pyro_ebm.normalizers.laws import based
+from pyro_ebm.normalizers.laws import KernelMaker, based
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.log_space import log_mean_exp
 
 NUM_PILOTS = 256
-KernelMaker = Callable[[EnergyDistribution], Kernel]
 
 
 def ais(

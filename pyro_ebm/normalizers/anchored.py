@@ -82,14 +82,10 @@ class Anchored:
 
     def _effective_counts(self) -> Tensor:
         """What the draws of each anchor count for, ``(K,)``: of chains, fewer than there are."""
-        along = self.statistics @ self.anchors.new_ones(self.anchors.shape[1], 1)
-        spread = self.statistics.flatten(1, 2).std(1).amax(-1) > 0
-        sizes = [
-            effective_sample_size(a, chain_dim=0, sample_dim=1).item() if moves else 1.0
-            for a, moves in zip(along[..., 0], spread, strict=True)
-        ]
         most = self.statistics.shape[1] * self.statistics.shape[2]
-        return self.anchors.new_tensor([min(max(s, 1.0), most) for s in sizes])
+        sizes = [effective_sample_size(s, chain_dim=0, sample_dim=1) for s in self.statistics]
+        slowest = torch.stack(sizes).nan_to_num(1.0).amin(-1)  # what does not move counts once
+        return slowest.clamp(1.0, most)
 
     def _mixture(self, rows: Tensor, log_z: Tensor) -> Tensor:
         """Log density of the pooled draws at statistics ``(n, p)``, per effective draw."""

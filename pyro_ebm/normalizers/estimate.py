@@ -9,7 +9,7 @@ chains that are started from the base as well share that start.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -17,12 +17,12 @@ from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.normalizers.ais import ais
 from pyro_ebm.normalizers.bridge import bridge
-from pyro_ebm.normalizers.exact import exact
+from pyro_ebm.normalizers.exact import States, exact
 from pyro_ebm.normalizers.importance import importance
 from pyro_ebm.normalizers.laws import law_of, single
 from pyro_ebm.normalizers.quadrature import MAX_DIM, quadrature
 from pyro_ebm.normalizers.smc import smc
-from pyro_ebm.ops.constraints import base_measure, site_values
+from pyro_ebm.ops.constraints import base_measure
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.spaces import UnconstrainedSpace
 
@@ -71,46 +71,24 @@ def estimate_log_normalizer(
         raise ValueError(
             f"method must be 'auto', 'bridge' or one of {sorted(METHODS)}, got {method!r}"
         )
-    return _Routes.of(dist).estimate(draws)
+    return _by_the_best_way(dist, draws)
 
 
-@dataclass(frozen=True)
-class _Routes:
-    """What is open for a law."""
-
-    dist: EnergyDistribution
-    law: EnergyDistribution
-    num_states: int | None
-    dim: int | None
-
-    @classmethod
-    def of(cls, dist: EnergyDistribution) -> _Routes:
-        law = law_of(dist)
-        values = site_values(law.support, law.event_shape)
-        states = None
-        if values is not None:
-            sites = law.event_shape[:-1] if values.dim() == 2 else law.event_shape
-            states = len(values) ** sites.numel()
-        continuous = base_measure(law.support) == "lebesgue"
-        size = UnconstrainedSpace.of(law.support, law.event_shape).size if continuous else None
-        return cls(dist, law, states, size)
-
-    def estimate(self, draws: Tensor | None) -> LogNormalizer:
-        small = self.num_states is not None and self.num_states <= _MOST_STATES
-        if self.law.is_exact_energy or small:
-            return exact(self.dist)
-        if self.dim is not None and self.dim <= MAX_DIM:
-            return quadrature(self.dist)
-        if self.dim is None:
-            raise NotImplementedError(
-                f"{self.dist!r} is discrete with more than {_MOST_STATES} states, and no estimate "
-                "of its log Z is implemented: exact(dist, max_states=...) sums more"
-            )
-        single(self.dist, "estimate_log_normalizer")
-        by_bridge = _bridged(self.dist, draws)
-        if self.law.base is None:
-            return by_bridge
-        return agreed(ais(self.dist), by_bridge)
+def _by_the_best_way(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer:
+    law = law_of(dist)
+    states = States.finite(law)
+    if law.is_exact_energy or (states is not None and states.number <= _MOST_STATES):
+        return exact(dist)
+    if base_measure(law.support) != "lebesgue":
+        raise NotImplementedError(
+            f"{dist!r} is discrete with more than {_MOST_STATES} states, and no estimate of its "
+            "log Z is implemented: exact(dist, max_states=...) sums more"
+        )
+    if UnconstrainedSpace.of(law.support, law.event_shape).size <= MAX_DIM:
+        return quadrature(dist)
+    single(dist, "estimate_log_normalizer")
+    by_bridge = _bridged(dist, draws)
+    return by_bridge if law.base is None else agreed(ais(dist), by_bridge)
 
 
 def agreed(one: LogNormalizer, other: LogNormalizer) -> LogNormalizer:

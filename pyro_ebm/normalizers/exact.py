@@ -32,7 +32,7 @@ def exact(dist: EnergyDistribution, *, max_states: int = 2**24) -> LogNormalizer
 
     Args:
         dist: A distribution whose energy knows log Z, or whose support is finite.
-        max_states: States that are summed at most; a million take about a second.
+        max_states: States that are summed at most.
 
     Returns:
         ``LogNormalizer`` in nats of the distribution's batch shape, with standard error 0.
@@ -73,6 +73,14 @@ class States:
         self.number = len(values) ** self.num_sites
 
     @classmethod
+    def finite(cls, law: EnergyDistribution) -> States | None:
+        """Returns the states of a law's support, ``None`` if they are not finitely many."""
+        values = site_values(law.support, law.event_shape)
+        if values is None:
+            return None
+        return cls(values, law.event_shape, like_of(law.energy_function))
+
+    @classmethod
     def of(cls, law: EnergyDistribution, max_states: int) -> States:
         """Returns the states of a law's support.
 
@@ -80,17 +88,16 @@ class States:
             NotImplementedError: If it is not finite.
             ValueError: If there are more than ``max_states``.
         """
-        values = site_values(law.support, law.event_shape)
-        if values is None:
+        states = cls.finite(law)
+        if states is None:
             raise NotImplementedError(
                 f"exact sums over finite supports, and {law!r} lives on {plain(law.support)}: use "
                 "quadrature in up to three dimensions, else an estimate"
             )
-        states = cls(values, law.event_shape, like_of(law.energy_function))
         if states.number > max_states:
             raise ValueError(
-                f"{law!r} has {len(values)}^{states.num_sites} states, more than max_states = "
-                f"{max_states}: raise it, or estimate log Z"
+                f"{law!r} has {len(states.values)}^{states.num_sites} states, more than "
+                f"max_states = {max_states}: raise it, or estimate log Z"
             )
         return states
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
+from pyro_ebm.mcmc import Kernel
+
+KernelMaker = Callable[[EnergyDistribution], Kernel]
 
 
 def law_of(dist: EnergyDistribution) -> EnergyDistribution:

@@ -22,8 +22,8 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import unvalidated
 from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.laws import law_of, leaves_of
-from pyro_ebm.ops.initial_points import initial_points, like_of
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.spaces import UnconstrainedSpace
 
@@ -31,6 +31,7 @@ MAX_DIM = 3
 FIRST_NODES = 33  # along every dim; halving a step of n nodes makes 2 n - 1
 MOST_NODES = 2**22
 _NEGLIGIBLE = 36.0  # nats below the highest point: exp(-36) is under the rounding of a double
+_NUM_STARTS = 64
 _GROWTH, _MAX_GROWTHS = 1.5, 60
 
 
@@ -161,7 +162,6 @@ class _Integrand:
     """The log density of a law in unconstrained coordinates, in float64."""
 
     def __init__(self, dist: EnergyDistribution) -> None:
-        self.given = dist
         self.law = unvalidated(law_of(dist))
         self.space = UnconstrainedSpace.of(self.law.support, self.law.event_shape)
         self.dim = self.space.size
@@ -173,15 +173,7 @@ class _Integrand:
 
     def start(self) -> Tensor:
         """Where to look first: draws of the base, or points spread over the support, ``(N, D)``."""
-        law, lead = self.law, torch.Size((64,))
-        if law.base is not None:
-            x = law.base.sample(lead)
-        else:
-            like = like_of(law.energy_function)
-            x = initial_points(
-                law.support, lead + law.batch_shape, law.event_shape, dtype=like.dtype
-            )
-        return self.space.to_unconstrained(x).reshape(-1, self.dim).double()
+        return DistributionTarget(self.law).draw_start(_NUM_STARTS).reshape(-1, self.dim).double()
 
     def log_density(self, u: Tensor) -> Tensor:
         """Returns the log of the integrand at ``(N, D)``, ``(N,) + batch``."""

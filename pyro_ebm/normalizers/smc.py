@@ -10,14 +10,12 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.mcmc import HMC, SMC, Kernel
+from pyro_ebm.mcmc import HMC, SMC, SMCPlan
 from pyro_ebm.mcmc.checks import whole
-from pyro_ebm.normalizers.laws import based, leaves_of
+from pyro_ebm.normalizers.laws import KernelMaker, based, leaves_of
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.log_space import effective_sample_size, log_mean_exp
 
@@ -30,7 +28,7 @@ def smc(
     *,
     num_particles: int = 1000,
     num_runs: int = 20,
-    kernel: Callable[[EnergyDistribution], Kernel] = HMC,
+    kernel: KernelMaker = HMC,
 ) -> LogNormalizer:
     """Estimates log Z by sequential Monte Carlo.
 
@@ -73,7 +71,9 @@ def smc(
     )
 
 
-def _run(law: EnergyDistribution, num: int, kernel: object, plan: object) -> SMC:
-    run = SMC(law, num, kernel=kernel, plan=plan, disable_progbar=True)  # type: ignore[arg-type]
+def _run(
+    law: EnergyDistribution, num_particles: int, kernel: KernelMaker, plan: SMCPlan | None
+) -> SMC:
+    run = SMC(law, num_particles, kernel=kernel, plan=plan, disable_progbar=True)
     run.run()
     return run

@@ -28,6 +28,16 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     return torch.exp(2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0))
 
 
+def draw_by_weight(log_weights: Tensor, dim: int = 0) -> Tensor:
+    """Draws indices along ``dim`` with weights ``exp(log_weights)``, by exponential races.
+
+    Example:
+        >>> draw_by_weight(torch.tensor([-torch.inf, 3.0, -torch.inf]))
+        tensor(1)
+    """
+    return (log_weights - torch.empty_like(log_weights).exponential_().log()).argmax(dim)
+
+
 def bennett(data: Tensor, noise: Tensor, *, ratio: float, num_steps: int = 60) -> Tensor:
     r"""Returns the root c of :math:`E_d\,\sigma(c - s) = \nu E_q\,\sigma(s - c)`, by bisection.
 

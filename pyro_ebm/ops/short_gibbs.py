@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_ebm.ops.log_space import draw_by_weight
 from pyro_ebm.ops.short_kernel import FlatKernel, Point, Potential
 
 __all__ = ["GibbsSweep", "conditional_potentials"]
@@ -70,7 +71,7 @@ class GibbsSweep(FlatKernel):
         values = self.values.to(x)
         for site in range(x.shape[-2]):
             energies = conditional_potentials(potential, x, site, values, self.event_shape)
-            choice = _draw(energies)
+            choice = draw_by_weight(-energies)
             x[..., site, :] = values[choice]
             target = energies.gather(0, choice[None])[0]
         return Point(x.flatten(-2), target), torch.ones_like(target)
@@ -78,8 +79,3 @@ class GibbsSweep(FlatKernel):
     def _sites(self, position: Tensor) -> Tensor:
         width = self.values.shape[-1]
         return position.reshape(position.shape[:-1] + (position.shape[-1] // width, width))
-
-
-def _draw(energies: Tensor) -> Tensor:
-    """Draws indices along dim 0 with weights ``exp(-energies)``, by exponential races."""
-    return (energies + torch.empty_like(energies).exponential_().log()).argmin(0)

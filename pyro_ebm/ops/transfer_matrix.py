@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_ebm.ops.log_space import draw_by_weight
+
 __all__ = ["TransferMatrix"]
 
 
@@ -110,23 +112,18 @@ class TransferMatrix:
 
     def _strip(self, lead: torch.Size) -> list[Tensor]:
         columns = self._forward(self.inside, self.width)
-        last = _draw(columns[-1].expand(lead + self.states.shape))
+        last = draw_by_weight(columns[-1].expand(lead + self.states.shape), -1)
         return self._back(columns, last)
 
     def _torus(self, lead: torch.Size) -> list[Tensor]:
-        first = _draw(self._closed().expand(lead + self.states.shape))
+        first = draw_by_weight(self._closed().expand(lead + self.states.shape), -1)
         columns = self._forward(self.inside + self._bond(first), self.width - 1)
-        last = _draw(columns[-1] + self._bond(first))
+        last = draw_by_weight(columns[-1] + self._bond(first), -1)
         return [first, *self._back(columns, last)]
 
     def _back(self, columns: list[Tensor], last: Tensor) -> list[Tensor]:
         """Every column given the one after it."""
         drawn = [last]
         for weights in reversed(columns[:-1]):
-            drawn.append(_draw(weights + self._bond(drawn[-1])))
+            drawn.append(draw_by_weight(weights + self._bond(drawn[-1]), -1))
         return drawn[::-1]
-
-
-def _draw(log_weights: Tensor) -> Tensor:
-    """States drawn by weight along the last dim, by exponential races."""
-    return (log_weights - torch.empty_like(log_weights).exponential_().log()).argmax(-1)

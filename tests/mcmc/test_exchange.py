@@ -8,6 +8,7 @@ import torch
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import ExponentialFamily, GaussianEnergy, Ising
 from pyro_ebm.mcmc import HMC, MCMC, ExactDraws, Exchange, Sweeps
+from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.ops.kaufman import torus_log_normalizer
 
 F64 = torch.float64
@@ -171,16 +172,44 @@ def test_two_sites_share_a_parameter_and_one_of_them_knows_its_log_z():
     check(draws, *of_lattice(3 * 2, num=3))
 
 
-def test_the_energy_of_other_values_at_other_latents():
-    x = lattice_with(16)
-    target = Exchange(one_lattice).bind(x)
+def test_natural_parameters_follow_the_latents():
+    target = Exchange(one_lattice).bind(lattice_with(16))
     q = torch.randn(5, 1)
-    y = Ising(torch.full((5,), 0.2), (4, 4)).sample()
-    coupling = q[:, 0].sigmoid()
-    torch.testing.assert_close(target.naturals(q)["x"], coupling[:, None])
-    torch.testing.assert_close(
-        target.site_energy(q, {"x": y}), -coupling * Ising(1.0, (4, 4)).statistics(y)[:, 0]
-    )
+    torch.testing.assert_close(target.naturals(q)["x"], q.sigmoid())
+
+
+def regression(covariate, x):
+    slope = pyro.sample("slope", dist.Uniform(torch.tensor(0.0), 1.0))
+    pyro.sample("x", EnergyDistribution(Lattice(slope * covariate, (3, 3))), obs=x)
+
+
+def test_a_state_is_taken_over_with_the_natural_parameters_of_the_new_run():
+    """What multiplies the slope has changed, and so has every natural parameter."""
+    x = lattice_with(2)
+    first = run(Exchange(regression), torch.tensor(1.0), x, num_chains=8, num_samples=3)
+    kernel = Exchange(regression)
+    potential = CapturedPotential(kernel.bind(torch.tensor(0.5), x))
+    fresh = kernel.refreshed(potential, first.state)
+    torch.testing.assert_close(fresh.extra["x"], 0.5 * first.state.extra["x"])
+    torch.testing.assert_close(fresh.potential, potential.value(fresh.position))
+    assert kernel.refreshed(potential, fresh) is fresh
+
+
+def test_the_auxiliary_draws_are_chosen_for_every_run():
+    """A kernel that has run on what is drawn exactly must not take the next for it."""
+
+    class Hidden(Lattice):
+        is_sampleable = False
+
+    def model(family, x):
+        coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
+        pyro.sample("x", EnergyDistribution(family(coupling, (3, 3))), obs=x)
+
+    kernel = Exchange(model)
+    kernel.bind(Lattice, lattice_with(2))
+    assert kernel.adjusted
+    kernel.bind(Hidden, lattice_with(2))
+    assert not kernel.adjusted
 
 
 # --- what is refused

@@ -78,8 +78,8 @@ def test_sweeps_land_where_the_matrix_says():
 
 
 def test_draws_with_the_wrong_sign_are_noticed(monkeypatch):
-    draw = short_gibbs._draw
-    monkeypatch.setattr(short_gibbs, "_draw", lambda energies: draw(-energies))
+    draw = short_gibbs.draw_by_weight
+    monkeypatch.setattr(short_gibbs, "draw_by_weight", lambda weights: draw(-weights))
     assert z_of_one_sweep() > 5
 
 
