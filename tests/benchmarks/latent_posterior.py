@@ -32,6 +32,7 @@ METHODS: list[tuple[str, int, int]] = [  # method, warm-up, draws
     ("HMC", *SIZES),
     ("ChEESHMC", *SIZES),
     ("NUTS", *SIZES),
+    ("EllipticalSlice", *SIZES),
     ("blackjax_chees", *SIZES),
     ("blackjax_chees", 1000, 300),
     ("blackjax_chees_diagonal", *SIZES),

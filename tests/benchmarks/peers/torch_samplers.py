@@ -81,7 +81,7 @@ def ours(target: Target, name: str) -> Run:
         sampling=end - warm.end,
         warmup_gradients=float(warm.gradients),
         draw_gradients=float(stats["n_steps"].float().mean()),
-        step_size=float(stats["step_size"].mean()),
+        step_size=float(stats["step_size"].mean()) if "step_size" in stats else float("nan"),
     )
 
 
@@ -157,6 +157,7 @@ def ebmkit_nuts(target: Target) -> Run:
 
 METHODS: dict[str, Callable[[Target], Run]] = {
     "ChEESHMC": partial(ours, name="ChEESHMC"),
+    "EllipticalSlice": partial(ours, name="EllipticalSlice"),
     "HMC": partial(ours, name="HMC"),
     "NUTS": partial(ours, name="NUTS"),
     "pyro_nuts": pyro_nuts,
