@@ -24,10 +24,10 @@ def unvalidated(law: Any) -> Any:
     on values that no graph can follow.
     """
     unchecked = copy.copy(law)
-    unchecked._validate_args = False
     for part in ("base", "base_dist"):
         if getattr(law, part, None) is not None:
             setattr(unchecked, part, unvalidated(getattr(law, part)))
+    unchecked._validate_args = False  # last: Pyro's Independent hands it on to what it wraps
     return unchecked
 
 

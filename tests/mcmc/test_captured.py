@@ -151,10 +151,11 @@ PRIOR = dist.Normal(0.0, 1.0).expand([3]).to_event(1)  # which goes on checking 
 
 
 def test_distributions_made_before_the_run_are_no_branches():
-    """No warning, in a model and as a base."""
+    """No warning, in a model and as a base; the user's own goes on checking."""
     target = HMC(lambda: pyro.sample("x", PRIOR)).bind()
     q = torch.randn(4, 3)
     law = EnergyDistribution(lambda x: 0.0 * x.sum(-1), base=PRIOR)
     for potential in (CapturedPotential(target), CapturedPotential(DistributionTarget(law))):
         torch.testing.assert_close(potential(q)[1], q)
         assert all(isinstance(g, GraphModule) for g in potential._with_grad._graphs.values())
+    assert PRIOR.base_dist._validate_args
