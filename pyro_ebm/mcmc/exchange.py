@@ -95,11 +95,11 @@ class Exchange(RandomWalk):
     def init(self, potential: CapturedPotential, q: Tensor) -> State:
         """Returns the first state, with the natural parameters there."""
         state = super().init(potential, q)
-        return replace(state, extra=_target_of(potential).naturals(q))
+        return replace(state, extra=target_of(potential).naturals(q))
 
     def refreshed(self, potential: CapturedPotential, state: State) -> State:
         """Returns the state with U and the natural parameters of this target."""
-        naturals = _target_of(potential).naturals(state.position)
+        naturals = target_of(potential).naturals(state.position)
         same = all(torch.equal(naturals[name], state.extra[name]) for name in naturals)
         fresh = super().refreshed(potential, state)
         return fresh if same else replace(fresh, extra=naturals)
@@ -107,31 +107,42 @@ class Exchange(RandomWalk):
     def propose(self, potential: CapturedPotential, state: State) -> State:
         """Returns a jump of every chain, with its natural parameters."""
         to = super().propose(potential, state)
-        return replace(to, extra=_target_of(potential).naturals(to.position))
+        return replace(to, extra=target_of(potential).naturals(to.position))
 
     def log_accept(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
         """Returns U - U' and what the auxiliary draws say of Z / Z'."""
-        target, ratio = _target_of(potential), super().log_accept(potential, state, to)
-        for name, template in target.energies.items():
-            ratio = ratio + self._log_ratio(target, name, template, state.extra, to.extra)
+        target, ratio = target_of(potential), super().log_accept(potential, state, to)
+        for name in target.energies:
+            terms = self.log_ratios(target, name, state.extra, to.extra)
+            ratio = ratio + terms.reshape(len(terms), -1).sum(1)
         return ratio
 
-    def _log_ratio(
-        self, target: ExchangeTarget, name: str, template: Any, old: Values, new: Values
-    ) -> Tensor:
-        """One unbiased estimate of Z / Z' in logs, ``(C,)``: the y-term of the acceptance."""
+    def log_ratios(self, target: ExchangeTarget, name: str, old: Values, new: Values) -> Tensor:
+        """Returns what auxiliary draws say of log Z - log Z' for every element of a site.
+
+        Args:
+            target: The model.
+            name: The site.
+            old: Natural parameters of all sites, ``(C,) + B + (p,)``.
+            new: Those proposed.
+
+        Returns:
+            Shape ``(C,) + B``, weighted as the site; exponentials have the mean Z / Z'.
+        """
         step = (old[name] - new[name]) / (self.num_bridges + 1)
-        weight = target.weights[name]
+        if not bool(step.any()):
+            return step.sum(-1)
+        template = target.energies[name]
         y = self._drawn_by.draw(template.with_natural(new[name]), target.observed[name])
-        total = _weighted(step * template.statistics(y), weight)
+        total = (step * template.statistics(y)).sum(-1)
         for k in range(1, self.num_bridges + 1):
-            between = template.with_natural(new[name] + k * step)
-            y = between.sweep(y, 1)
-            total = total + _weighted(step * template.statistics(y), weight)
-        return total
+            y = template.with_natural(new[name] + k * step).sweep(y, 1)
+            total = total + (step * template.statistics(y)).sum(-1)
+        return total * target.weights[name]
 
 
-def _target_of(potential: CapturedPotential) -> ExchangeTarget:
+def target_of(potential: CapturedPotential) -> ExchangeTarget:
+    """Returns what is sampled, with the natural parameters of its sites."""
     target = potential.target
     assert isinstance(target, ExchangeTarget)
     return target
@@ -139,8 +150,3 @@ def _target_of(potential: CapturedPotential) -> ExchangeTarget:
 
 def _best_for(families: Iterable[ExponentialFamily]) -> Auxiliary:
     return ExactDraws() if all(family.is_sampleable for family in families) else Sweeps()
-
-
-def _weighted(terms: Tensor, weight: Tensor) -> Tensor:
-    """Sums ``(C,) + B + (p,)`` over all but the chains."""
-    return (terms.sum(-1) * weight).reshape(len(terms), -1).sum(1)

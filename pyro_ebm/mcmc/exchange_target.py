@@ -19,9 +19,11 @@ from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.layers import mask_of
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc.captured import CapturedFunction
+from pyro_ebm.mcmc.each_chain import EachChain
 from pyro_ebm.mcmc.explain import name_of
 from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
 from pyro_ebm.mcmc.target import Values
+from pyro_ebm.mcmc.vmap_safe import VmapSafe, vmap_safe_operations
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine import surrogate
 
@@ -46,7 +48,8 @@ class ExchangeTarget(ModelTarget):
     Made by :func:`exchange_target`.
 
     Attributes:
-        observed: Values of the sites without log Z, ``B + event`` each.
+        observed: Values of the sites without log Z, ``B + event`` each, or ``(C,) + B + event``
+            where every chain has data of its own.
         energies: Their energies, as the model made them once; parameters are of no account.
         weights: What counts of each site, ``B``: scale times mask.
     """
@@ -60,6 +63,8 @@ class ExchangeTarget(ModelTarget):
     ) -> None:
         """Remembers the model and looks at its sites once."""
         self._run = lambda: model(*args, **kwargs)
+        self._scored = VmapSafe()(surrogate(model, UnnormalizedSites()))
+        self._arguments = args, kwargs
         with rng_preserved(), torch.no_grad(), poutine.block(), _Sites() as sites:
             poutine.condition(self._run, self.constrain(self.draw_start(1)[0]))()
         if not sites.laws:
@@ -67,20 +72,42 @@ class ExchangeTarget(ModelTarget):
                 f"{self.name} has no observed EBM site without log Z: HMC or NUTS samples it"
             )
         self.observed, self.weights = sites.observed, sites.weights
+        if self.each is not None:
+            self._look_at_each()
         self.energies = {name: law.energy_function for name, law in sites.laws.items()}
         self._has_base = any(law.base is not None for law in sites.laws.values())
         self._captured = CapturedFunction(self._naturals, self.name, compile=False, capture=True)
+
+    def _look_at_each(self) -> None:
+        """Takes the data of all chains, which must count alike."""
+        assert self.each is not None
+        self.observed |= {n: self.each.data[n] for n in self.observed if n in self.each.data}
+        with rng_preserved(), torch.no_grad():
+            q = self.draw_start(self.each.num_chains)
+            weights = self.over_rows(lambda row: self._sites_at(row).weights, q)
+        for name, weight in weights.items():
+            if not bool((weight == self.weights[name]).all()):
+                raise ValueError(
+                    f"EBM site {name!r}: its mask differs between chains, and exchange has one for "
+                    "all: run chains of one mask at a time"
+                )
 
     def families(self) -> Mapping[str, ExponentialFamily] | None:
         """The sites' energies if all are linear in their parameters and none has a base."""
         found = {n: e for n, e in self.energies.items() if isinstance(e, ExponentialFamily)}
         return found if len(found) == len(self.energies) and not self._has_base else None
 
-    def _sites_at(self, q: Tensor) -> dict[str, EnergyDistribution]:
-        """The EBM sites' laws at one position."""
+    def score(self, values: Values) -> None:
+        """Runs the model as its potential does, at values of its latents, for handlers around."""
+        args, kwargs = self._arguments
+        with vmap_safe_operations():
+            poutine.condition(self._scored, values)(*args, **kwargs)
+
+    def _sites_at(self, q: Tensor) -> _Sites:
+        """The EBM sites at one position."""
         with poutine.block(), _Sites() as sites:
             poutine.condition(self._run, self.constrain(q))()
-        return sites.laws
+        return sites
 
     def naturals(self, q: Tensor) -> Values:
         """Returns the natural parameters of every site, ``(C,) + B + (p,)``."""
@@ -88,14 +115,15 @@ class ExchangeTarget(ModelTarget):
 
     def _naturals(self, q: Tensor) -> tuple[Tensor, ...]:
         def one(row: Tensor) -> tuple[Tensor, ...]:
-            laws = self._sites_at(row)
+            laws = self._sites_at(row).laws
             found = {name: laws[name].energy_function.natural() for name in self.energies}  # type: ignore[attr-defined]
             return tuple(
                 natural.expand(laws[name].batch_shape + natural.shape[-1:])
                 for name, natural in found.items()
             )
 
-        return torch.vmap(one)(q)
+        values: tuple[Tensor, ...] = self.over_rows(one, q)
+        return values
 
 
 class _Sites(Messenger):
@@ -142,8 +170,10 @@ def exchange_target(
             f"Exchange samples the latents of a Pyro model, got {type(model).__name__}: put the "
             "distribution at an observed site of one"
         )
-    bare = target_of_model(surrogate(model, UnnormalizedSites()), args, kwargs)
+    each = model if isinstance(model, EachChain) else None
+    scored = surrogate(model, UnnormalizedSites())
+    bare = target_of_model(scored, args, kwargs, each=each, name=name_of(model))
     target = ExchangeTarget.__new__(ExchangeTarget)
-    target.__dict__.update(bare.__dict__, name=name_of(model))
+    target.__dict__.update(bare.__dict__)
     target.watch(model, args, kwargs)
     return target

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_ebm.errors import MissingNormalizerError
+from pyro_ebm.mcmc.each_chain import EachChain, over_rows
 from pyro_ebm.mcmc.explain import explained, first_line, name_of
 from pyro_ebm.mcmc.fixed_supports import check_fixed_supports
 from pyro_ebm.mcmc.target import Target, Values, check_names
@@ -34,6 +35,7 @@ class ModelTarget(Target):
         like: One value per name, for shapes and dtypes.
         transforms: Name to the transform *to* unconstrained space; missing names are real.
         name: What messages call it.
+        each: The model behind it, if every chain has data of its own.
     """
 
     def __init__(
@@ -42,10 +44,12 @@ class ModelTarget(Target):
         like: Mapping[str, Tensor],
         transforms: Mapping[str, Transform] | None = None,
         name: str = "potential_fn",
+        each: EachChain | None = None,
     ) -> None:
         if not like:
             raise ValueError(f"{name} has no latent site to sample")
         self.name = name
+        self.each = each
         self._potential_fn = potential_fn
         self._shapes = {site: value.shape for site, value in like.items()}
         self._transforms = dict(transforms or {})
@@ -71,10 +75,26 @@ class ModelTarget(Target):
     def potential(self, q: Tensor) -> Tensor:
         """Returns U in nats, ``(C,)``, differentiable."""
         if self.is_vectorized:
-            u = torch.vmap(self._potential_under_grad)(q)
+            u = self.over_rows(self._potential_under_grad, q)
         else:
-            u = torch.stack([self._potential_of_one(row) for row in q])
-        return u if self._flat is None else u + 0.5 * q[:, self._flat].square().sum(1)
+            u = over_rows(self._potential_of_one, q, self.each, at_once=False)
+        return u if self._flat is None else u - self.flat_terms(q).sum(1)
+
+    def over_rows(self, fn: Callable[[Tensor], Any], q: Tensor) -> Any:
+        """Returns a function of one position at all of ``(C, D)``, each with its chain's data."""
+        return over_rows(fn, q, self.each)
+
+    def num_rows(self, least: int) -> int:
+        """Returns how many positions to evaluate: as many as chains, where their data differ."""
+        return least if self.each is None else self.each.num_chains
+
+    def flat_terms(self, q: Tensor) -> Tensor:
+        """Returns the log density of coordinates that are held, ``(C, D)``; 0 for all others."""
+        if self._flat is None:
+            return torch.zeros_like(q)
+        held = torch.zeros(self.dim, dtype=torch.bool, device=q.device)
+        held[self._flat] = True
+        return torch.where(held, -0.5 * q.square(), 0.0)
 
     def _potential_under_grad(self, q: Tensor) -> Tensor:
         """The potential inside a level of differentiation: without one Pyro fails under vmap."""
@@ -82,10 +102,11 @@ class ModelTarget(Target):
 
     def _try_vmap(self) -> bool:
         """Whether ``vmap`` can follow the potential."""
-        q = torch.rand(2, self.dim, dtype=self.dtype, device=self.device)
+        num = self.num_rows(2)
+        q = torch.rand(num, self.dim, dtype=self.dtype, device=self.device)
         try:
             with pyro.validation_enabled(is_validate=False), torch.no_grad():
-                torch.vmap(self._potential_under_grad)(q)
+                self.over_rows(self._potential_under_grad, q)
         except torch.linalg.LinAlgError:  # by the values, not by vmap
             return True
         except Exception as error:  # vmap and models fail in many ways
@@ -105,7 +126,7 @@ class ModelTarget(Target):
         """Names the first site that vmap cannot follow, or the last one that it could."""
         scored, unchecked = _Scored(), pyro.validation_enabled(is_validate=False)
         with suppress(Exception), unchecked, torch.no_grad(), scored:
-            torch.vmap(self._potential_under_grad)(q)
+            self.over_rows(self._potential_under_grad, q)
         if scored.refused is not None:
             return f" at site {scored.refused!r}"
         return f" after site {scored.last!r}" if scored.last else ""
@@ -131,27 +152,47 @@ class ModelTarget(Target):
     def _find_flat(self) -> Tensor | None:
         """Marks coordinates without slope near and far, ``(D,)``, if there are any."""
         with rng_preserved(), pyro.validation_enabled(is_validate=False):
-            near = self.draw_start(4)
-            q = torch.cat([0.1 * near, near, 5.0 * near, 25.0 * near])
+            near = self.draw_start(self.num_rows(4))
             try:
-                _, gradient = self.potential_and_grad(q)
+                places = [self.potential_and_grad(k * near)[1] for k in (0.1, 1.0, 5.0, 25.0)]
             except torch.linalg.LinAlgError:
                 return None
             except RuntimeError as error:
                 if "does not require grad" not in str(error):
                     raise
-                gradient = torch.zeros_like(q)
-        flat = (gradient == 0).all(0)
+                places = [torch.zeros_like(near)]
+        flat = (torch.cat(places) == 0).all(0)
         return flat if bool(flat.any()) else None
 
     @torch.no_grad()
     def constrain(self, q: Tensor) -> Values:
         """Returns the sites' values on their supports."""
+        return self.on_support(q)
+
+    def on_support(self, q: Tensor) -> Values:
+        """Returns the sites' values on their supports, with gradients."""
         values = self.split(q)
         return {
             site: self._transforms[site].inv(u) if site in self._transforms else u
             for site, u in values.items()
         }
+
+    @torch.no_grad()
+    def position_of(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Returns positions ``lead + (D,)`` for values of the sites on their supports."""
+        ways = self._transforms
+        return self.join({n: ways[n](v) if n in ways else v for n, v in values.items()})
+
+    def with_volumes(self, free: Values) -> tuple[Values, Values]:
+        """Returns the values on their supports, and logs of the volumes that the way there adds.
+
+        Differentiable; the logs have the shape of each site's batch or of its values.
+        """
+        values, volumes = dict(free), {}
+        for site, transform in self._transforms.items():
+            values[site] = transform.inv(free[site])
+            volumes[site] = -transform.log_abs_det_jacobian(values[site], free[site])
+        return values, volumes
 
     def join(self, values: Mapping[str, Tensor]) -> Tensor:
         """Returns positions for unconstrained values by site."""
@@ -187,15 +228,30 @@ class _Scored(poutine.messenger.Messenger):
 
 
 def target_of_model(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    each: EachChain | None = None,
+    name: str | None = None,
 ) -> ModelTarget:
     """Returns the target of a Pyro model with these arguments.
+
+    Args:
+        model: The model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        each: What gives every chain its data, where the model is a handler around it.
+        name: What messages call it, where it is a handler around what users know.
 
     Raises:
         MissingNormalizerError: If a latent would be inferred through an EBM without its log Z.
         ValueError: If a site cannot be sampled; the message names it.
         NonFiniteEnergyError: If there is nowhere to start.
     """
+    each = model if isinstance(model, EachChain) else each
+    if each is not None:
+        each.check(args, kwargs)
     try:
         checks = pyro.validation_enabled(is_validate=False)
         with checks, poutine.block(), torch.enable_grad(), vmap_safe_operations():
@@ -212,6 +268,6 @@ def target_of_model(
     check_fixed_supports(model, args, kwargs)
     if has_energies(trace):
         check_structure(model, args, kwargs)
-    target = ModelTarget(potential_fn, params, transforms, name_of(model))
+    target = ModelTarget(potential_fn, params, transforms, name or name_of(model), each)
     target.hold_flat()
     return target

@@ -1,0 +1,204 @@
+r"""What every group of a plate adds to the log density of a model.
+
+Inside a plate the elements are independent given the rest, so that
+
+.. math:: -U(\phi, \theta_1, \dots, \theta_G) = \ell_0(\phi) + \sum_{g=1}^G \ell_g(\phi, \theta_g)
+
+with :math:`\theta_g` the latents of element g and :math:`\phi` all others. The terms
+:math:`\ell_g` are read off the sites inside the plate, and their change under a move of one
+:math:`\theta_g` is the change of -U. A model may break the promise of its plate, by a site outside
+that depends on the latents inside; then the sum does not hold, which is checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_ebm.chains.observations import is_subsample
+from pyro_ebm.distributions.layers import num_reinterpreted
+from pyro_ebm.mcmc.captured import CapturedFunction
+from pyro_ebm.mcmc.exchange_target import ExchangeTarget
+from pyro_ebm.ops.rng import rng_preserved
+
+_NUM_CHECKED = 8  # pairs of positions that the sum is checked at
+_NUM_EPS = 1e4  # units in the last place of U that it may be off
+
+
+class GroupTerms:
+    """The log density of every group, with the coordinates that are its own.
+
+    Args:
+        target: The model.
+        plate: The name of the plate.
+
+    Attributes:
+        blocks: The flat coordinates of every group, ``(G, k)``.
+        shared: All other coordinates, ``(m,)``.
+
+    Raises:
+        ValueError: If the model has no such plate, no latent inside it, or breaks its promise.
+    """
+
+    blocks: Tensor
+    shared: Tensor
+
+    def __init__(self, target: ExchangeTarget, plate: str) -> None:
+        self.target = target
+        self.plate = plate
+        self._read(_seen(target, plate))
+        self._captured = CapturedFunction(self._terms, target.name, compile=False, capture=True)
+        self._check_sum()
+
+    def _read(self, seen: _Layout) -> None:
+        self._dims = seen.dims
+        self.site_dims = {n: d for n, d in seen.innermost.items() if n in self.target.energies}
+        self.size = seen.size
+        parts = self.target.split(torch.arange(self.target.dim))
+        own = {name: index for name, index in parts.items() if name in seen.dims}
+        if not own:
+            raise ValueError(
+                f"plate {self.plate!r} of {self.target.name} holds no latent: its groups have "
+                "nothing of their own to move, use Exchange"
+            )
+        self.blocks = torch.cat([self._of_groups(n, index) for n, index in own.items()], 1)
+        inside = torch.zeros(self.target.dim, dtype=torch.bool)
+        inside[self.blocks.flatten()] = True
+        self.shared = (~inside).nonzero()[:, 0]
+
+    def _of_groups(self, name: str, value: Tensor) -> Tensor:
+        """A latent's values in rows of groups, ``(G, ...)``; ``name`` says where they lie."""
+        return value.movedim(self._dims[name], 0).reshape(self.size, -1)
+
+    def __call__(self, q: Tensor) -> Tensor:
+        """Returns the log density of every group in nats, ``(C, G)``, at positions ``(C, D)``."""
+        return self._captured(q)[0]
+
+    def sums_of(self, name: str, terms: Tensor) -> Tensor:
+        """Returns sums of what stands for the elements of a site, ``(C,) + B``, by group."""
+        return _summed_but(terms, self.site_dims[name], lead=1)
+
+    def joined(self, moves: Tensor, new: Tensor, old: Tensor) -> Tensor:
+        """Returns ``new`` in the coordinates of groups that move, ``(C, G)``, else ``old``."""
+        which = torch.zeros_like(old, dtype=torch.bool)
+        which[:, self.blocks.flatten()] = moves.repeat_interleave(self.blocks.shape[1], 1)
+        return torch.where(which, new, old)
+
+    # --- the terms
+
+    def _terms(self, q: Tensor) -> tuple[Tensor]:
+        flat = self.target.flat_terms(q)
+        terms = self.target.over_rows(lambda row: torch.func.vjp(self._terms_of_one, row)[0], q)
+        return (terms + flat[:, self.blocks].sum(-1),)
+
+    def _terms_of_one(self, row: Tensor) -> Tensor:
+        free = self.target.split(row)
+        values, volumes = self.target.with_volumes(free)
+        with poutine.block(), _Terms(self.plate) as found:
+            self.target.score(values)
+        inside = [self._of_groups(n, volumes[n]).sum(1) for n in self._dims if n in volumes]
+        return torch.stack([found.total.expand(self.size), *inside]).sum(0)
+
+    def _check_sum(self) -> None:
+        """Moves half of the groups at once, which must change U by the sum of their terms."""
+        number = self.target.num_rows(_NUM_CHECKED)
+        with rng_preserved():
+            one, two = (self.target.draw_start(number) for _ in range(2))
+        two[:, self.shared] = one[:, self.shared]
+        moves = (torch.arange(self.size) % 2 == 0).expand(number, -1)
+        mixed = self.joined(moves, two, one)
+        terms, between = [self(q) for q in (one, two)], self(mixed)
+        u, u_mixed = self._potentials(one), self._potentials(mixed)
+        told = torch.where(moves, terms[1], terms[0])
+        good = torch.isfinite(u) & torch.isfinite(u_mixed)
+        size = torch.stack([u.abs(), u_mixed.abs(), terms[0].abs().sum(1)]).amax(0) + 1.0
+        off = torch.maximum((u - u_mixed) - (told - terms[0]).sum(1), (between - told).sum(1)).abs()
+        eps = max(torch.finfo(dtype).eps for dtype in (u.dtype, terms[0].dtype))
+        if bool((off > _NUM_EPS * eps * size)[good].any()):
+            raise ValueError(
+                f"the groups of plate {self.plate!r} are not independent given the rest: a site "
+                "outside of it depends on latents inside. Use Exchange, which moves all at once"
+            )
+        self._check_naturals(one, mixed)
+
+    def _potentials(self, q: Tensor) -> Tensor:
+        with pyro.validation_enabled(is_validate=False):  # a check of values stops vmap
+            return self.target.potential(q).detach()
+
+    def _check_naturals(self, one: Tensor, mixed: Tensor) -> None:
+        """Log Z of a site outside must not depend on the groups, for no group answers for it."""
+        before, after = self.target.naturals(one), self.target.naturals(mixed)
+        for name in self.target.energies.keys() - self.site_dims.keys():
+            if not torch.equal(before[name], after[name]):
+                raise ValueError(
+                    f"EBM site {name!r} stands outside of plate {self.plate!r} and depends on "
+                    "latents inside it: use Exchange, which moves all at once"
+                )
+
+
+def _seen(target: ExchangeTarget, plate: str) -> _Layout:
+    with rng_preserved(), torch.no_grad(), poutine.block(), _Layout(plate) as seen:
+        target.score(target.constrain(target.draw_start(1)[0]))
+    if seen.size == 0:
+        raise ValueError(f"{target.name} has no plate {plate!r}; it has {sorted(seen.others)}")
+    return seen
+
+
+def _frame(msg: Any, plate: str) -> Any:
+    if is_subsample(msg):
+        return None
+    return next((f for f in msg["cond_indep_stack"] if f.name == plate), None)
+
+
+def _summed_but(terms: Tensor, dim: int, *, lead: int) -> Tensor:
+    """Sums over all batch dims but one; the first ``lead`` are kept."""
+    keep = {*range(lead), terms.dim() + dim}
+    others = [d for d in range(terms.dim()) if d not in keep]
+    return terms.sum(others) if others else terms
+
+
+class _Layout(Messenger):
+    """Finds out which sites stand in a plate, and where its dim is in their values."""
+
+    def __init__(self, plate: str) -> None:
+        super().__init__()
+        self.plate = plate
+        self.size = 0
+        self.dims: dict[str, int] = {}
+        self.innermost: dict[str, int] = {}
+        self.others: set[str] = set()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.others |= {frame.name for frame in msg["cond_indep_stack"]}
+        frame = _frame(msg, self.plate)
+        if frame is None:
+            return
+        if frame.dim is None:
+            raise ValueError(
+                f"plate {self.plate!r} is a loop: write it as a context, with pyro.plate(...)"
+            )
+        self.size = frame.size
+        self.dims[msg["name"]] = len(msg["fn"].batch_shape) + frame.dim
+        self.innermost[msg["name"]] = frame.dim - num_reinterpreted(msg["fn"])
+
+
+class _Terms(Messenger):
+    """Adds up the log densities of a plate's sites by its elements."""
+
+    def __init__(self, plate: str) -> None:
+        super().__init__()
+        self.plate = plate
+        self.total = torch.zeros(())
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        frame = _frame(msg, self.plate)
+        if frame is not None:
+            log_prob = msg["fn"].log_prob(msg["value"])
+            counted = scale_and_mask(log_prob, msg["scale"], msg["mask"])
+            self.total = self.total + _summed_but(counted, frame.dim, lead=0)
