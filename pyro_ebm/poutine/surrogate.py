@@ -153,7 +153,7 @@ class SurrogateMessenger(Messenger):
         if unwrap(msg["fn"]) is None:
             return
         name, observed = msg["name"], msg["is_observed"]
-        if not observed and self._objective(name).is_frozen:
+        if not observed and self._objective(name).is_frozen and not self.fresh_noise:
             return  # MCMC samples a latent through its own energy
         self.used.append(name)
         mask = _mask_of(msg["fn"], msg["mask"])

@@ -1,0 +1,80 @@
+"""Objectives without a contrast: fixed functions of the parameters, which MCMC samples as they are.
+
+An objective that draws nothing has nothing to freeze: ``surrogate(model, PseudoLikelihood())`` is a
+target of MCMC, and ``freeze`` returns the objective itself. While it is being trained (inside an
+ELBO) its sites are checked and its diagnostics kept, as for every objective; elsewhere a site is
+scored by tensor operations alone, which ``vmap`` and captured graphs can follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.distributions.call_stack import frame_of
+from pyro_ebm.infer.objective import Objective
+
+
+class DeterministicObjective(Objective):
+    """Base of objectives without a contrast; a subclass defines ``per_datum`` and ``check``.
+
+    Attributes:
+        degree: In how many places a row enters the total loss: 1 for a sum over rows, 2 for a sum
+            over pairs of rows.
+    """
+
+    is_frozen = True
+    degree = 1
+
+    def check(self, name: str, p: EnergyDistribution, x: Tensor) -> None:
+        """Raises if this objective cannot serve the site at these data; called at first sight.
+
+        It may look at values, which scoring must not.
+        """
+
+    def freeze(
+        self, model: Callable[..., Any], *args: Any, guide: Any = None, **kwargs: Any
+    ) -> Any:
+        """Returns this objective: there is nothing to draw."""
+        return self
+
+    def site_log_prob(
+        self,
+        name: str,
+        p: EnergyDistribution,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        **rest: Any,
+    ) -> Tensor:
+        """Returns minus the loss per datum in nats, shape ``sample + batch`` of ``x``."""
+        if frame_of(("get_importance_trace", "_get_trace")) is not None:
+            return super().site_log_prob(name, p, x, mask=mask, **rest)
+        return -self.loss(p, x, mask)
+
+    def loss(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns the loss per datum in nats by tensor operations alone.
+
+        Args:
+            p: The EBM.
+            x: Data, ``sample + batch + event``.
+            mask: Which rows count, for losses that pool rows.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define loss(p, x, mask)")
+
+    def per_datum(self, p: EnergyDistribution, x: Tensor, contrast: Any, log_z: Tensor) -> Tensor:
+        """Returns the loss per datum in nats; neither a contrast nor log Z is used."""
+        return self.loss(p, x, self.evaluation.mask)
+
+    def _log_normalizer(
+        self, name: str, p: EnergyDistribution, x: Tensor, contrast: Any
+    ) -> Tensor | None:
+        """Needs none; a site that is due to be checked is."""
+        if self._is_check_due(name):
+            with torch.no_grad():
+                self.check(name, p, x)
+        return None

@@ -1,0 +1,164 @@
+r"""Generalized Bayes: a posterior from a loss, where the likelihood has no computable log Z.
+
+.. math:: \pi_w(\theta) \propto \pi(\theta)\, e^{-w L(\theta)}, \qquad L = \sum_i \ell_\theta(x_i)
+
+A loss is not a log likelihood: w = 1 has no meaning, and for several parameters no single w makes
+the posterior's width that of the estimator's own uncertainty. :func:`generalized_posterior` draws
+and then calibrates (:mod:`pyro_ebm.infer.calibration`).
+
+References:
+    Bissiri, Holmes, Walker, A general framework for updating belief distributions, JRSS B 78, 2016.
+    arXiv:1306.6430.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pyro_ebm.chains import Record
+from pyro_ebm.chains.record import to_numpy
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer.calibration import Calibration, Choice, calibration_of
+from pyro_ebm.infer.loss_of_model import ModelLoss
+from pyro_ebm.infer.posterior_result import Posterior
+from pyro_ebm.mcmc import HMC, MCMC
+from pyro_ebm.mcmc.checks import one_of, positive
+from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
+from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.poutine.surrogate import SurrogateObjective, surrogate
+
+
+class GeneralizedBayes:
+    """A frozen objective whose loss counts ``weight`` times, for ``surrogate(model, this)``.
+
+    Args:
+        objective: A deterministic objective, or one that was frozen.
+        weight: w, positive.
+
+    Raises:
+        TypeError: If the objective draws anew at every evaluation.
+        ValueError: If the weight is not positive.
+
+    Example:
+        >>> import torch
+        >>> from pyro_ebm.infer.score_matching import ScoreMatching
+        >>> half = GeneralizedBayes(ScoreMatching(), weight=0.5)
+        >>> p = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=())
+        >>> half.site_log_prob("x", p, torch.tensor(2.0))  # minus half of 4/2 - 1
+        tensor(-0.5000)
+    """
+
+    is_frozen = True
+
+    def __init__(self, objective: SurrogateObjective, weight: float | Tensor = 1.0) -> None:
+        if not getattr(objective, "is_frozen", False):
+            raise TypeError(
+                f"GeneralizedBayes needs one fixed loss, and {type(objective).__name__} draws anew "
+                "at every evaluation: freeze it first, objective.freeze(model, *args)"
+            )
+        self.objective = objective
+        self.weight = weight if isinstance(weight, Tensor) else positive("weight", weight)
+
+    def free_log_normalizers(self) -> Mapping[str, Any]:
+        """Returns the priors of the objective's log Z's."""
+        return self.objective.free_log_normalizers()
+
+    def site_log_prob(self, name: str, p: EnergyDistribution, x: Tensor, **options: Any) -> Tensor:
+        """Returns minus ``weight`` times the loss per datum."""
+        return self.weight * self.objective.site_log_prob(name, p, x, **options)
+
+
+def generalized_posterior(
+    model: Callable[..., Any],
+    *args: Any,
+    loss: Any,
+    weight: float = 1.0,
+    calibration: Choice = "auto",
+    num_samples: int = 500,
+    warmup_steps: int | None = None,
+    num_chains: int = 16,
+    num_simulations: int = 1000,
+    num_sweeps: int = 20,
+    disable_progbar: bool = True,
+    **kwargs: Any,
+) -> Posterior:
+    """Draws a generalized posterior by HMC and gives it the width of the loss's own uncertainty.
+
+    Args:
+        model: A Pyro model with observed EBM sites, log Z not needed.
+        *args: Its arguments, with the full data.
+        loss: An objective, such as ``PseudoLikelihood()``; one with noise is frozen first.
+        weight: w of the loss while drawing; where a calibration follows, it sets the shape only.
+        calibration: ``"sandwich"`` from the gradients of independent rows, ``"simulation"`` from
+            data sets drawn at the posterior mode, ``"none"``, or ``"auto"``: by the structure of
+            the data.
+        num_samples: Draws of a chain.
+        warmup_steps: Of a chain; ``num_samples`` if not given.
+        num_chains: Chains, all in one batch.
+        num_simulations: Data sets that ``"simulation"`` draws.
+        num_sweeps: Sweeps from the data to each of them, where the energy has no exact sampler.
+        disable_progbar: Hides the progress bar.
+        **kwargs: Keyword arguments of the model.
+
+    Raises:
+        ValueError: If the rows are too few for a sandwich, or no mode is found.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro_ebm.infer.score_matching import ScoreMatching
+        >>> def model(x):
+        ...     a = pyro.sample("a", dist.Gamma(torch.tensor(2.0), 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         law = EnergyDistribution(lambda x: 0.5 * a * x**2, event_shape=())
+        ...         pyro.sample("x", law, obs=x)
+        >>> posterior = generalized_posterior(
+        ...     model, torch.randn(100), loss=ScoreMatching(), num_samples=50, num_chains=4)
+        >>> posterior.calibration, posterior.record.draws["a"].shape
+        ('sandwich', (4, 50))
+    """
+    one_of("calibration", calibration, ("auto", "sandwich", "simulation", "none"))
+    frozen = loss if loss.is_frozen else loss.freeze(model, *args, **kwargs)
+    scored = GeneralizedBayes(frozen, weight)
+    kernel = HMC(surrogate(model, scored))
+    with rng_preserved():
+        target = target_of_model(kernel.given, args, kwargs)
+        losses = ModelLoss(target, model, scored, (args, kwargs))
+    calibrated = calibration_of(
+        losses, choice=calibration, num_simulations=num_simulations, num_sweeps=num_sweeps
+    )
+    mcmc = MCMC(
+        kernel,
+        num_samples,
+        warmup_steps,
+        num_chains=num_chains,
+        disable_progbar=disable_progbar,
+    )
+    starts = calibrated.starts(num_chains)
+    values = None if starts is None else target.split(starts)
+    mcmc.run(*args, initial_params=values, **kwargs)
+    return _result(mcmc, target, calibrated, type(loss).__name__)
+
+
+def _result(mcmc: MCMC, target: ModelTarget, calibrated: Calibration, name: str) -> Posterior:
+    old = mcmc.record
+    q = target.join(mcmc.get_samples(unconstrained=True))
+    stats = old.sample_stats
+    if calibrated.kind != "none":  # it is that of the draws before they were moved
+        stats = {k: v for k, v in stats.items() if k != "lp"}
+    record = Record(
+        {site: to_numpy(value) for site, value in target.constrain(calibrated(q)).items()},
+        sample_stats=stats,
+        sampler=old.sampler,
+        seconds=old.seconds,
+        attrs={"loss": name, "calibration": calibrated.kind},
+    )
+    return Posterior(
+        record,
+        f"generalized Bayes by {name}",
+        reasons=calibrated.reasons,
+        remarks=calibrated.remarks,
+        calibration=calibrated.kind,
+    )

@@ -1,0 +1,223 @@
+r"""The loss of a Pyro model as a function of its latents' unconstrained coordinates.
+
+A potential :math:`U(q) = w L(q) + R(q)` of MCMC over a surrogate is a loss over rows of data and
+the rest: prior, Jacobian and sites with a likelihood. Calibration needs the two apart, the loss row
+by row, and the loss at other data. All derivatives are by reverse mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.distributions.layers import layers, unvalidated
+from pyro_ebm.infer import checks
+from pyro_ebm.mcmc.model_target import ModelTarget
+from pyro_ebm.mcmc.vmap_safe import vmap_safe_operations
+from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.poutine.surrogate import (
+    SurrogateDistribution,
+    SurrogateMessenger,
+    SurrogateObjective,
+)
+
+MOST_NEWTON_STEPS = 50
+MOST_NUMBERS = 2**24  # of neighbouring events at once, over simulated data sets
+
+
+class ModelLoss:
+    """Loss and potential of a model whose observed EBM sites are scored by a frozen objective.
+
+    Args:
+        target: The bound target of MCMC over ``surrogate(model, objective)``.
+        model: The model.
+        objective: The frozen objective.
+        arguments: Positional and keyword arguments of the model.
+    """
+
+    def __init__(
+        self,
+        target: ModelTarget,
+        model: Callable[..., Any],
+        objective: SurrogateObjective,
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    ) -> None:
+        self.target, self.objective = target, objective
+        self._model, (self._args, self._kwargs) = model, arguments
+        self.degree = degree_of(objective)
+        found = self.sites(target.draw_start(1)[0])
+        self.counts = torch.cat([_mask_of(site).reshape(-1) for site in found.values()])
+        self._check(found)
+
+    def _check(self, found: Mapping[str, Any]) -> None:
+        """Lets the objective look at every site once, with values."""
+        checks.has_sites(found)
+        look = getattr(getattr(self.objective, "objective", self.objective), "check", None)
+        for name, site in found.items():
+            checks.full_data(name, site)
+            if look is not None:
+                scored = _surrogate_of(site)
+                look(name, scored.p, scored.without_padding(site["value"]))
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows that count, over all sites."""
+        return int(self.counts.sum())
+
+    def sites(self, q: Tensor, data: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Returns the scored sites of a run of the model at ``q``, ``(D,)``, by name.
+
+        Args:
+            q: Unconstrained position.
+            data: Values to put in place of the sites' own.
+        """
+        handler = SurrogateMessenger(self.objective)
+        values = self.target.on_support(q)
+        run = poutine.trace(poutine.condition(handler(self._model), values))
+        unchecked = pyro.validation_enabled(is_validate=False)
+        with rng_preserved(), unchecked, poutine.block(), _Replaced(data or {}):
+            nodes = run.get_trace(*self._args, **self._kwargs).nodes
+        return {name: nodes[name] for name in handler.used}
+
+    def rows(self, q: Tensor, data: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Returns the loss of every row of all sites, weighted and scaled; 0 where masked out."""
+        with vmap_safe_operations():
+            losses = [_rows_of(site) for site in self.sites(q, data).values()]
+        return torch.cat([loss.reshape(-1) for loss in losses])
+
+    def potential(self, q: Tensor) -> Tensor:
+        """Returns the whole potential at ``q``, ``(D,)``, a 0-d tensor in nats."""
+        return self._potentials(q.unsqueeze(0))[0]
+
+    def _potentials(self, q: Tensor) -> Tensor:
+        with pyro.validation_enabled(is_validate=False):
+            return self.target.potential(q)
+
+    def row_gradients(self, q: Tensor) -> Tensor:
+        """Returns the gradient of the loss of every row that counts, ``(N, D)``.
+
+        By reverse mode twice, D passes in all: the pull-back is linear in its cotangents.
+        """
+        rows, pull_back = torch.func.vjp(self.rows, q)[:2]
+        jacobian = torch.func.jacrev(lambda v: pull_back(v)[0])(torch.zeros_like(rows))
+        return jacobian.T.detach()[self.counts]
+
+    def hessians(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the second derivatives of the potential and of the loss alone, ``(D, D)``."""
+        total = torch.func.jacrev(torch.func.jacrev(self.potential))(q)
+        loss = torch.func.jacrev(torch.func.jacrev(lambda at: self.rows(at).sum()))(q)
+        return _symmetric(total), _symmetric(loss)
+
+    def simulated_gradients(self, q: Tensor, data: Mapping[str, Tensor]) -> Tensor:
+        """Returns the gradient of the loss at R data sets, ``(R, D)``.
+
+        Args:
+            q: Unconstrained position, ``(D,)``.
+            data: Site name to values, ``(R,) + batch + event``.
+        """
+        largest = max(value[0].numel() for value in data.values())
+        gradient = torch.func.grad(lambda at, values: self.rows(at, values).sum())
+        chunk = max(1, MOST_NUMBERS // (8 * largest**2))
+        over_data = torch.vmap(gradient, in_dims=(None, 0), chunk_size=chunk)
+        return over_data(q, dict(data)).detach()
+
+    def mode(self, num_starts: int = 32) -> Tensor:
+        """Returns a minimum of the potential, ``(D,)``, by damped Newton steps from the best start.
+
+        Raises:
+            ValueError: If there is none, as where the data push a parameter to its boundary.
+        """
+        q = self._best_of(self.target.draw_start(num_starts))
+        size = 1.0 + self.potential(q).detach().abs()  # below its rounding nothing descends
+        tolerance = size * torch.finfo(q.dtype).eps ** 0.75
+        for _ in range(MOST_NEWTON_STEPS):
+            hessian, gradient = torch.func.jacrev(self._gradient_twice, has_aux=True)(q)
+            hessian = _symmetric(hessian)
+            step = -_solve_convex(hessian, gradient)
+            if -(gradient @ step) <= tolerance and _is_convex(hessian):
+                return (q + step).detach()
+            q = self._descended(q, step)
+        raise ValueError(
+            f"{self.target!r}: no posterior mode was found in {MOST_NEWTON_STEPS} Newton steps on "
+            "the unconstrained space, and calibration is about the mode. Is a parameter pushed to "
+            "its boundary, a prior improper, or a scale shared by latents that could all be equal "
+            "(give it a prior that excludes 0)? calibration='none' leaves it out"
+        )
+
+    def _gradient_twice(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        gradient = torch.func.grad(self.potential)(q)
+        return gradient, gradient
+
+    def _best_of(self, q: Tensor) -> Tensor:
+        potentials = self._potentials(q).detach()
+        return q[torch.where(potentials.isfinite(), potentials, torch.inf).argmin()]
+
+    def _descended(self, q: Tensor, step: Tensor) -> Tensor:
+        """The first of ever shorter steps that lowers the potential; none that is too short."""
+        lengths = 0.5 ** torch.arange(30.0, dtype=q.dtype, device=q.device)
+        potentials = self._potentials(q + lengths[:, None] * step).detach()
+        lower = potentials < self.potential(q).detach()
+        return q + lengths[lower.to(torch.uint8).argmax()] * step if bool(lower.any()) else q
+
+
+def law_of(site: Any) -> EnergyDistribution:
+    """Returns the EBM at a scored site."""
+    return _surrogate_of(site).p
+
+
+def degree_of(objective: Any) -> int:
+    """Returns in how many places a row enters an objective's total loss: 2 for sums over pairs."""
+    inner = getattr(objective, "objective", objective)
+    return getattr(inner, "degree", 1)
+
+
+def _mask_of(site: Any) -> Tensor:
+    """Which rows of a scored site count, in the batch shape of its EBM."""
+    scored = _surrogate_of(site)
+    if scored.mask is None:
+        return torch.ones(scored.batch_shape, dtype=torch.bool, device=site["value"].device)
+    return scored.mask.expand(scored.batch_shape)
+
+
+def _surrogate_of(site: Any) -> SurrogateDistribution:
+    return next(layer for layer in layers(site["fn"]) if isinstance(layer, SurrogateDistribution))
+
+
+def _rows_of(site: Any) -> Tensor:
+    scored = unvalidated(_surrogate_of(site))
+    loss = -site["scale"] * scored.log_prob(site["value"])
+    return loss if scored.mask is None else torch.where(scored.mask, loss, 0.0)
+
+
+class _Replaced(Messenger):
+    """Puts other data at observed sites."""
+
+    def __init__(self, data: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.data = data
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.data:
+            msg["value"], msg["is_observed"] = self.data[msg["name"]], True
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (0.5 * (matrix + matrix.mT)).detach()
+
+
+def _is_convex(hessian: Tensor) -> bool:
+    return bool((torch.linalg.eigvalsh(hessian) > 0).all())
+
+
+def _solve_convex(hessian: Tensor, gradient: Tensor) -> Tensor:
+    """A Newton step with curvatures by their size, so that it always leads downhill."""
+    values, vectors = torch.linalg.eigh(hessian)
+    floor = values.abs().amax() * torch.finfo(values.dtype).eps
+    return vectors @ ((vectors.mT @ gradient) / values.abs().clamp_min(floor))

@@ -1,0 +1,57 @@
+"""What every way to a posterior over parameters returns: draws, and how far to trust them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pyro_ebm.chains import Record, summary, to_arviz
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """Draws of a model's latents, why they were made so, and what speaks against them.
+
+    Args:
+        record: The draws, ``(chains, draws) + event_shape`` by site, with their statistics.
+        method: The way that was taken, such as ``"exchange"``.
+        reasons: Why it was taken, a sentence each.
+        remarks: What would make it better, or is to be known before it is used, a sentence each.
+        calibration: Of a generalized posterior, how its width was set: ``"sandwich"``,
+            ``"simulation"``, ``"asymptotic"`` where it is right by itself for many rows of the
+            model, or ``"none"``, which says nothing of how well the parameters are known; ``None``
+            for a posterior by Bayes' rule.
+
+    Example:
+        >>> import numpy as np
+        >>> print(Posterior(Record({"theta": np.zeros((4, 10))}), "exchange", ("Z is unknown.",)))
+        exchange: 4 chains of 10 draws
+          because: Z is unknown.
+    """
+
+    record: Record
+    method: str
+    reasons: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    calibration: str | None = None
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the width of the draws means what the width of a posterior should mean."""
+        return self.calibration != "none"
+
+    def summary(self) -> Any:
+        """Returns a table with mean, sd, rank R-hat and effective sample sizes."""
+        return summary(self.record)
+
+    def to_arviz(self, **options: Any) -> Any:
+        """Returns the draws for ArviZ; ``options`` are those of :func:`pyro_ebm.to_arviz`."""
+        return to_arviz(self.record, **options)
+
+    def __str__(self) -> str:
+        record = self.record
+        label = "" if self.is_calibrated else " (uncalibrated)"
+        head = f"{self.method}{label}: {record.num_chains} chains of {record.num_samples} draws"
+        reasons = [f"  because: {sentence}" for sentence in self.reasons]
+        remarks = [f"  note: {sentence}" for sentence in self.remarks]
+        return "\n".join([head, *reasons, *remarks])

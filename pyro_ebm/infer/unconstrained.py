@@ -1,0 +1,83 @@
+r"""Potentials on the unconstrained coordinates of a continuous support, with their derivatives.
+
+:math:`x = T(u)` and :math:`\tilde U(u) = U(T(u)) - \log|\det J_T(u)|`, so that losses made of
+scores need no conditions at the support's boundary. Derivatives in u are taken by ``torch.func``:
+they can be differentiated further with respect to parameters, and followed by ``vmap`` and captured
+graphs.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.ops.spaces import bijection
+
+__all__ = ["Unconstrained"]
+
+MOST_NUMBERS = 2**24  # second derivatives in one pass: 128 MiB of doubles
+
+
+class Unconstrained:
+    """An EBM's potential as a function of unconstrained coordinates.
+
+    Args:
+        p: The EBM, on a continuous support.
+        who: What messages call the loss.
+
+    Raises:
+        NotImplementedError: If the support is not continuous, or has no bijection from the reals.
+
+    Example:
+        >>> p = EnergyDistribution(lambda x: x.square().sum(-1), event_shape=(3,))
+        >>> Unconstrained(p, "A loss").score_and_trace(torch.ones(2, 3))
+        (tensor([[-2., -2., -2.],
+                [-2., -2., -2.]]), tensor([-6., -6.]))
+    """
+
+    def __init__(self, p: EnergyDistribution, who: str) -> None:
+        if p.base_measure != "lebesgue":
+            raise NotImplementedError(
+                f"{who} differentiates the energy in x, so it needs a continuous support, got "
+                f"{p.support} (measure {p.base_measure!r}); use PseudoLikelihood or DiscreteFisher "
+                "on discrete supports"
+            )
+        self.p = p
+        self.transform: Transform = bijection(p.support, len(p.event_shape))
+        self.event_dim = self.transform.domain.event_dim
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """Returns u for ``x``, ``rows + event``; events of the simplex lose a coordinate."""
+        u: Tensor = self.transform.inv(x)
+        return u
+
+    def potential(self, u: Tensor) -> Tensor:
+        """Returns the potential in nats, ``rows``."""
+        x = self.transform(u)
+        return self.p.potential(x) - self.transform.log_abs_det_jacobian(u, x)
+
+    def score(self, u: Tensor) -> Tensor:
+        """Returns minus the gradient of the potential in u, shaped as ``u``."""
+        return -torch.func.grad(lambda at: self.potential(at).sum())(u)
+
+    def score_and_trace(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the score and the trace of its Jacobian, minus the Laplacian, ``rows``."""
+        event = u.shape[u.dim() - self.event_dim :]
+        score, pull_back = torch.func.vjp(self.score, u)[:2]
+        units = torch.eye(prod(event), dtype=u.dtype, device=u.device)
+        units = units.reshape((-1,) + (1,) * (u.dim() - len(event)) + tuple(event))
+
+        def second(unit: Tensor) -> Tensor:
+            along = unit.expand(u.shape)
+            return _over_events(pull_back(along)[0] * along, self.event_dim)
+
+        size = max(1, MOST_NUMBERS // max(1, u.numel()))
+        return score, torch.vmap(second, chunk_size=size)(units).sum(0)
+
+
+def _over_events(values: Tensor, event_dim: int) -> Tensor:
+    return values.sum(tuple(range(-event_dim, 0))) if event_dim else values
