@@ -1,0 +1,169 @@
+"""Leave-one-out and comparison of unnormalized models: right with log Z per draw, refused without.
+
+x ~ exp(-precision x^2 / 2) with a Gamma prior: the posterior is a Gamma, and the predictive of a
+row given the others is a Student t.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import stats
+
+from pyro_ebm.chains import to_arviz
+from pyro_ebm.chains.arviz import import_arviz
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.energies import Ising
+from pyro_ebm.errors import MissingNormalizerError
+from pyro_ebm.normalizers import Box, quadrature
+
+az = import_arviz()
+
+
+@pytest.fixture(autouse=True)
+def double(fresh_state):
+    torch.set_default_dtype(torch.float64)
+
+
+def gaussian_log_z(precision):
+    return 0.5 * torch.log(2 * math.pi / precision)
+
+
+def gaussian(precision, log_z):
+    given = None if log_z is None else (lambda: log_z(precision))
+    return EnergyDistribution(
+        lambda x: 0.5 * precision * x**2, event_shape=(), log_normalizer=given
+    )
+
+
+def with_prior(shape, rate, log_z=gaussian_log_z):
+    def model(x):
+        precision = pyro.sample("precision", dist.Gamma(shape, rate))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", gaussian(precision, log_z), obs=x)
+
+    return model
+
+
+def data_of(x, shape, rate, log_z=gaussian_log_z, num=1000):
+    """Exact draws of the posterior, with the pointwise log likelihood."""
+    posterior = dist.Gamma(shape + len(x) / 2, rate + x.square().sum() / 2)
+    draws = {"precision": posterior.sample((4, num))}
+    model = with_prior(shape, rate, log_z)
+    return to_arviz(draws, model=model, args=(x,), log_likelihood=True)
+
+
+def student(x, shape, rate):
+    """The log predictive of every row given the others."""
+    a = shape + (len(x) - 1) / 2
+    b = (rate + (x.square().sum() - x**2) / 2).numpy()
+    return stats.t(2 * a, scale=np.sqrt(b / a)).logpdf(x.numpy())
+
+
+# --- leave one out
+
+
+def test_every_row_is_the_students_t():
+    """To .05 nats at every row of 30, an outlier of three sds among them."""
+    x = torch.cat([torch.randn(29), torch.tensor([3.0])]) / 3**0.5
+    loo = az.loo(data_of(x, 2.0, 1.0), pointwise=True)
+    exact = student(x, 2.0, 1.0)
+    assert np.abs(loo["loo_i"].values - exact).max() < 0.05
+    assert loo["elpd_loo"] == pytest.approx(exact.sum(), abs=0.1)
+    assert float(loo["pareto_k"].max()) < 0.5
+
+
+def test_without_log_z_it_is_refused_and_the_diagnostics_would_be_green():
+    """What the refusal is for: 20 nats off, with Pareto tails that look fine."""
+    x = torch.randn(30) / 3**0.5
+    with pytest.raises(MissingNormalizerError, match="Its log Z is needed at every draw"):
+        data_of(x, 2.0, 1.0, log_z=None)
+    with pyro.settings.context(ebm_missing_normalizer="ignore"):
+        wrong = az.loo(data_of(x, 2.0, 1.0, log_z=None), pointwise=True)
+    assert abs(wrong["elpd_loo"] - student(x, 2.0, 1.0).sum()) > 5
+    assert float(wrong["pareto_k"].max()) < 0.5
+
+
+def quartic_predictive(x, shape, rate):
+    """exp(-a x^4) has Z = 2 Gamma(5/4) a^(-1/4): again Gammas, and a predictive in closed form."""
+    alpha, beta = shape + (len(x) - 1) / 4, rate + (x**4).sum() - x**4
+    factor = math.lgamma(alpha + 0.25) - math.lgamma(alpha) - math.log(2) - math.lgamma(1.25)
+    return factor + alpha * beta.log() - (alpha + 0.25) * (beta + x**4).log()
+
+
+def test_a_log_z_by_quadrature_serves():
+    """What has no closed form in general is computed at every draw, here 1000 of them."""
+    x = torch.randn(30)
+
+    def model(x):
+        a = pyro.sample("a", dist.Gamma(2.0, 2.0))
+        law = EnergyDistribution(lambda x: a * x**4, event_shape=(), batch_shape=a.shape)
+        box = Box(torch.tensor([-8.0]), torch.tensor([8.0]), 401)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", law.with_log_normalizer(quadrature(law, box=box)), obs=x)
+
+    draws = dist.Gamma(2.0 + 30 / 4, 2.0 + (x**4).sum()).sample((4, 250))
+    data = to_arviz({"a": draws}, model=model, args=(x,), log_likelihood=True)
+    loo = az.loo(data, pointwise=True)
+    gap = np.abs(loo["loo_i"].values - quartic_predictive(x, 2.0, 2.0).numpy())
+    assert gap.max() < 0.05
+
+
+def test_one_dependent_observation_is_refused():
+    """A lattice has no rows to leave out, its log Z exact or not."""
+
+    def lattice(x):
+        coupling = pyro.sample("coupling", dist.Gamma(2.0, 1.0))
+        pyro.sample("x", EnergyDistribution(Ising(coupling, (3, 3))), obs=x)
+
+    with pytest.raises(ValueError, match="it is one observation, whose parts are not exchangeable"):
+        to_arviz(
+            {"coupling": np.ones((2, 5))},
+            model=lattice,
+            args=(torch.ones(3, 3),),
+            log_likelihood=True,
+        )
+
+
+# --- compare
+
+PRIORS = {"vague": (2.0, 1.0), "informed": (80.0, 20.0)}
+
+
+# ArviZ calls pandas in a way that pandas has deprecated.
+arviz_and_pandas = pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame")
+
+
+def compared(x, log_z=gaussian_log_z):
+    sources = {name: data_of(x, *prior, log_z=log_z) for name, prior in PRIORS.items()}
+    return az.compare(sources)
+
+
+@arviz_and_pandas
+@pytest.mark.parametrize(("precision", "best"), [(4.0, "informed"), (0.8, "vague")])
+def test_models_are_ranked_by_the_exact_answer(precision, best):
+    """A prior that knows a precision of 4, on data that have it and on data that have not."""
+    x = torch.randn(40)
+    x = x / x.square().mean().sqrt() / precision**0.5
+    exact = {name: student(x, *prior).sum() for name, prior in PRIORS.items()}
+    table = compared(x)
+    assert max(exact, key=exact.get) == best
+    assert table.index[0] == best
+    gap = abs(exact["vague"] - exact["informed"])
+    assert table["elpd_diff"].iloc[1] == pytest.approx(gap, abs=0.1 + 0.02 * gap)
+
+
+@arviz_and_pandas
+def test_without_log_z_the_wrong_model_wins():
+    """The negative twin: on data of precision 4 the unnormalized likelihoods prefer the vague."""
+    x = torch.randn(40)
+    x = x / x.square().mean().sqrt() / 2.0
+    with pyro.settings.context(ebm_missing_normalizer="ignore"):
+        assert compared(x, log_z=None).index[0] == "vague"
+    with pytest.raises(MissingNormalizerError):
+        compared(x, log_z=None)
