@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["build", "by_chain", "conventional_stats", "summary_table"]
+__all__ = ["build", "by_chain", "conventional_stats", "safe_name", "summary_table"]
 
 Arrays = Mapping[str, NDArray[Any]]
 _COLUMNS = ["mean", "sd", "mcse_mean", "ess_bulk", "ess_tail", "r_hat"]
@@ -42,7 +42,7 @@ def build(
         ValueError: If two names become one because ``/`` is written as a dot.
     """
     data = {group: _safe_names(group, arrays) for group, arrays in groups.items() if arrays}
-    labels = {_safe_name(name): list(names) for name, names in (dims or {}).items()}
+    labels = {safe_name(name): list(names) for name, names in (dims or {}).items()}
     shared: dict[str, Any] = {"coords": dict(coords or {}), "dims": labels, "save_warmup": True}
     described = {group: dict(own) for group, own in (attrs or {}).items() if group in data}
     with _quiet():
@@ -96,13 +96,14 @@ def summary_table(az: Any, draws: Arrays) -> Any:
         return az.summary(data, kind="all", round_to="none")[_COLUMNS].astype(float)
 
 
-def _safe_name(name: str) -> str:
+def safe_name(name: str) -> str:
+    """Returns a name that may stand in a tree of groups."""
     return name.replace("/", ".")
 
 
 def _safe_names(group: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
     """Writes ``/`` (which Pyro's ``scope`` puts into names and trees of groups forbid) as a dot."""
-    safe = {_safe_name(name): array for name, array in arrays.items()}
+    safe = {safe_name(name): array for name, array in arrays.items()}
     if len(safe) < len(arrays):
         raise ValueError(f"{group}: names differ only by '/' and '.', rename one: {sorted(arrays)}")
     return safe

@@ -6,6 +6,7 @@ groups and names inside are the same.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -98,7 +99,8 @@ def summary(source: Any) -> Any:
 
     Columns: mean, sd, mcse_mean, ess_bulk, ess_tail, r_hat. R-hat and both effective sample sizes
     are ArviZ's rank-normalized ones; ``nan`` where they do not exist (constant or non-finite draws,
-    one chain). Which quantiles the tail is, the installed ArviZ decides.
+    one chain). Which quantiles the tail is, the installed ArviZ decides. Where a record carries the
+    error that an anchored log Z adds to the means, it is a column ``mcse_logz``.
 
     Args:
         source: What :func:`to_arviz` takes.
@@ -111,7 +113,12 @@ def summary(source: Any) -> Any:
         >>> bool((table["r_hat"] < 1.02).all())
         True
     """
-    return table_of(as_record(source).draws)
+    record = as_record(source)
+    table = table_of(record.draws)
+    if "mcse_logz" in record.attrs:
+        errors = {core.safe_name(k): v for k, v in record.attrs["mcse_logz"].items()}
+        table["mcse_logz"] = [errors.get(name, float("nan")) for name in table.index]
+    return table
 
 
 def table_of(draws: Arrays) -> Any:
@@ -219,4 +226,5 @@ def _attrs(record: Record) -> dict[str, Any]:
     with suppress(PackageNotFoundError):  # run from a source tree
         attrs["inference_library_version"] = version("pyro-ebm")
     plain = {k: int(v) if isinstance(v, bool) else v for k, v in attrs.items()}
+    plain = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in plain.items()}
     return {k: v for k, v in plain.items() if v is not None}

@@ -26,11 +26,11 @@ from __future__ import annotations
 import math
 
 import torch
-from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc.checks import whole
+from pyro_ebm.normalizers.chain_size import effective_size
 
 LEAST_SHARE = 0.05
 """The share of effective draws below which log Z is not told."""
@@ -82,10 +82,9 @@ class Anchored:
 
     def _effective_counts(self) -> Tensor:
         """What the draws of each anchor count for, ``(K,)``: of chains, fewer than there are."""
-        most = self.statistics.shape[1] * self.statistics.shape[2]
-        sizes = [effective_sample_size(s, chain_dim=0, sample_dim=1) for s in self.statistics]
-        slowest = torch.stack(sizes).nan_to_num(1.0).amin(-1)  # what does not move counts once
-        return slowest.clamp(1.0, most)
+        sizes = [[effective_size(t) for t in s.unbind(-1)] for s in self.statistics]
+        slowest = self.statistics.new_tensor(sizes)
+        return slowest.nan_to_num(1.0).amin(-1)  # what does not move counts once
 
     def _mixture(self, rows: Tensor, log_z: Tensor) -> Tensor:
         """Log density of the pooled draws at statistics ``(n, p)``, per effective draw."""
@@ -220,12 +219,12 @@ def anchored(
     anchors = anchors.double()
     laws = family.with_natural(anchors)
     num_chains = min(num_chains, whole("num_draws", num_draws, least=2))
-    per_chain = -(-num_draws // num_chains)
     if family.is_sampleable:
-        x = laws.sample((num_chains, per_chain))  # (C, N, K) + event
+        x = laws.sample((num_draws, 1))  # (C, N, K) + event: independent draws are chains of one
         drawn = family.statistics(x).movedim(2, 0)
     else:
-        drawn = _by_sweeps(family, anchors, (num_chains, per_chain), burn_in, start)
+        shape = (num_chains, -(-num_draws // num_chains))
+        drawn = _by_sweeps(family, anchors, shape, burn_in, start)
     known = family.with_natural(anchors[0]).log_normalizer() if family.is_tractable else 0.0
     return Anchored(anchors, drawn, log_normalizer=float(known))
 

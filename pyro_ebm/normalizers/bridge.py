@@ -21,13 +21,13 @@ References:
 from __future__ import annotations
 
 import torch
-from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
+from pyro_ebm.normalizers.chain_size import effective_size
 from pyro_ebm.normalizers.laws import leaves_of, single
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.log_space import bennett
@@ -102,8 +102,8 @@ def bridged(
 
 def _size(draws: Tensor) -> float:
     """The effective number of ``(chains, draws)`` for their mean, at most their number."""
-    size = float(effective_sample_size(draws.double(), chain_dim=0, sample_dim=1))
-    return min(size, float(draws.numel())) if size == size else float(draws.numel())  # constant
+    size = effective_size(draws)
+    return size if size == size else float(draws.numel())  # constant
 
 
 def _relative_variance(terms: Tensor) -> Tensor:

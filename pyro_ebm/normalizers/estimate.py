@@ -22,6 +22,7 @@ from pyro_ebm.normalizers.importance import importance
 from pyro_ebm.normalizers.laws import law_of, single
 from pyro_ebm.normalizers.quadrature import MAX_DIM, quadrature
 from pyro_ebm.normalizers.smc import smc
+from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic
 from pyro_ebm.ops.constraints import base_measure
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.spaces import UnconstrainedSpace
@@ -32,6 +33,8 @@ METHODS: dict[str, Callable[[EnergyDistribution], LogNormalizer]] = {
     "importance": importance,
     "ais": ais,
     "smc": smc,
+    "thermodynamic": thermodynamic,
+    "stepping_stones": stepping_stones,
 }
 _MOST_STATES = 2**20
 _THROUGH_CHAINS = " through chains"
@@ -46,7 +49,8 @@ def estimate_log_normalizer(
     Args:
         dist: The distribution.
         method: ``"auto"``, or ``"exact"``, ``"quadrature"``, ``"importance"``, ``"ais"``,
-            ``"smc"`` or ``"bridge"``, with their defaults.
+            ``"smc"``, ``"thermodynamic"``, ``"stepping_stones"`` or ``"bridge"``, with their
+            defaults.
         draws: Draws of the law for the bridge, ``(chains, draws) + event_shape``, by preference
             from chains that were started at data; drawn by 64 chains of HMC if not given.
 

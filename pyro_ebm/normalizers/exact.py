@@ -52,7 +52,7 @@ def exact(dist: EnergyDistribution, *, max_states: int = 2**24) -> LogNormalizer
         value, method = law.energy_function.log_normalizer(), "closed form"  # type: ignore[attr-defined]
     else:
         states = States.of(law, max_states)
-        value, method = _log_sum(law, states), f"sum over {states.number} states"
+        value, method = log_sum(law, states), f"sum over {states.number} states"
     return LogNormalizer(value, torch.zeros_like(value.detach()), method, parameters=leaves_of(law))
 
 
@@ -113,7 +113,9 @@ class States:
         return self.values[digits.to(self.values.device)].reshape((-1,) + self.event_shape)
 
 
-def _log_sum(law: EnergyDistribution, states: States) -> Tensor:
+def log_sum(law: EnergyDistribution, states: States) -> Tensor:
+    """Returns log Z in nats of every element of a batch, ``batch_shape``, as a sum over states."""
+
     def part(x: Tensor) -> Tensor:
         return torch.logsumexp(-law.potential(x.reshape(_rows(law, x))), 0)
 

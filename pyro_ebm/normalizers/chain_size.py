@@ -1,0 +1,47 @@
+r"""How many independent draws the draws of chains are worth for their mean.
+
+Autocorrelations within a chain need some length to be seen: for fewer than :data:`LEAST_LENGTH`
+draws of each their sum is biased, below four even meaningless. Short chains are therefore compared
+with each other,
+
+.. math:: S = C\, \frac{\text{variance of all draws}}{\text{variance of the chains' means}} .
+"""
+
+from __future__ import annotations
+
+from pyro.ops.stats import effective_sample_size
+from torch import Tensor
+
+LEAST_LENGTH = 20
+"""Draws of a chain below which its autocorrelations say nothing."""
+
+
+def effective_size(draws: Tensor) -> float:
+    """Returns the effective number of draws, at least 1 and at most their number.
+
+    Args:
+        draws: One quantity, ``(chains, draws)``.
+
+    Returns:
+        A number; NaN where all draws are the same.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> independent = torch.randn(100, 5)
+        >>> 350 < effective_size(independent) <= 500
+        True
+        >>> 70 < effective_size(independent[:, :1].expand(-1, 5)) < 130
+        True
+    """
+    num_chains, length = draws.shape
+    total = draws.double().var()
+    if not float(total) > 0.0:
+        return float("nan")
+    if length == 1:
+        return float(num_chains)
+    if length >= LEAST_LENGTH or num_chains == 1:
+        size = float(effective_sample_size(draws.double(), chain_dim=0, sample_dim=1))
+    else:
+        size = num_chains * float(total / draws.double().mean(1).var())
+    return min(max(size, 1.0), float(draws.numel()))

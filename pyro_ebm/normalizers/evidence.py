@@ -1,0 +1,290 @@
+r"""The evidence :math:`\log p(y) = \log \int p(y \mid \theta)\, p(\theta)\, d\theta` of a model.
+
+It is the log Z of the posterior with respect to its unconstrained coordinates, and is estimated as
+that: by bridge sampling from draws of the posterior, or along the ladder :math:`p(\theta)\, p(y
+\mid \theta)^\beta` from the prior by stepping stones or thermodynamic integration. It compares
+models also where there is one dependent observation, which leaves nothing to leave out.
+
+What cancels in a posterior counts here: the log Z of every EBM site, constant or not, must be
+known, and priors must be proper. A log Z that is known up to a constant (``Anchored`` of a family
+that does not know its own) shifts the evidence by that constant, for each observation: the ratio of
+two models that share it is right, the evidence of one is not.
+
+References:
+    Meng, Wong, Simulating ratios of normalizing constants via a simple identity, Statistica Sinica
+    6, 1996; Gronau et al., A tutorial on bridge sampling, Journal of Mathematical Psychology 81,
+    2017; Kass, Raftery, Bayes factors, JASA 90, 1995.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import ImproperUniform, TorchDistribution
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_ebm.chains.observations import is_subsample
+from pyro_ebm.chains.record import as_record
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.distributions.layers import innermost, is_normalized, mask_of
+from pyro_ebm.distributions.normalizer_guard import report
+from pyro_ebm.mcmc import HMC, MCMC
+from pyro_ebm.mcmc.checks import one_of
+from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
+from pyro_ebm.normalizers.bridge import bridge
+from pyro_ebm.normalizers.tempered import TemperedRun, tempered
+from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic
+from pyro_ebm.ops.log_normalizer import LogNormalizer
+from pyro_ebm.ops.rng import rng_preserved
+
+Model = Callable[..., Any]
+
+_METHODS = ("bridge", "stepping_stones", "thermodynamic")
+_PATHS = {"stepping_stones": stepping_stones, "thermodynamic": thermodynamic}
+_NUM_CHAINS, _NUM_DRAWS = 64, 250
+_NUM_RUNGS, _NUM_PER_RUNG = 12, 60
+
+
+def evidence(
+    model: Model,
+    *args: Any,
+    posterior: Any = None,
+    method: str = "bridge",
+    kwargs: Mapping[str, Any] | None = None,
+) -> LogNormalizer:
+    """Estimates the log marginal likelihood of a model's data.
+
+    Args:
+        model: A Pyro model with continuous latents; discrete ones are enumerated, where they can
+            be.
+        *args: Its positional arguments.
+        posterior: For the bridge: draws of the posterior, as
+            :func:`~pyro_ebm.chains.to_arviz` takes them; 64 chains of HMC if not given.
+        method: ``"bridge"``, or from the prior ``"stepping_stones"`` or ``"thermodynamic"``.
+        kwargs: Keyword arguments of the model.
+
+    Returns:
+        ``LogNormalizer``, the evidence in nats. That log Z of an EBM site is itself an estimate is
+        not in its error.
+
+    Raises:
+        MissingNormalizerError: If log Z of an EBM site is not known at every draw, or there is an
+            energy factor, which has none.
+        ValueError: If a prior is improper, a plate is subsampled, or latents have no draws.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> _ = torch.manual_seed(0)
+        >>> def model(y):
+        ...     m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(m, 1.0), obs=y)
+        >>> exact = dist.Normal(0.0, 2.0**0.5).log_prob(torch.tensor(1.0))
+        >>> bool((evidence(model, torch.tensor(1.0)).value - exact).abs() < 0.02)
+        True
+    """
+    one_of("method", method, _METHODS)
+    kwargs = dict(kwargs or {})
+    names = _checked_latents(model, args, kwargs)
+    target = target_of_model(model, args, kwargs)
+    if bool((target.flat_terms(torch.ones(1, target.dim)) != 0).any()):
+        raise ValueError(f"{target!r}: a latent has no density at all, so there is no evidence")
+    if method == "bridge":
+        found = _bridged(target, names, posterior, lambda: _drawn(model, args, kwargs))
+    else:
+        law = _between(target, _Prior(model, args, kwargs, like=target))
+        found = _PATHS[method](law, _tempered(law))
+    start = "posterior" if method == "bridge" else "prior"
+    return replace(found, method=f"evidence by {found.method}", start=start, parameters=())
+
+
+class BayesFactor(NamedTuple):
+    """The log of how much likelier the data are under one model than under another.
+
+    Args:
+        value: In nats, positive for the first.
+        stderr: Its standard error.
+        doubts: Reasons not to trust it.
+    """
+
+    value: Tensor
+    stderr: Tensor
+    doubts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = f"log Bayes factor = {float(self.value):.3f} ± {float(self.stderr):.3f} nats"
+        return f"{text}; not to be trusted: {'; '.join(self.doubts)}" if self.doubts else text
+
+
+def bayes_factor(one: LogNormalizer, other: LogNormalizer) -> BayesFactor:
+    """Returns the log Bayes factor of two evidences of the same data.
+
+    Raises:
+        ValueError: If one of them has no standard error.
+
+    Example:
+        >>> one, other = (LogNormalizer(torch.tensor(v), torch.tensor(0.03)) for v in (-8.0, -9.5))
+        >>> print(bayes_factor(one, other))
+        log Bayes factor = 1.500 ± 0.042 nats
+    """
+    if one.stderr is None or other.stderr is None:
+        raise ValueError("a Bayes factor needs two evidences with standard errors")
+    doubts = [f"{which}: {d}" for which, z in (("first", one), ("second", other)) for d in z.doubts]
+    error = torch.hypot(one.stderr, other.stderr)
+    return BayesFactor(one.value - other.value, error, tuple(doubts))
+
+
+# --- what is refused
+
+
+def _checked_latents(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+    """Names of the latents, once nothing in the model stands against an evidence."""
+    with rng_preserved(), poutine.block(), torch.no_grad():
+        nodes = poutine.trace(_OnlyProper()(model)).get_trace(*args, **kwargs).nodes
+    sites = {name: site for name, site in nodes.items() if site["type"] == "sample"}
+    for name, site in sites.items():
+        if is_subsample(site):
+            _check_whole(name, site["fn"])
+        elif mask_of(site["fn"], site["mask"]) is not False:
+            _check_density(name, site)
+    return {n for n, s in sites.items() if not s["is_observed"] and not is_subsample(s)}
+
+
+class _OnlyProper(Messenger):
+    """Refuses improper priors, before they are drawn from in vain."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        is_improper = isinstance(innermost(msg["fn"]), ImproperUniform)
+        if is_improper:
+            raise ValueError(
+                f"site {msg['name']!r} has an improper prior, under which no data have evidence"
+            )
+
+
+def _check_whole(name: str, plate: Any) -> None:
+    if (plate.subsample_size or plate.size) < plate.size:
+        raise ValueError(f"plate {name!r} is subsampled: the evidence is that of all data")
+
+
+def _check_density(name: str, site: Any) -> None:
+    if (site["infer"] or {}).get("energy_factor"):
+        report(
+            f"energy_factor {name!r} has no log Z, and the evidence would be off by it: write it "
+            "as a sample site of an EnergyDistribution with log_normalizer="
+        )
+    if not is_normalized(site["fn"]):
+        report(
+            f"EBM site {name!r}: log Z is unknown, and the evidence would be off by it even if it "
+            "is constant: give log_normalizer="
+        )
+
+
+# --- from the posterior
+
+
+def _drawn(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MCMC:
+    mcmc = MCMC(HMC(model), _NUM_DRAWS, num_chains=_NUM_CHAINS, disable_progbar=True)
+    mcmc.run(*args, **kwargs)
+    return mcmc
+
+
+def _bridged(
+    target: ModelTarget, names: set[str], posterior: Any, drawn: Callable[[], MCMC]
+) -> LogNormalizer:
+    draws = as_record(drawn() if posterior is None else posterior).draws
+    latents = target.split(torch.zeros(1, target.dim)).keys() & names
+    if missing := sorted(latents - draws.keys()):
+        raise ValueError(f"the posterior has no draws of {', '.join(missing)}, got {sorted(draws)}")
+    values = {n: torch.as_tensor(draws[n], dtype=target.dtype) for n in latents}
+    law = EnergyDistribution(_flat(target), event_shape=(target.dim,))
+    return bridge(law, target.position_of({n: x.to(target.device) for n, x in values.items()}))
+
+
+def _flat(target: ModelTarget) -> Callable[[Tensor], Tensor]:
+    """The potential at positions with any lead."""
+
+    def potential(q: Tensor) -> Tensor:
+        rows = q.reshape(-1, target.dim).to(target.dtype)
+        with pyro.validation_enabled(is_validate=False):  # checks branch on values
+            return target.potential(rows).reshape(q.shape[:-1])
+
+    return potential
+
+
+# --- from the prior
+
+
+def _between(target: ModelTarget, prior: _Prior) -> EnergyDistribution:
+    """The posterior as a tilt of the prior by the log likelihood."""
+    joint, before = _flat(target), _flat(prior.target)
+    return EnergyDistribution(lambda q: joint(q) - before(q), base=prior)
+
+
+def _tempered(law: EnergyDistribution) -> TemperedRun:
+    """A run that is short enough for draws of the prior that are made one by one."""
+    return tempered(
+        law,
+        num_rungs=_NUM_RUNGS,
+        num_chains=_NUM_CHAINS,
+        num_samples=_NUM_PER_RUNG,
+        warmup_steps=_NUM_PER_RUNG,
+    )
+
+
+class _WithoutData(Messenger):
+    """Takes what is observed, factors included, out of a model's density."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["is_observed"]:
+            msg["mask"] = False
+
+
+class _Prior(TorchDistribution):
+    """The prior of a model's latents in the unconstrained coordinates of its posterior."""
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+
+    def __init__(
+        self, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], *, like: ModelTarget
+    ) -> None:
+        super().__init__(event_shape=torch.Size((like.dim,)), validate_args=False)
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.like = like
+        self.target = target_of_model(_WithoutData()(model), args, kwargs)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Returns the log density of positions ``lead + (D,)``."""
+        return -_flat(self.target)(value)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws positions, ``sample_shape + (D,)``, by running the model."""
+        shape = torch.Size(sample_shape)
+        with poutine.block(), pyro.validation_enabled(is_validate=False):
+            rows = self._batched(shape.numel())
+            if rows is None:
+                rows = torch.stack([self._one() for _ in range(shape.numel())])
+        return rows.reshape(shape + self.event_shape)
+
+    def _batched(self, num: int) -> Tensor | None:
+        """All at once, where ``vmap`` can follow the model's draws."""
+        if not self.like.is_vectorized:
+            return None
+        with suppress(RuntimeError), warnings.catch_warnings():  # not all can be drawn under vmap
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return torch.vmap(lambda _: self._one(), randomness="different")(torch.zeros(num))
+        return None
+
+    def _one(self) -> Tensor:
+        nodes = poutine.trace(self.model).get_trace(*self.args, **self.kwargs).nodes
+        names = self.like.split(torch.zeros(1, self.like.dim))
+        return self.like.position_of({name: nodes[name]["value"] for name in names})

@@ -1,0 +1,149 @@
+r"""Energies of chains along a ladder of inverse temperatures, from the base to the law.
+
+Both :func:`~pyro_ebm.normalizers.thermodynamic.thermodynamic` and
+:func:`~pyro_ebm.normalizers.thermodynamic.stepping_stones` read log Z off the energies of draws
+from :math:`p_\beta \propto \mathrm{base}\, e^{-\beta E}` at rungs :math:`0 = \beta_0 < \dots <
+\beta_K = 1`. On a Gaussian base they are those of parallel tempering, whose replicas change places
+along the ladder, so that chains leave the modes that they are in. On another base chains are
+carried up and held at every rung by a kernel with tuning and ladder of an SMC run.
+
+At :math:`\beta_0` the draws are fresh ones of the base. Chains are independent of each other, and
+what they have in common between rungs is left in the errors: those compare whole chains.
+
+Reference:
+    Syed, Bouchard-Côté, Deligiannidis, Doucet, Non-reversible parallel tempering, JRSS B 84, 2022.
+    arXiv:1905.02939.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.mcmc import HMC, MCMC, ParallelTempering
+from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.checks import whole
+from pyro_ebm.mcmc.distribution_target import DistributionTarget
+from pyro_ebm.normalizers.ais import Path
+from pyro_ebm.normalizers.laws import KernelMaker, based
+
+LEAST_CHAINS = 20
+"""Chains below which their spread is no measure of an error."""
+
+
+@dataclass(frozen=True)
+class TemperedRun:
+    """Energies of draws at every rung of a ladder.
+
+    Args:
+        ladder: Inverse temperatures, rising from 0 to 1, ``(K + 1,)``.
+        energies: Energies relative to the base in nats, ``(K + 1, chains, draws)``; infinite where
+            the law has no mass.
+
+    Raises:
+        ValueError: If the ladder does not lead from 0 to 1, or there are too few chains.
+        NonFiniteEnergyError: If an energy is NaN or minus infinity.
+    """
+
+    ladder: Tensor
+    energies: Tensor
+
+    def __post_init__(self) -> None:
+        ladder, shape = self.ladder, tuple(self.energies.shape)
+        rises = bool((ladder.diff() > 0).all()) and ladder[[0, -1]].tolist() == [0.0, 1.0]
+        if not rises or len(shape) != 3 or shape[0] != len(ladder):
+            raise ValueError(
+                "a tempered run needs a ladder that rises from 0 to 1 and energies (rungs, chains, "
+                f"draws), got {ladder.tolist()} and {shape}"
+            )
+        if shape[1] < LEAST_CHAINS:
+            raise ValueError(
+                f"{shape[1]} chains are too few to tell an error from: use {LEAST_CHAINS} or more"
+            )
+        if bool((self.energies.isnan() | (self.energies == -torch.inf)).any()):
+            raise NonFiniteEnergyError("an energy of a tempered run is NaN or minus infinity")
+
+
+def tempered(
+    dist: EnergyDistribution,
+    *,
+    num_rungs: int = 16,
+    num_chains: int = 64,
+    num_samples: int = 200,
+    warmup_steps: int = 250,
+    kernel: KernelMaker | None = None,
+) -> TemperedRun:
+    """Runs chains at all rungs of a ladder that is spaced by the law.
+
+    Args:
+        dist: A distribution with a base and ``batch_shape == ()``.
+        num_rungs: K; the base is one rung more.
+        num_chains: Independent chains at every rung.
+        num_samples: Draws of each.
+        warmup_steps: Iterations before them; of chains that are held, half as many, at each rung.
+        kernel: Makes the kernel of chains that are held. If not given, and the base is a Gaussian
+            with independent coordinates, parallel tempering; else HMC.
+
+    Raises:
+        ValueError: If the distribution has no base or is a batch.
+    """
+    law = based(dist, "tempering")
+    whole("num_rungs", num_rungs, least=2)
+    whole("num_chains", num_chains, least=LEAST_CHAINS)
+    whole("num_samples", num_samples, least=4)
+    if kernel is None and DistributionTarget(law).prior is not None:
+        return _swapped(law, (num_rungs, num_chains, num_samples), warmup_steps)
+    path = Path.piloted(law, num_rungs, kernel or HMC)
+    return _held(path, num_chains, num_samples, warmup_steps // 2)
+
+
+def _swapped(
+    law: EnergyDistribution, shape: tuple[int, int, int], warmup_steps: int
+) -> TemperedRun:
+    """Energies at all replicas of parallel tempering."""
+    num_rungs, num_chains, num_samples = shape
+    kernel = ParallelTempering(law, num_replicas=num_rungs + 1)
+    mcmc = MCMC(kernel, 1, warmup_steps, num_chains=num_chains, disable_progbar=True)
+    mcmc.run()
+    target, state = DistributionTarget(law), mcmc.state
+    if state is None:
+        raise RuntimeError(f"{law!r}: the warm-up was interrupted")
+    potential, rows = CapturedPotential(target), []
+    for _ in range(num_samples):
+        state, _ = kernel.step(potential, state)
+        rows.append(state.extra["energies"][1:])
+    base = _at_base(potential, num_chains, num_samples)
+    return TemperedRun(state.tuning["ladder"].double(), torch.cat([base, torch.stack(rows, -1)]))
+
+
+def _held(path: Path, num_chains: int, num_samples: int, burn_in: int) -> TemperedRun:
+    """Energies of chains that are carried up rung by rung."""
+    moving, weighing = CapturedPotential(path.kernel.bind()), CapturedPotential(path.target)
+    q = path.target.draw_start(num_chains)
+    parts = [_at_base(weighing, num_chains, num_samples)]
+    for beta, tuning in zip(path.ladder, path.tunings, strict=True):
+        path.beta.fill_(beta)
+        state, rows = path.kernel.init(moving, q).with_tuning(**tuning), []
+        for i in range(burn_in + num_samples):
+            state, _ = path.kernel.step(moving, state)
+            if i >= burn_in:
+                rows.append(weighing.energy(state.position))
+        q = state.position
+        parts.append(torch.stack(rows, -1)[None])
+    ladder = torch.cat([path.ladder.new_zeros(1), path.ladder]).double()
+    return TemperedRun(ladder, torch.cat(parts))
+
+
+def _at_base(potential: CapturedPotential, num_chains: int, num_samples: int) -> Tensor:
+    """Energies of fresh draws of the base, ``(1, chains, draws)``.
+
+    Replicas of parallel tempering are no such draws where the energy is infinite: they stay.
+    """
+    target = potential.target
+    energies = potential.energy(target.draw_start(num_chains * num_samples))
+    energies = torch.where(energies.isnan(), torch.inf, energies)
+    return energies.reshape(1, num_chains, num_samples)

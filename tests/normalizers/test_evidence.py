@@ -1,0 +1,194 @@
+"""Evidence against closed forms and quadrature, and models that have none."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_ebm import EnergyDistribution, energy_factor
+from pyro_ebm.energies import Ising
+from pyro_ebm.errors import MissingNormalizerError
+from pyro_ebm.normalizers import anchored
+from pyro_ebm.normalizers.evidence import bayes_factor, evidence
+from pyro_ebm.ops.log_normalizer import LogNormalizer
+
+LATTICE = torch.ones(4, 4)
+LATTICE[0, 0] = LATTICE[2, 2] = -1.0  # its sum over bonds is 16
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+
+
+def precision(x, *, shape=2.0, known=True):
+    """Gaussian data whose precision has a Gamma prior, as an energy."""
+    theta = pyro.sample("theta", dist.Gamma(shape, torch.tensor(1.0)))
+    log_z = (lambda: 0.5 * (2 * torch.pi / theta).log()) if known else None
+    law = EnergyDistribution(lambda x: theta * x**2 / 2, event_shape=(), log_normalizer=log_z)
+    with pyro.plate("n", len(x)):
+        pyro.sample("x", law, obs=x)
+
+
+def evidence_of_precision(x, shape=2.0):
+    n, b = len(x), 1.0 + float(x.square().sum()) / 2
+    a = shape + n / 2
+    constant = math.lgamma(a) - math.lgamma(shape) - n / 2 * math.log(2 * math.pi)
+    return constant - a * math.log(b)
+
+
+def exact_draws(x, shape=2.0):
+    a, b = shape + len(x) / 2, 1.0 + x.square().sum() / 2
+    return {"theta": dist.Gamma(a, b).sample((20, 100))}
+
+
+def lattice(x, log_z=None):
+    """One lattice: there is nothing to leave out."""
+    coupling = pyro.sample("coupling", dist.Uniform(0.0, torch.tensor(1.0)))
+    energy = Ising(coupling, (4, 4))
+    known = energy.log_normalizer if log_z is None else lambda: log_z(energy.natural())
+    pyro.sample("x", EnergyDistribution(energy, log_normalizer=known), obs=x)
+
+
+def evidence_of_lattice():
+    """By the trapezoidal rule on 20 000 steps."""
+    k = torch.linspace(0.0, 1.0, 20_001)
+    values = (16 * k - Ising(k, (4, 4)).log_normalizer()).exp()
+    return float(torch.trapezoid(values, k).log())
+
+
+def draws_of_lattice(num):
+    k = torch.linspace(0.0, 1.0, 20_001)
+    weights = (16 * k - Ising(k, (4, 4)).log_normalizer()).exp()
+    at = torch.multinomial(weights, num[0] * num[1], replacement=True)
+    return {"coupling": (k[at] + 5e-5 * (torch.rand(len(at)) - 0.5)).clamp(1e-6, 1).reshape(num)}
+
+
+def test_the_bridge_is_the_closed_form():
+    x = torch.randn(20) / 2**0.5
+    seen = evidence(precision, x)
+    assert seen.is_trusted
+    assert abs(float(seen.value) - evidence_of_precision(x)) < 5 * float(seen.stderr) < 0.05
+
+
+def test_two_latents_in_closed_form():
+    """A line through points with Gaussian noise: the data are jointly Gaussian."""
+    t, noise = torch.linspace(-1.0, 1.0, 8), 0.5
+
+    def line(y):
+        coef = pyro.sample("coef", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        with pyro.plate("n", len(t)):
+            pyro.sample("y", dist.Normal(coef[0] + coef[1] * t, noise), obs=y)
+
+    design = torch.stack([torch.ones(8), t], -1)
+    covariance = 4.0 * design @ design.T + noise**2 * torch.eye(8)
+    y = torch.linspace(0.0, 2.0, 8)
+    exact = dist.MultivariateNormal(torch.zeros(8), covariance).log_prob(y)
+    precision_of_posterior = torch.eye(2) / 4.0 + design.T @ design / noise**2
+    mean = torch.linalg.solve(precision_of_posterior, design.T @ y / noise**2)
+    law = dist.MultivariateNormal(mean, precision_matrix=precision_of_posterior)
+    seen = evidence(
+        line, y, posterior={"coef": law.sample((20, 100)), "unused": torch.ones(20, 100)}
+    )
+    assert abs(float(seen.value - exact)) < 5 * float(seen.stderr) < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["stepping_stones", "thermodynamic"])
+def test_from_the_prior(method):
+    x = torch.randn(20) / 2**0.5
+    seen = evidence(precision, x, method=method)
+    assert seen.is_trusted
+    assert seen.start == "prior"
+    assert abs(float(seen.value) - evidence_of_precision(x)) < 5 * float(seen.stderr) < 0.3
+
+
+def test_one_lattice():
+    seen = evidence(lattice, LATTICE, posterior=draws_of_lattice((20, 200)))
+    assert abs(float(seen.value) - evidence_of_lattice()) < 5 * float(seen.stderr) < 0.05
+
+
+def test_one_lattice_with_an_anchored_log_z():
+    """The family knows log Z at the first anchor, so that the constant is right as well."""
+    anchors = torch.tensor([[0.05], [0.2], [0.35], [0.5], [0.7], [0.9]])
+    log_z = anchored(Ising(0.0, (4, 4)), anchors, num_draws=4000)
+    seen = evidence(lattice, LATTICE, log_z, posterior=draws_of_lattice((20, 200)))
+    assert float(seen.value) == pytest.approx(evidence_of_lattice(), abs=0.15)
+
+
+def test_the_ratio_of_two_models():
+    x = torch.randn(30)
+    one, other = (
+        evidence(precision, x, posterior=exact_draws(x, a), kwargs={"shape": a}) for a in (2.0, 9.0)
+    )
+    ratio = bayes_factor(one, other)
+    exact = evidence_of_precision(x) - evidence_of_precision(x, 9.0)
+    assert abs(float(ratio.value) - exact) < 5 * float(ratio.stderr) < 0.1
+    assert str(ratio).startswith("log Bayes factor = ")
+    few = LogNormalizer(torch.tensor(0.0), torch.tensor(0.1), ess=3.0)
+    assert "second: effective sample size 3" in str(bayes_factor(one, few))
+    with pytest.raises(ValueError, match="with standard errors"):
+        bayes_factor(one, LogNormalizer(torch.tensor(0.0)))
+
+
+# --- models that have none
+
+
+def constant(x):
+    """Nothing is inferred through the energy, and its log Z counts all the same."""
+    pyro.sample("theta", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", len(x)):
+        pyro.sample("x", EnergyDistribution(lambda x: x**4, event_shape=()), obs=x)
+
+
+def with_factor(x):
+    theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    energy_factor("near", lambda t: t.square().sum(-1), theta)
+
+
+def improper(x):
+    theta = pyro.sample("theta", dist.ImproperUniform(dist.constraints.real, (), ()))
+    pyro.sample("x", dist.Normal(theta, 1.0), obs=x[0])
+
+
+def part_of(x):
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", len(x), subsample_size=2) as i:
+        pyro.sample("x", dist.Normal(theta, 1.0), obs=x[i])
+
+
+def masked(x):
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(theta, 1.0), obs=x[0])
+    with pyro.plate("n", 2), pyro.poutine.mask(mask=torch.tensor([True, False])):
+        pyro.sample("rest", dist.Normal(0.0, 1.0))
+
+
+BAD = {
+    "missing": (lambda x: precision(x, known=False), MissingNormalizerError, "log Z is unknown"),
+    "constant": (constant, MissingNormalizerError, "off by it even if it is constant"),
+    "factor": (with_factor, MissingNormalizerError, "energy_factor 'near' has no log Z"),
+    "improper": (improper, ValueError, "site 'theta' has an improper prior"),
+    "subsampled": (part_of, ValueError, "plate 'n' is subsampled"),
+    "draws": (precision, ValueError, "the posterior has no draws of theta, got"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_models_without(case):
+    model, error, sentence = BAD[case]
+    with pytest.raises(error, match=sentence):
+        evidence(model, torch.randn(5), posterior={"z": torch.zeros(4, 50)})
+
+
+@pytest.mark.filterwarnings("ignore:.*the density does not depend on")
+def test_a_latent_without_a_density():
+    with pytest.raises(ValueError, match="a latent has no density at all"):
+        evidence(masked, torch.randn(5))
+
+
+def test_ways_are_named():
+    with pytest.raises(ValueError, match="method must be one of bridge, stepping_stones"):
+        evidence(precision, torch.randn(5), method="harmonic mean")
