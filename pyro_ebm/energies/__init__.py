@@ -10,8 +10,15 @@ from pyro_ebm.energies.double_well import DoubleWell
 from pyro_ebm.energies.exponential_family import ExponentialFamily
 from pyro_ebm.energies.funnel import Funnel
 from pyro_ebm.energies.gaussian import GaussianEnergy
+from pyro_ebm.energies.graph_dyads import adjacency_of, dyads, ties_of
+from pyro_ebm.energies.graph_goodness_of_fit import (
+    degree_counts,
+    distance_counts,
+    shared_partner_counts,
+)
 from pyro_ebm.energies.graph_statistics import (
     GWESP,
+    Dependence,
     DyadStatistic,
     Edges,
     GraphStatistic,
@@ -20,9 +27,6 @@ from pyro_ebm.energies.graph_statistics import (
     NodeMatch,
     Stars,
     Triangles,
-    adjacency_of,
-    dyads,
-    ties_of,
 )
 from pyro_ebm.energies.ising import Ising
 from pyro_ebm.energies.mixture import GaussianMixtureEnergy
@@ -36,6 +40,7 @@ __all__ = [
     "Banana",
     "ConvEnergy",
     "ConwayMaxwellPoisson",
+    "Dependence",
     "DoubleWell",
     "DyadStatistic",
     "Edges",
@@ -59,6 +64,9 @@ __all__ = [
     "Triangles",
     "adjacency_of",
     "check_energy_shape",
+    "degree_counts",
+    "distance_counts",
     "dyads",
+    "shared_partner_counts",
     "ties_of",
 ]

@@ -26,17 +26,23 @@ References:
 
 from __future__ import annotations
 
+import enum
 import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.energies.graph_blocks import Block, Counts
+from pyro_ebm.energies.graph_dyads import adjacency_of, dyads, ties_of
+
 __all__ = [
     "GWESP",
+    "Dependence",
     "DyadStatistic",
     "Edges",
     "GWDegree",
@@ -52,45 +58,12 @@ __all__ = [
 ]
 
 
-def dyads(num_nodes: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Returns the nodes i < j of every dyad, row by row, ``(n(n-1)/2,)`` each."""
-    i, j = torch.triu_indices(num_nodes, num_nodes, 1, device=device)
-    return i, j
+class Dependence(enum.Enum):
+    """Which dyads depend on each other, given all others, by a statistic."""
 
-
-def adjacency_of(ties: Tensor, num_nodes: int) -> Tensor:
-    """Returns symmetric adjacency matrices, ``(..., n, n)``.
-
-    Args:
-        ties: Values of the dyads i < j, ``(..., n(n-1)/2)``.
-        num_nodes: n.
-
-    Example:
-        >>> adjacency_of(torch.tensor([1.0, 0.0, 1.0]), 3)
-        tensor([[0., 1., 0.],
-                [1., 0., 1.],
-                [0., 1., 0.]])
-    """
-    i, j = dyads(num_nodes, ties.device)
-    size = len(i)
-    place = torch.full((num_nodes, num_nodes), size, device=ties.device)
-    place[i, j] = place[j, i] = torch.arange(size, device=ties.device)
-    padded = torch.nn.functional.pad(ties, (0, 1))  # the diagonal reads the last value, 0
-    return padded.index_select(-1, place.flatten()).unflatten(-1, (num_nodes, num_nodes))
-
-
-def ties_of(adjacency: Tensor) -> Tensor:
-    """Returns the values of the dyads i < j, ``(..., n(n-1)/2)``.
-
-    Args:
-        adjacency: Symmetric matrices, ``(..., n, n)``.
-
-    Example:
-        >>> ties_of(torch.tensor([[0, 1, 0], [1, 0, 1], [0, 1, 0]]))
-        tensor([1, 0, 1])
-    """
-    i, j = dyads(adjacency.shape[-1], adjacency.device)
-    return adjacency[..., i, j]
+    MARKOV = "only those that share a node"
+    PARTNERS = "also those without a common node that have three ties between their ends"
+    ANY = "all, as far as is known"
 
 
 class GraphStatistic(ABC):
@@ -98,7 +71,8 @@ class GraphStatistic(ABC):
 
     A subclass defines ``__call__``, and :meth:`change` where it knows something faster than two
     evaluations. Equal statistics should be equal and have one hash, for what is enumerated of them
-    to be remembered.
+    to be remembered. A subclass that knows its :attr:`dependence` defines :meth:`change_of_block`,
+    and its graphs move by many dyads at a time.
 
     Example:
         >>> class Isolates(GraphStatistic):
@@ -108,6 +82,8 @@ class GraphStatistic(ABC):
         >>> Isolates()(empty), Isolates().change(empty, torch.tensor(0), torch.tensor(2))
         (tensor(3.), tensor(-2.))
     """
+
+    dependence: ClassVar[Dependence] = Dependence.ANY
 
     @property
     def num_nodes(self) -> int | None:
@@ -133,6 +109,18 @@ class GraphStatistic(ABC):
         """
         return self(_with_tie(adjacency, i, j, 1.0)) - self(_with_tie(adjacency, i, j, 0.0))
 
+    def change_of_block(self, block: Block) -> Tensor:
+        """Returns what the tie of each dyad of a block changes, ``(m, C)`` or broadcasting to it.
+
+        Args:
+            block: Dyads that share no node; each change is that given all others as they are.
+        """
+        raise NotImplementedError(f"{type(self).__name__} knows no changes of blocks")
+
+    def of_counts(self, counts: Counts) -> Tensor:
+        """Returns the statistic of graphs that are counted already, ``(C,)``."""
+        raise NotImplementedError(f"{type(self).__name__} needs adjacency matrices")
+
 
 class DyadStatistic(GraphStatistic):
     """A sum over ties, each worth what its two nodes say: other ties are of no account.
@@ -148,6 +136,8 @@ class DyadStatistic(GraphStatistic):
         tensor(4.)
     """
 
+    dependence = Dependence.MARKOV
+
     @abstractmethod
     def weights(self, i: Tensor, j: Tensor) -> Tensor:
         """Returns what the ties (i, j) are worth, of the shape of i and j."""
@@ -160,6 +150,14 @@ class DyadStatistic(GraphStatistic):
     def change(self, adjacency: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Returns what the tie is worth."""
         return self.weights(i, j).to(adjacency.dtype)
+
+    def change_of_block(self, block: Block) -> Tensor:
+        """Returns what the ties are worth."""
+        return self.weights(block.left, block.right).double().unsqueeze(-1)
+
+    def of_counts(self, counts: Counts) -> Tensor:
+        """Returns the sum over ties."""
+        return counts.over_ties(self.weights(counts.i, counts.j).double())
 
 
 @dataclass(frozen=True)
@@ -254,6 +252,8 @@ class Triangles(GraphStatistic):
         tensor(4.)
     """
 
+    dependence = Dependence.MARKOV
+
     def __call__(self, adjacency: Tensor) -> Tensor:
         """Returns a sixth of the closed walks of three steps, ``(...)``."""
         return (adjacency * (adjacency @ adjacency)).sum((-2, -1)) / 6.0
@@ -262,6 +262,14 @@ class Triangles(GraphStatistic):
         """Returns the number of shared partners."""
         of_i, of_j = _rows(adjacency, i, j)
         return (of_i * of_j).sum(-1)
+
+    def change_of_block(self, block: Block) -> Tensor:
+        """Returns the numbers of shared partners."""
+        return block.num_shared.double()
+
+    def of_counts(self, counts: Counts) -> Tensor:
+        """Returns a third of the ties' shared partners."""
+        return counts.over_ties(counts.num_shared.double()) / 3.0
 
 
 @dataclass(frozen=True)
@@ -279,6 +287,8 @@ class Stars(GraphStatistic):
         tensor(12.)
     """
 
+    dependence = Dependence.MARKOV
+
     size: int
 
     def __post_init__(self) -> None:
@@ -292,6 +302,15 @@ class Stars(GraphStatistic):
     def change(self, adjacency: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Returns the stars at both ends that the tie completes."""
         return _choose(_degrees_without(adjacency, i, j), self.size - 1).sum(0)
+
+    def change_of_block(self, block: Block) -> Tensor:
+        """Returns the stars at both ends that each tie completes."""
+        left, right = (_choose(degree.double(), -1 + self.size) for degree in block.degrees)
+        return left + right
+
+    def of_counts(self, counts: Counts) -> Tensor:
+        """Returns the sum over nodes."""
+        return _choose(counts.degrees.double(), self.size).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -334,6 +353,8 @@ class GWDegree(_GeometricallyWeighted):
         tensor(2.)
     """
 
+    dependence = Dependence.MARKOV
+
     def __call__(self, adjacency: Tensor) -> Tensor:
         """Returns the sum over nodes, ``(...)``."""
         return self._worth(adjacency.sum(-1)).sum(-1)
@@ -341,6 +362,15 @@ class GWDegree(_GeometricallyWeighted):
     def change(self, adjacency: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Returns what a further tie is worth at both ends."""
         return self._further(_degrees_without(adjacency, i, j)).sum(0)
+
+    def change_of_block(self, block: Block) -> Tensor:
+        """Returns what a further tie is worth at both ends."""
+        left, right = (self._further(degree.double()) for degree in block.degrees)
+        return left + right
+
+    def of_counts(self, counts: Counts) -> Tensor:
+        """Returns the sum over nodes."""
+        return self._worth(counts.degrees.double()).sum(-1)
 
 
 class GWESP(_GeometricallyWeighted):
@@ -357,6 +387,8 @@ class GWESP(_GeometricallyWeighted):
         tensor(3.)
     """
 
+    dependence = Dependence.PARTNERS
+
     def __call__(self, adjacency: Tensor) -> Tensor:
         """Returns the sum over ties, ``(...)``."""
         return (adjacency * self._worth(adjacency @ adjacency)).sum((-2, -1)) / 2.0
@@ -370,6 +402,18 @@ class GWESP(_GeometricallyWeighted):
         partners = torch.stack([of_i, of_j], -2) @ adjacency - already
         gained = shared.unsqueeze(-2) * self._further(partners)
         return self._worth(shared.sum(-1)) + gained.sum((-2, -1))
+
+    def change_of_block(self, block: Block) -> Tensor:
+        """Returns the worth of each tie, and of one partner more of those to shared partners."""
+        cell, _, counts = block.partners
+        gained = self._further(counts.double()).sum(0)
+        size = block.shape[0] * block.shape[1]
+        num_shared, gained = (torch.bincount(cell, w, size) for w in (None, gained))
+        return (self._worth(num_shared.double()) + gained).view(block.shape)
+
+    def of_counts(self, counts: Counts) -> Tensor:
+        """Returns the sum over ties."""
+        return counts.over_ties(self._worth(counts.num_shared.double()))
 
 
 @dataclass(frozen=True)

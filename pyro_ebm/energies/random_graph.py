@@ -38,7 +38,9 @@ from torch.distributions import constraints
 
 from pyro_ebm.energies.closed_form import check_event_shape
 from pyro_ebm.energies.exponential_family import ExponentialFamily
+from pyro_ebm.energies.graph_blocks import Counts
 from pyro_ebm.energies.graph_statistics import (
+    Dependence,
     DyadStatistic,
     GraphStatistic,
     adjacency_of,
@@ -46,11 +48,13 @@ from pyro_ebm.energies.graph_statistics import (
     dyads,
     ties_of,
 )
+from pyro_ebm.energies.graph_sweeps import BlockSweeps, change_statistics
 from pyro_ebm.ops.constraints import event_support
 
 __all__ = ["ExponentialRandomGraph"]
 
 _MOST_DYADS = 15  # of graphs that are enumerated: 2^15, six nodes
+_MOST_CELLS = 2**16  # of adjacency matrices, above which whole numbers are counted in bits
 
 
 class ExponentialRandomGraph(ExponentialFamily):
@@ -107,9 +111,31 @@ class ExponentialRandomGraph(ExponentialFamily):
         Raises:
             ValueError: If a statistic does not give one number for every graph.
         """
-        x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+        if not x.is_floating_point():
+            dtype, size = torch.get_default_dtype(), x.shape[:-1].numel() * self.num_nodes**2
+            if size > _MOST_CELLS and self._moves_by_blocks:
+                return self._counted(x).to(dtype)
+            x = x.to(dtype)
         adjacency = adjacency_of(x, self.num_nodes)
         return torch.stack([_one_each(term(adjacency), term, adjacency) for term in self.terms], -1)
+
+    def _counted(self, x: Tensor) -> Tensor:
+        """The same in bits, much faster, where no gradient can be wanted."""
+        counts = Counts(x.reshape(-1, x.shape[-1]), self.num_nodes)
+        counted = torch.stack([term.of_counts(counts) for term in self.terms], -1)
+        return counted.unflatten(0, x.shape[:-1])
+
+    @torch.no_grad()
+    def change_statistics(self, x: Tensor) -> Tensor:
+        """Returns what the tie of every dyad changes of the statistics, ``(n(n-1)/2, p)``.
+
+        The pseudo-likelihood estimate is the logistic regression of the dyads on them.
+
+        Args:
+            x: One graph, ``(n(n-1)/2,)``.
+        """
+        check_event_shape(x, self.event_shape, type(self).__name__)
+        return change_statistics(x, self.terms, self.num_nodes)
 
     def natural(self) -> Tensor:
         """Returns the coefficients, ``batch + (p,)``, with their graph."""
@@ -134,6 +160,10 @@ class ExponentialRandomGraph(ExponentialFamily):
     @property
     def _has_independent_dyads(self) -> bool:
         return all(isinstance(term, DyadStatistic) for term in self.terms)
+
+    @property
+    def _moves_by_blocks(self) -> bool:
+        return not any(term.dependence is Dependence.ANY for term in self.terms)
 
     def log_normalizer(self) -> Tensor:
         """Returns log Z in nats, ``batch``, differentiable in the coefficients.
@@ -176,20 +206,21 @@ class ExponentialRandomGraph(ExponentialFamily):
 
     @torch.no_grad()
     def sweep(self, x: Tensor, num_sweeps: int) -> Tensor:
-        """Returns graphs after sweeps of as many reversible toggles as there are dyads.
+        """Returns graphs after reversible sweeps, by blocks where all statistics can, else toggles.
 
         Args:
             x: Graphs, ``(...) + (n(n-1)/2,)``, where ``(...)`` broadcasts with ``batch``.
-            num_sweeps: Sweeps.
+            num_sweeps: Sweeps, of as many dyads as there are.
         """
         check_event_shape(x, self.event_shape, type(self).__name__)
         batch = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
         flat = x.expand(batch + x.shape[-1:]).reshape(-1, x.shape[-1])
         theta = self.theta.expand(batch + self.theta.shape[-1:]).reshape(-1, len(self.terms))
-        chains = TieToggles(flat, theta, self.terms, self.num_nodes)
+        kind = BlockSweeps if self._moves_by_blocks else TieToggles
+        chains: BlockSweeps | TieToggles = kind(flat, theta, self.terms, self.num_nodes)
         for _ in range(num_sweeps):
             chains.sweep()
-        return ties_of(chains.adjacency).reshape(batch + x.shape[-1:]).to(x.dtype)
+        return chains.ties().reshape(batch + x.shape[-1:]).to(x.dtype)
 
 
 class _AllGraphs(NamedTuple):
@@ -296,6 +327,10 @@ class TieToggles:
         self._reach = torch.where(count > 0, count, size)  # what tie / no tie draws from
         uniform = torch.where(count > 0, 0.5, 1.0).double() / size  # for one dyad that is no tie
         self._correction = (uniform[1:] + 0.5 / count[1:]).log() - uniform[:-1].log()
+
+    def ties(self) -> Tensor:
+        """Returns the graphs, ``(C, N)``."""
+        return ties_of(self.adjacency)
 
     def sweep(self) -> None:
         """Toggles every graph N times, with random numbers drawn at once."""

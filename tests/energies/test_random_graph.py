@@ -412,7 +412,10 @@ def test_the_order_keeps_ties_first(num_nodes):
 def test_a_sweep_lands_where_the_matrix_says(start):
     """From the empty graph, one tie, some and the full one: six toggles."""
     energy = ExponentialRandomGraph(POINT, 4, TERMS)
-    x = energy.sweep(all_graphs(4)[start].expand(30_000, 6), 1)
+    theta = energy.natural().expand(30_000, -1)
+    toggles = TieToggles(all_graphs(4)[start].expand(30_000, 6), theta, energy.terms, 4)
+    toggles.sweep()
+    x = toggles.ties()
     p = torch.linalg.matrix_power(step_matrix(energy), 6)[start]
     assert abs(chi_square(x, p)) < 5
     assert chi_square(x, torch.linalg.matrix_power(step_matrix(energy), 5)[start]) > 5
@@ -435,9 +438,11 @@ def drift(energy, x, moved):
     return float((change.mean(0) / (change.std(0) / len(x) ** 0.5)).abs().max())
 
 
-def test_each_graph_of_a_batch_moves_by_its_own_coefficients():
+@pytest.mark.parametrize("by", ["blocks", "toggles"])
+def test_each_graph_of_a_batch_moves_by_its_own_coefficients(by):
     theta = torch.tensor([[-8.0, 0.0], [8.0, 0.0]], dtype=F64)
-    energy = ExponentialRandomGraph(theta, 8, TERMS)
+    other = Triangles() if by == "blocks" else lambda adjacency: adjacency.new_zeros(len(adjacency))
+    energy = ExponentialRandomGraph(theta, 8, [Edges(), other])
     x = torch.zeros(3, 5, 1, 28)
     moved = energy.sweep(x, 12)
     assert moved.shape == (3, 5, 2, 28)
