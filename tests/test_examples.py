@@ -21,7 +21,16 @@ EXAMPLES = {
     "energy_factors.py": True,
     "nce_two_moons.py": True,
     "missing_log_z.py": False,
+    "horse_kicks.py": True,
+    "ising_field.py": True,
+    "maximum_entropy.py": True,
+    "takeover_bids.py": False,
+    "latent_energy_digits.py": True,
+    "florentine_families.py": True,
+    "karate_club.py": True,
 }
+LONG = {"ising_field.py", "latent_energy_digits.py", "florentine_families.py", "karate_club.py"}
+SCRIPTS = [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in EXAMPLES]
 
 
 def unlisted(table: dict[str, bool], folder: Path) -> set[str]:
@@ -60,7 +69,7 @@ def test_a_forgotten_and_a_missing_example_are_found(tmp_path):
     assert unlisted({"here.py": False, "gone.py": False}, tmp_path) == {"forgotten.py", "gone.py"}
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_example_runs(name, tmp_path):
     run = run_example(EXAMPLES_FOLDER / name, tmp_path)
     assert run.returncode == 0, run.stderr[-4000:]

@@ -29,12 +29,13 @@ def check_rows(name: str, p: EnergyDistribution, x: Tensor, who: str) -> None:
     """Raises ``ValueError`` if one scalar log Z cannot serve all rows of a site."""
     if p.conditional is False:
         return
-    if p.conditional or _depends_on_rows(p, x):
+    if p.conditional or depends_on_rows(p, x):
         _refuse(name, p, who)
 
 
 @torch.no_grad()
-def _depends_on_rows(p: EnergyDistribution, x: Tensor) -> bool:
+def depends_on_rows(p: EnergyDistribution, x: Tensor) -> bool:
+    """Returns whether energies depend on more of a row than its ``x``."""
     value = p.unnormalized_log_prob(x)
     rows = x.dim() - len(p.event_shape)
     for dim in range(rows):

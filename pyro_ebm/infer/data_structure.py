@@ -1,0 +1,165 @@
+"""How the data of a model hang together: what decides by which way its posterior can be had.
+
+An observed EBM site without log Z holds *independent rows* that share one law, rows that have laws
+of their own by a covariate (*conditional*), groups with parameters of their own (*hierarchical*),
+or *one dependent observation*, such as a lattice or a network, of which there is nothing to
+resample. One run of the model tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_ebm.chains.observations import is_subsample
+from pyro_ebm.distributions import EnergyDistribution, unwrap
+from pyro_ebm.distributions.layers import mask_of
+from pyro_ebm.energies import ExponentialFamily
+from pyro_ebm.infer.conditional import depends_on_rows
+from pyro_ebm.normalizers.exact import States
+from pyro_ebm.ops.constraints import base_measure
+from pyro_ebm.ops.rng import rng_preserved
+
+
+@dataclass(frozen=True)
+class SiteStructure:
+    """An observed EBM site whose log Z is missing.
+
+    Args:
+        name: The site.
+        value: Its data.
+        law: Its distribution in one run of the model, without plates.
+        num_rows: How many values of the event it holds that count.
+        is_conditional: Whether rows have laws of their own.
+        plates: Names of its plates that hold latents too, innermost first.
+    """
+
+    name: str
+    value: Tensor
+    law: EnergyDistribution
+    num_rows: int
+    is_conditional: bool
+    plates: tuple[str, ...]
+
+    @property
+    def family(self) -> ExponentialFamily | None:
+        """The energy if it is linear in its parameters and stands on no base."""
+        energy = self.law.energy_function
+        return energy if isinstance(energy, ExponentialFamily) and self.law.base is None else None
+
+    @property
+    def num_terms(self) -> float:
+        """How many energies the sum for log Z of all rows has; infinite without finite support."""
+        states = States.finite(self.law)
+        return inf if states is None else states.number * self.law.batch_shape.numel()
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether the site has a density, of which slopes can be taken."""
+        return base_measure(self.law.support) == "lebesgue"
+
+
+@dataclass(frozen=True)
+class DataStructure:
+    """All observed EBM sites of a model whose log Z is missing.
+
+    Args:
+        sites: The sites.
+        num_known: How many others know theirs.
+    """
+
+    sites: tuple[SiteStructure, ...]
+    num_known: int
+
+    @property
+    def groups(self) -> str | None:
+        """The plate of groups that have latents of their own, if all sites stand in one."""
+        shared = [p for p in self.sites[0].plates if all(p in s.plates for s in self.sites)]
+        return shared[0] if shared else None
+
+    @property
+    def kind(self) -> str:
+        """Which of the four kinds they are; ``"one observation"`` if any site is."""
+        if any(site.plates for site in self.sites):
+            return "hierarchical"
+        if any(site.is_conditional for site in self.sites):
+            return "conditional"
+        if any(site.num_rows == 1 for site in self.sites):
+            return "one observation"
+        return "independent rows"
+
+
+def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> DataStructure:
+    """Returns how a model's data hang together.
+
+    Args:
+        model: A Pyro model.
+        *args: Its arguments, with the full data.
+        **kwargs: Its keyword arguments.
+
+    Raises:
+        ValueError: If it observes no EBM.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_ebm.energies import ExponentialRandomGraph
+        >>> from pyro_ebm.energies.graph_statistics import Edges, Triangles
+        >>> def model(graph):
+        ...     theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...     energy = ExponentialRandomGraph(theta, 16, [Edges(), Triangles()])
+        ...     pyro.sample("graph", EnergyDistribution(energy), obs=graph)
+        >>> data_structure(model, torch.zeros(120)).kind
+        'one observation'
+    """
+    with rng_preserved(), torch.no_grad(), poutine.block():
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not is_subsample(s)]
+    ebms = [s for s in sites if s["is_observed"] and unwrap(s["fn"]) is not None]
+    if not ebms:
+        raise ValueError(
+            "the model observes no EBM: any kernel samples it, as pyro.infer.NUTS or mcmc.HMC"
+        )
+    of_latents = {f.name for s in sites if not s["is_observed"] for f in s["cond_indep_stack"]}
+    missing = [s for s in ebms if not _law_of(s).is_normalized]
+    return DataStructure(
+        tuple(_structure(site, of_latents) for site in missing), len(ebms) - len(missing)
+    )
+
+
+def _structure(site: Any, of_latents: set[str]) -> SiteStructure:
+    law = _law_of(site)
+    x = law.broadcast_value(site["value"])
+    mask = mask_of(site["fn"], site["mask"])
+    frames = sorted(site["cond_indep_stack"], key=lambda f: -(f.dim or 0))
+    with torch.no_grad():
+        is_conditional = law.conditional is True or _has_own_laws(law, x)
+    return SiteStructure(
+        name=site["name"],
+        value=x,
+        law=law,
+        num_rows=int(torch.as_tensor(mask).expand(law.batch_shape).sum()),
+        is_conditional=is_conditional,
+        plates=tuple(f.name for f in frames if f.name in of_latents),
+    )
+
+
+def _has_own_laws(law: EnergyDistribution, x: Tensor) -> bool:
+    """Whether rows have natural parameters, or energies, of their own."""
+    energy = law.energy_function
+    if not isinstance(energy, ExponentialFamily):
+        return law.conditional is None and depends_on_rows(law, x)
+    natural = energy.natural()
+    rows = natural.reshape(-1, natural.shape[-1])
+    return bool((rows != rows[:1]).any())
+
+
+def _law_of(site: Any) -> EnergyDistribution:
+    law = unwrap(site["fn"])
+    assert law is not None
+    return law

@@ -1,0 +1,270 @@
+"""Which way to a posterior is taken, what is said of it, and that it leads there."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+
+from pyro_ebm import EnergyDistribution
+from pyro_ebm.energies import ExponentialFamily, Ising
+from pyro_ebm.infer.data_structure import data_structure
+from pyro_ebm.infer.posterior import posterior, route_of
+from pyro_ebm.ops.constraints import spins
+
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    pyro.set_rng_seed(11)
+    torch.set_default_dtype(F64)
+
+
+class Hidden(Ising):
+    """A lattice that keeps its log Z to itself."""
+
+    is_tractable = False
+
+
+class Swept(Hidden):
+    """And has no exact sampler."""
+
+    is_sampleable = False
+
+
+class Precision(ExponentialFamily):
+    """N(0, 1 / precision) without its log Z."""
+
+    coefficients = ("precision",)
+    is_sampleable = True
+
+    def __init__(self, precision):
+        super().__init__((), dist.constraints.real)
+        self._set("precision", precision)
+
+    def statistics(self, x):
+        return -0.5 * x.square().unsqueeze(-1)
+
+    def sample(self, shape=()):
+        shape = torch.Size(shape) + self.precision.shape
+        return torch.randn(shape, dtype=self.precision.dtype) / self.precision.sqrt()
+
+
+# --- models by what their data are
+
+
+def coupling():
+    return pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 0.6))
+
+
+def lattice(family, x):
+    pyro.sample("x", EnergyDistribution(family(coupling(), x.shape)), obs=x)
+
+
+def precision_of_rows(x):
+    precision = pyro.sample("precision", dist.Gamma(x.new_tensor(2.0), 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", EnergyDistribution(Precision(precision)), obs=x)
+
+
+def unknown_of_rows(x):
+    precision = pyro.sample("precision", dist.Gamma(x.new_tensor(2.0), 1.0))
+    with pyro.plate("rows", len(x)):
+        law = EnergyDistribution(lambda v: 0.5 * precision * v**2, event_shape=())
+        pyro.sample("x", law, obs=x)
+
+
+def regression(x, covariate):
+    slope = pyro.sample("slope", dist.Normal(x.new_zeros(()), 1.0))
+    with pyro.plate("rows", len(x)):
+        law = EnergyDistribution(lambda v: 0.5 * (v - slope * covariate) ** 2, event_shape=())
+        pyro.sample("x", law, obs=x)
+
+
+def groups(x):
+    rate = pyro.sample("rate", dist.Gamma(x.new_tensor(2.0), 1.0))
+    with pyro.plate("groups", x.shape[1], dim=-1):
+        precision = pyro.sample("precision", dist.Gamma(3.0, rate))
+        with pyro.plate("rows", len(x), dim=-2):
+            pyro.sample("x", EnergyDistribution(Precision(precision)), obs=x)
+
+
+def words(x):
+    """Rows of three spins, which can be summed over."""
+    pull = pyro.sample("pull", dist.Normal(x.new_zeros(()), 1.0))
+    law = EnergyDistribution(lambda s: -pull * s.prod(-1), support=spins, event_shape=(3,))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", law, obs=x)
+
+
+def many_words(x):
+    """A lattice of spins without a family."""
+    k = coupling()
+
+    def energy(s):
+        return -k * ((s * s.roll(1, -1)).sum((-2, -1)) + (s * s.roll(1, -2)).sum((-2, -1)))
+
+    law = EnergyDistribution(energy, support=spins, event_shape=x.shape)
+    pyro.sample("x", law, obs=x)
+
+
+def spin_lattice(n):
+    return torch.where(torch.rand(n, n) < 0.7, 1.0, -1.0)
+
+
+KINDS = {
+    "one observation": (lattice, (Hidden, spin_lattice(6))),
+    "independent rows": (precision_of_rows, (torch.randn(30),)),
+    "conditional": (regression, (torch.randn(30), torch.randn(30))),
+    "hierarchical": (groups, (torch.randn(4, 3),)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_data(kind):
+    model, args = KINDS[kind]
+    structure = data_structure(model, *args)
+    assert structure.kind == kind
+    assert structure.groups == ("groups" if kind == "hierarchical" else None)
+
+
+def test_rows_that_count():
+    def model(x):
+        with poutine.mask(mask=torch.tensor([True, False, True])):
+            precision_of_rows(x)
+
+    assert data_structure(model, torch.ones(3)).sites[0].num_rows == 2
+
+
+def test_covariates_of_a_family_make_rows_conditional():
+    def model(x, covariate):
+        slope = pyro.sample("slope", dist.Gamma(x.new_tensor(2.0), 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", EnergyDistribution(Precision(slope * covariate)), obs=x)
+
+    assert data_structure(model, torch.ones(3), torch.arange(1.0, 4.0)).kind == "conditional"
+    assert data_structure(model, torch.ones(3), torch.ones(3)).kind == "independent rows"
+
+
+# --- the ways
+
+FEW = {"num_samples": 20, "warmup_steps": 20, "num_chains": 8}
+WAYS = {
+    "known": (lattice, (Ising, spin_lattice(6)), "exact log Z", "log Z of every EBM site is known"),
+    "summed": (words, (torch.ones(20, 3),), "exact log Z", "a sum over 8 states"),
+    "drawn": (lattice, (Hidden, spin_lattice(6)), "exchange", "can be drawn from exactly"),
+    "groups": (groups, (torch.randn(4, 3),), "exchange", "plate 'groups' are accepted one by one"),
+    "swept": (lattice, (Swept, spin_lattice(6)), "exchange by sweeps", "no exact sampler"),
+    "noise": (unknown_of_rows, (torch.randn(50),), "NCE", "data can be told from noise"),
+    "regression": (
+        regression,
+        (torch.randn(50), torch.randn(50)),
+        "ScoreMatching",
+        "rows (50) with a law each",
+    ),
+    "one discrete": (many_words, (spin_lattice(8),), "PseudoLikelihood", "one dependent"),
+}
+
+
+SLOW = {"swept", "one discrete"}  # simulations by sweeps: half a minute
+MARKED = [pytest.param(w, marks=pytest.mark.slow if w in SLOW else ()) for w in WAYS]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_way_follows_the_structure(way):
+    model, args, method, _ = WAYS[way]
+    taken = route_of(data_structure(model, *args))
+    named = {"exact": "exact log Z", "nce": "NCE", "exchange": "exchange", "generalized": "Match"}
+    assert named[taken] in method or (taken == "generalized" and "Pseudo" in method)
+
+
+@pytest.mark.parametrize("way", MARKED)
+def test_the_way_is_taken_and_explained(way):
+    model, args, method, sentence = WAYS[way]
+    found = posterior(model, *args, **FEW)
+    assert method in found.method
+    assert any(sentence in reason for reason in found.reasons), found.reasons
+    assert "\n  because: " in str(found)
+
+
+def test_short_chains_are_told():
+    found = posterior(precision_of_rows, torch.randn(20), **FEW)
+    assert any("the chains are too short" in remark for remark in found.remarks)
+
+
+def test_enumeration_and_exchange_find_what_is_exact():
+    """One lattice of nine spins: its log Z by the formula, summed, and not at all."""
+    x = torch.ones(3, 3)
+    x[0, 0] = -1.0
+    means, errors = [], []
+    sizes = {"num_samples": 100, "warmup_steps": 50}
+    for family, method in ((Ising, "exact"), (Swept, "exact"), (Hidden, "exchange")):
+        found = posterior(lattice, family, x, method=method, **sizes)
+        draws = torch.as_tensor(found.record.draws["coupling"]).mean(1)
+        means.append(draws.mean())
+        errors.append(draws.std() / len(draws) ** 0.5)
+    k = torch.linspace(0.0, 0.6, 2001)
+    states = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 9).reshape(-1, 3, 3)
+    bonds, counts = Ising(0.0, (3, 3)).statistics(states)[:, 0].unique(return_counts=True)
+    log_z = torch.logsumexp(k[:, None] * bonds + counts.log(), 1)
+    weights = (k * Ising(0.0, (3, 3)).statistics(x) - log_z).softmax(0)
+    weights[[0, -1]] *= 0.5
+    exact = (weights * k).sum() / weights.sum()
+    for mean, error in zip(means, errors, strict=True):
+        assert abs(float((mean - exact) / error)) < 5
+        assert float(error) < 0.01  # the posterior's sd is about .16
+
+
+# --- what is refused
+
+
+def improper(x):
+    rate = pyro.sample("rate", dist.Gamma(x.new_tensor(2.0), 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", EnergyDistribution(lambda v: -rate * v**2, event_shape=()), obs=x)
+
+
+def flat_at_last(x):
+    """Grows as .9 log r: too slowly."""
+    one = pyro.sample("one", dist.Normal(x.new_zeros(()), 1.0))
+    law = EnergyDistribution(lambda v: 0.45 * (1 + (v - one) ** 2).log(), event_shape=())
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", law, obs=x)
+
+
+def cauchy(x):
+    one = pyro.sample("one", dist.Normal(x.new_zeros(()), 1.0))
+    law = EnergyDistribution(lambda v: (1 + (v - one) ** 2).log(), event_shape=())
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", law, obs=x)
+
+
+def plain_model(x):
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+
+X = torch.randn(20)
+BAD = {
+    "no EBM": (plain_model, (X[0],), {}, ValueError, "observes no EBM"),
+    "falling": (improper, (X,), {}, ValueError, "energy of site 'x' is improper"),
+    "flat": (flat_at_last, (X,), {}, ValueError, "energy of site 'x' is improper"),
+    "method": (precision_of_rows, (X,), {"method": "guess"}, ValueError, "'guess'"),
+    "not summed": (precision_of_rows, (X,), {"method": "exact"}, ValueError, "inf terms"),
+    "one lattice": (lattice, (Hidden, spin_lattice(6)), {"method": "nce"}, ValueError, "one"),
+    "c of rows": (regression, (X, X), {"method": "nce"}, ValueError, "one log Z for all"),
+    "no family": (unknown_of_rows, (X,), {"method": "exchange"}, TypeError, "exponential famil"),
+    "known": (lattice, (Ising, spin_lattice(6)), {"method": "exchange"}, ValueError, "is known"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_one_sentence_each(case):
+    model, args, options, error, sentence = BAD[case]
+    with pytest.raises(error, match=sentence):
+        posterior(model, *args, **FEW, **options)
+
+
+def test_heavy_tails_are_proper():
+    assert posterior(cauchy, X, method="generalized", **FEW).record.num_chains == 8
