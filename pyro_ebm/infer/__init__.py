@@ -1,5 +1,6 @@
 """Learning objectives, and posteriors over the parameters of unnormalized models."""
 
+from pyro_ebm.infer.anchored_posterior import anchored_posterior
 from pyro_ebm.infer.data_structure import DataStructure, SiteStructure, data_structure
 from pyro_ebm.infer.discrete_fisher import DiscreteFisher
 from pyro_ebm.infer.energy_discrepancy import EnergyDiscrepancy
@@ -20,6 +21,7 @@ from pyro_ebm.infer.ratio_matching import RatioMatching
 from pyro_ebm.infer.score_matching import ScoreMatching
 
 __all__ = [
+    "anchored_posterior",
     "KALE",
     "NCE",
     "DataStructure",

@@ -23,6 +23,7 @@ from pyro.distributions import Normal
 from torch.distributions import constraints
 
 from pyro_ebm.chains import summary
+from pyro_ebm.infer.anchored_posterior import anchored_posterior
 from pyro_ebm.infer.data_structure import DataStructure, SiteStructure, data_structure
 from pyro_ebm.infer.enumerated import Enumerated
 from pyro_ebm.infer.generalized_bayes import generalized_posterior
@@ -57,9 +58,10 @@ def posterior(
     Args:
         model: A Pyro model with observed EBM sites.
         *args: Its arguments, with the full data.
-        method: ``"auto"``, or ``"exact"``, ``"exchange"``, ``"nce"`` or ``"generalized"``; each of
-            them has more options where it is at home: :class:`~pyro_ebm.mcmc.HMC`,
-            :class:`~pyro_ebm.mcmc.Exchange`, :func:`nce_posterior`, :func:`generalized_posterior`.
+        method: ``"auto"``, or ``"exact"``, ``"exchange"``, ``"anchored"``, ``"nce"`` or
+            ``"generalized"``; each of them has more options where it is at home:
+            :class:`~pyro_ebm.mcmc.HMC`, :class:`~pyro_ebm.mcmc.Exchange`,
+            :func:`anchored_posterior`, :func:`nce_posterior`, :func:`generalized_posterior`.
         num_samples: Draws of a chain.
         warmup_steps: Iterations of a chain before them.
         num_chains: Chains, all in one batch.
@@ -215,6 +217,14 @@ def _exchange(run: _Run, structure: DataStructure) -> Posterior:
     return Posterior(mcmc.record, "exchange by sweeps", reasons, remarks)
 
 
+def _anchored(run: _Run, structure: DataStructure) -> Posterior:
+    found = anchored_posterior(
+        run.model, *run.args, **run.sizes, disable_progbar=run.disable_progbar, **run.kwargs
+    )
+    remark = "the error of log Z is the column mcse_logz of the summary; exchange has none."
+    return replace(found, remarks=(*found.remarks, remark))
+
+
 def _nce(run: _Run, structure: DataStructure) -> Posterior:
     num_sets = 5
     sizes = {**run.sizes, "num_chains": -(-run.num_chains // num_sets), "num_sets": num_sets}
@@ -263,6 +273,7 @@ def _generalized(run: _Run, structure: DataStructure) -> Posterior:
 _ROUTES: dict[str, Callable[[_Run, DataStructure], Posterior]] = {
     "exact": _exact,
     "exchange": _exchange,
+    "anchored": _anchored,
     "nce": _nce,
     "generalized": _generalized,
 }

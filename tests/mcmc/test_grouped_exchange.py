@@ -13,6 +13,7 @@ from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.exchange_target import exchange_target
 from pyro_ebm.mcmc.group_terms import GroupTerms
 from pyro_ebm.mcmc.grouped_exchange import GroupedExchange
+from pyro_ebm.testing import simulation_based_calibration
 
 F64 = torch.float64
 ROWS, GROUPS = 12, 5
@@ -334,3 +335,23 @@ def _lattices_by_quadrature(x):
     first = torch.cat([(weights @ field)[None], powers[0]])
     second = torch.cat([(weights @ field.square())[None], powers[1]])
     return first, (second - first.square()).sqrt()
+
+
+@pytest.mark.slow
+def test_simulation_based_calibration_of_a_hierarchy():
+    """A thousand data sets: an sd wrong by a quarter, or a bias of a quarter of one, is seen."""
+
+    def model():
+        rate = rate_of(torch.ones(()))
+        with pyro.plate("groups", 4, dim=-1):
+            precision = pyro.sample("precision", dist.Gamma(3.0, rate))
+            with pyro.plate("rows", 5, dim=-2):
+                pyro.sample("x", EnergyDistribution(Precision(precision)))
+
+    result = simulation_based_calibration(
+        model, ["x"], lambda model: GroupedExchange(model, "groups"), num_simulations=1000
+    )
+    result.check(1e-4)
+    seen = result.smallest_detectable(0.9)
+    assert seen.too_wide < 1.25
+    assert seen.bias < 0.25
