@@ -58,6 +58,11 @@ class ExponentialFamily(Energy):
         raise NotImplementedError(f"{type(self).__name__} does not define statistics(x)")
 
     @property
+    def has_sweep(self) -> bool:
+        """Whether the family has a kernel of its own."""
+        return type(self).sweep is not ExponentialFamily.sweep
+
+    @property
     def batch_shape(self) -> torch.Size:
         """The shape of a batch of parameters."""
         return self.natural().shape[:-1]

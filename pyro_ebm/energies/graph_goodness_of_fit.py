@@ -1,8 +1,8 @@
 r"""Goodness of fit of network models: what a model does not count, in data and in its draws.
 
-Three distributions over a graph are compared between the observed one and posterior predictive
-draws: the degrees of nodes, the shared partners of ties (edgewise), and the geodesic distances of
-pairs of nodes, those that no path joins in the last place.
+Three counts to compare between an observed graph and posterior predictive ones: the degrees of
+nodes, the shared partners of ties (edgewise), and the geodesic distances of pairs of nodes, those
+that no path joins in the last place.
 
 Reference:
     Hunter, Goodreau, Handcock, Goodness of fit of social network models, Journal of the American

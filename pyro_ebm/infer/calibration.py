@@ -24,15 +24,14 @@ References:
     Ribatet, Cooley, Davison, Bayesian inference from composite likelihoods, Statistica Sinica 22,
     2012 (affine map); Bouranis, Friel, Maire, Efficient Bayesian inference for exponential random
     graph models by correcting the pseudo-posterior distribution, Social Networks 50, 2017
-    (simulation); Pauli, Racugno, Ventura, Bayesian composite marginal likelihoods, Statistica
-    Sinica 21, 2011 (magnitude).
+    (simulation).
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -128,23 +127,6 @@ def affine_factor(hessian: Tensor, covariance: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(had, wanted, upper=False, left=False)
 
 
-def magnitude_weight(hessian: Tensor, score_covariance: Tensor) -> Tensor:
-    r"""Returns :math:`w = p / \operatorname{tr}(H^{-1} J)`, exact for one parameter.
-
-    For several it is right on average over directions only: the affine map is right in all.
-
-    Args:
-        hessian: H of the total loss, ``(p, p)``.
-        score_covariance: J, of its gradient.
-
-    Example:
-        >>> magnitude_weight(torch.eye(1) * 2.0, torch.eye(1) * 8.0)
-        tensor(0.2500)
-    """
-    ratio = torch.linalg.solve(hessian, score_covariance)
-    return len(hessian) / ratio.diagonal().sum()
-
-
 def covariance_of_sum(gradients: Tensor) -> Tensor:
     """Returns the covariance of the sum of N independent rows, ``(D, D)``, from rows ``(N, D)``."""
     return len(gradients) * torch.cov(gradients.T).reshape(2 * gradients.shape[-1:])
@@ -194,7 +176,8 @@ _UNCALIBRATED = (
 
 def _chosen(choice: Choice, num_rows: int, dim: int) -> tuple[str, str]:
     """The kind of calibration, and a sentence that says why."""
-    enough = num_rows >= FEWEST_ROWS * dim
+    least = FEWEST_ROWS if choice == "sandwich" else ENOUGH_ROWS
+    enough = num_rows >= least * dim
     if choice == "none":
         return "none", "Calibration was switched off."
     if choice == "simulation":
@@ -281,11 +264,9 @@ def simulate(
     if law.has_exact_sample or law.sampler is not None:
         return law.sample(shape).to(x.dtype), ""
     start = x.expand(shape + law.batch_shape + law.event_shape)
-    if law.base is None and _has_kernel(energy):
-        natural = energy.natural()  # type: ignore[attr-defined]
-        family = energy.with_natural(  # type: ignore[attr-defined]
-            natural.expand(shape + law.batch_shape + natural.shape[-1:])
-        )
+    if law.base is None and isinstance(energy, ExponentialFamily) and energy.has_sweep:
+        natural = energy.natural()
+        family = energy.with_natural(natural.expand(shape + law.batch_shape + natural.shape[-1:]))
         return family.sweep(start, num_sweeps), (
             f"simulated data are {num_sweeps} sweeps from the observed: too few make draws too "
             "narrow, double num_sweeps until widths stay."
@@ -295,8 +276,3 @@ def simulate(
         draws = law.sample(shape).to(x.dtype)
     what = "which had not converged" if caught else "which seem to have converged"
     return draws, f"simulated data are the ends of short chains, {what}."
-
-
-def _has_kernel(energy: Any) -> bool:
-    family = isinstance(energy, ExponentialFamily)
-    return family and type(energy).sweep is not ExponentialFamily.sweep

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import MaskedDistribution, MultivariateNormal
+from pyro.distributions import MaskedDistribution, MultivariateNormal, Normal
 from torch import Tensor
 from torch.distributions import Independent
 
@@ -93,14 +93,26 @@ def fitted_gaussian(x: Tensor, event_dim: int) -> Any:
     """Returns a Gaussian with the mean and covariance of the rows of ``x``.
 
     Raises:
-        ValueError: If there are no more rows than dimensions, or the events are not vectors.
+        ValueError: If there are no more rows than dimensions, or the events are no vectors or
+            numbers.
     """
-    if event_dim != 1:
-        raise ValueError(f"noise='gaussian' fits vectors (event_dim 1), got event_dim {event_dim}")
+    if event_dim > 1:
+        raise ValueError(
+            f"noise='gaussian' fits numbers and vectors (event_dim 0 or 1), got {event_dim}"
+        )
+    if event_dim == 0:
+        return gaussian_of(x.mean(), x.var())
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] <= rows.shape[1]:
         raise ValueError(
             "noise='gaussian' needs more rows than dimensions in its first batch, got "
             f"{tuple(rows.shape)}"
         )
-    return MultivariateNormal(rows.mean(0), torch.cov(rows.T))
+    return gaussian_of(rows.mean(0), torch.cov(rows.T))
+
+
+def gaussian_of(mean: Tensor, covariance: Tensor) -> Any:
+    """Returns a Gaussian by its moments: of a number, or of a vector."""
+    if mean.dim() == 0:
+        return Normal(mean, covariance.sqrt())
+    return MultivariateNormal(mean, covariance)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_ebm.chains.observations import is_subsample
 from pyro_ebm.distributions import EnergyDistribution, unwrap
@@ -23,7 +24,7 @@ from pyro_ebm.distributions.layers import mask_of
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.infer.conditional import depends_on_rows
 from pyro_ebm.normalizers.exact import States
-from pyro_ebm.ops.constraints import base_measure
+from pyro_ebm.ops.constraints import base_measure, plain
 from pyro_ebm.ops.rng import rng_preserved
 
 
@@ -54,6 +55,26 @@ class SiteStructure:
         return energy if isinstance(energy, ExponentialFamily) and self.law.base is None else None
 
     @property
+    def can_be_exchanged(self) -> bool:
+        """Whether auxiliary data can be drawn: the energy is a family with a sampler or kernel."""
+        family = self.family
+        return family is not None and (family.is_sampleable or family.has_sweep)
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether there is a noise density for it: its base, or a Gaussian on the reals."""
+        return self.law.base is not None or plain(self.law.support) is constraints.real
+
+    @property
+    def kind(self) -> str:
+        """One of hierarchical, conditional, one observation, independent rows."""
+        if self.plates:
+            return "hierarchical"
+        if self.is_conditional:
+            return "conditional"
+        return "one observation" if self.num_rows == 1 else "independent rows"
+
+    @property
     def num_terms(self) -> float:
         """How many energies the sum for log Z of all rows has; infinite without finite support."""
         states = States.finite(self.law)
@@ -70,12 +91,10 @@ class DataStructure:
     """All observed EBM sites of a model whose log Z is missing.
 
     Args:
-        sites: The sites.
-        num_known: How many others know theirs.
+        sites: The sites; none where every log Z is known.
     """
 
     sites: tuple[SiteStructure, ...]
-    num_known: int
 
     @property
     def groups(self) -> str | None:
@@ -85,14 +104,10 @@ class DataStructure:
 
     @property
     def kind(self) -> str:
-        """Which of the four kinds they are; ``"one observation"`` if any site is."""
-        if any(site.plates for site in self.sites):
-            return "hierarchical"
-        if any(site.is_conditional for site in self.sites):
-            return "conditional"
-        if any(site.num_rows == 1 for site in self.sites):
-            return "one observation"
-        return "independent rows"
+        """The first of the sites' kinds in this order: hierarchical, conditional, one, rows."""
+        kinds = {site.kind for site in self.sites}
+        order = ("hierarchical", "conditional", "one observation", "independent rows")
+        return next(kind for kind in order if kind in kinds)
 
 
 def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> DataStructure:
@@ -127,9 +142,7 @@ def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Data
         )
     of_latents = {f.name for s in sites if not s["is_observed"] for f in s["cond_indep_stack"]}
     missing = [s for s in ebms if not _law_of(s).is_normalized]
-    return DataStructure(
-        tuple(_structure(site, of_latents) for site in missing), len(ebms) - len(missing)
-    )
+    return DataStructure(tuple(_structure(site, of_latents) for site in missing))
 
 
 def _structure(site: Any, of_latents: set[str]) -> SiteStructure:

@@ -20,7 +20,7 @@ from pyro_ebm.infer.objective import Objective
 
 
 class DeterministicObjective(Objective):
-    """Base of objectives without a contrast; a subclass defines ``per_datum`` and ``check``.
+    """Base of objectives without a contrast; a subclass defines ``loss``.
 
     Attributes:
         degree: In how many places a row enters the total loss: 1 for a sum over rows, 2 for a sum

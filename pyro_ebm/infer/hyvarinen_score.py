@@ -50,6 +50,8 @@ from pyro_ebm.chains.record import as_record
 from pyro_ebm.distributions import GeneralizedEBM, unwrap
 from pyro_ebm.distributions.layers import mask_of, num_reinterpreted
 from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.infer.score_matching import has_jumps
+from pyro_ebm.infer.unconstrained import Unconstrained
 from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.ops.constraints import plain
 
@@ -170,11 +172,11 @@ def hyvarinen_score(
     slopes, traces = slopes[:, keep], traces[:, keep]
     if not bool(slopes.isfinite().all() and traces.isfinite().all()):
         raise NonFiniteEnergyError(f"site {name!r}: derivatives of the energy are not finite at y")
-    if not bool(traces.any()):
+    if not bool(traces.any()) or _has_kinks(like.nodes[name]):
         raise ValueError(
-            f"site {name!r}: the slope of the log density does not depend on x. Between the kinks "
-            "of a piecewise linear energy (ReLU, absolute values) it does not, and the Hyvärinen "
-            "score cannot see kinks: use smooth energies"
+            f"site {name!r}: the slope of the log density moves by jumps or not at all, as that of "
+            "a network of ReLUs or of absolute values does, and the Hyvärinen score cannot see "
+            "kinks: use smooth energies"
         )
     return _score(slopes, traces, shape)
 
@@ -236,6 +238,14 @@ def _check_real(name: str, site: Site) -> None:
             f"{fn.support}: model transformed data (such as the log of positive ones), or compare "
             "by az.loo with log Z known"
         )
+
+
+def _has_kinks(site: Site) -> bool:
+    law = unwrap(site["fn"])
+    if law is None:
+        return False
+    space = Unconstrained(law, "hyvarinen_score")
+    return has_jumps(space, space.coordinates(law.broadcast_value(site["value"])))
 
 
 def _observed(site: Site) -> Tensor:

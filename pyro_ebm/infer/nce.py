@@ -22,13 +22,19 @@ import math
 from typing import Any, Literal
 
 import torch
-from pyro.distributions import MultivariateNormal
+from pyro.distributions import Normal
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer import checks
-from pyro_ebm.infer.contrast import Contrast, contrast_law, fitted_gaussian, rows_of
+from pyro_ebm.infer.contrast import (
+    Contrast,
+    contrast_law,
+    fitted_gaussian,
+    gaussian_of,
+    rows_of,
+)
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.ops.log_space import bennett
 
@@ -51,12 +57,16 @@ class NoiseContrast(Objective):
     def get_extra_state(self) -> Any:
         """Returns the moments of fitted noise, which belong to the state as the parameters do."""
         fitted = self._fits_noise and not isinstance(self.noise, str)
-        return (self.noise.loc, self.noise.covariance_matrix) if fitted else None
+        if not fitted:
+            return None
+        of_numbers = isinstance(self.noise, Normal)
+        spread = self.noise.variance if of_numbers else self.noise.covariance_matrix
+        return (self.noise.loc, spread)
 
     def set_extra_state(self, state: Any) -> None:
         """Restores fitted noise."""
         if state is not None:
-            self.noise = MultivariateNormal(*state)
+            self.noise = gaussian_of(*state)
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
         """Draws noise beside every datum: the guide's, this objective's own, or the base's."""

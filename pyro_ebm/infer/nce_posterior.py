@@ -97,6 +97,7 @@ def nce_posterior(
     num_samples: int = 250,
     warmup_steps: int = 250,
     num_chains: int = 8,
+    disable_progbar: bool = True,
     **kwargs: Any,
 ) -> Posterior:
     r"""Samples the parameters of a model of independent rows whose log Z is out of reach.
@@ -114,6 +115,7 @@ def nce_posterior(
         num_samples: Draws of each chain under each noise set.
         warmup_steps: Iterations that tune the chains of each noise set.
         num_chains: Chains under each noise set.
+        disable_progbar: Hides the progress bars.
         **kwargs: Keyword arguments of the model.
 
     Returns:
@@ -146,9 +148,11 @@ def nce_posterior(
     for _ in range(whole("num_sets", num_sets, least=1)):
         objective = NCE(ratio, noise)
         frozen = objective.freeze(model, *args, guide=guide, **kwargs)
-        _check_rows(frozen)
+        _check_rows(frozen, noise)
         kernel = HMC(surrogate(model, frozen))
-        mcmc = MCMC(kernel, size, warmup_steps, num_chains=num_chains, disable_progbar=True)
+        mcmc = MCMC(
+            kernel, size, warmup_steps, num_chains=num_chains, disable_progbar=disable_progbar
+        )
         mcmc.run(*args, **kwargs)
         sets.append(_read(mcmc, call, frozen, objective))
     return _pooled(sets, ratio)
@@ -163,7 +167,12 @@ class _Call(NamedTuple):
 # --- one noise set
 
 
-def _check_rows(frozen: FrozenObjective) -> None:
+def _check_rows(frozen: FrozenObjective, noise: Any) -> None:
+    if noise == "gaussian" and len(frozen.contrasts) > 1:
+        raise ValueError(
+            f"nce_posterior: noise='gaussian' is fitted to one site, and there are "
+            f"{sorted(frozen.contrasts)}: give guide= with a noise for each"
+        )
     for name, contrast in frozen.contrasts.items():
         rows = contrast.log_noise_data.shape
         if rows.numel() <= 1:
@@ -175,7 +184,7 @@ def _check_rows(frozen: FrozenObjective) -> None:
 
 
 def _read(mcmc: MCMC, call: _Call, frozen: FrozenObjective, objective: NCE) -> _Set:
-    target, positions = mcmc._drawn()
+    target, positions = mcmc.positions()
     centre = target.constrain(positions.mean((0, 1))[None])
     values = {name: value[0] for name, value in centre.items()}
     sites = _at_centre(call, frozen, objective, values)
@@ -183,7 +192,8 @@ def _read(mcmc: MCMC, call: _Call, frozen: FrozenObjective, objective: NCE) -> _
     scales = {_name_of(site): sites[site].scale for site in free}
     draws = {name: to_numpy(value) for name, value in mcmc.get_samples().items()}
     draws |= _corrected(mcmc.get_samples(unconstrained=True), scales)
-    stats = {name: to_numpy(value) for name, value in mcmc.diagnostics().items()}
+    kept = mcmc.diagnostics().items()
+    stats = {name: to_numpy(value) for name, value in kept if name != "lp"}  # c has been moved
     return _Set(draws, stats, sites, free, _largest_rhat(positions), mcmc.seconds)
 
 

@@ -19,9 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pyro.distributions import Normal
-from torch.distributions import constraints
-
 from pyro_ebm.chains import summary
 from pyro_ebm.infer.anchored_posterior import anchored_posterior
 from pyro_ebm.infer.data_structure import DataStructure, SiteStructure, data_structure
@@ -34,7 +31,6 @@ from pyro_ebm.infer.pseudo_likelihood import PseudoLikelihood
 from pyro_ebm.infer.score_matching import ScoreMatching
 from pyro_ebm.mcmc import HMC, MCMC, Exchange, GroupedExchange, Kernel
 from pyro_ebm.mcmc.exchange_diagnostics import exchange_diagnostics
-from pyro_ebm.ops.constraints import plain
 from pyro_ebm.poutine import surrogate
 
 MOST_TERMS = 2**18  # energies in the sums for log Z of one draw
@@ -95,16 +91,15 @@ def posterior(
     """
     run = _Run(model, args, kwargs, num_samples, warmup_steps, num_chains, disable_progbar)
     structure = data_structure(model, *args, **kwargs)
-    for site in structure.sites:
-        check_proper(site.name, site.law, site.value)
+    doubts = check_proper(model, args, kwargs)
     name = route_of(structure) if method == "auto" else method
     if name not in _ROUTES:
         raise ValueError(f"method must be 'auto' or one of {sorted(_ROUTES)}, got {method!r}")
     found = _ROUTES[name](run, structure)
-    told = tuple(_sentence(site, structure.kind) for site in structure.sites)
-    return replace(
-        found, reasons=told + found.reasons, remarks=found.remarks + _mixing_remarks(found)
-    )
+    told = tuple(_sentence(site) for site in structure.sites)
+    # Of an NCE posterior R-hat contains what the noise sets change, of which it speaks itself.
+    mixing = () if name == "nce" else _mixing_remarks(found)
+    return replace(found, reasons=told + found.reasons, remarks=found.remarks + mixing + doubts)
 
 
 @dataclass(frozen=True)
@@ -141,20 +136,24 @@ def route_of(structure: DataStructure) -> str:
     sites = structure.sites
     if sum(site.num_terms for site in sites) <= MOST_TERMS:
         return "exact"
-    if all(site.family is not None for site in sites):
+    if all(site.can_be_exchanged for site in sites):
         return "exchange"
-    few = all(s.is_continuous and s.law.event_shape.numel() <= MOST_DIMS for s in sites)
-    return "nce" if structure.kind == "independent rows" and few else "generalized"
+    return "nce" if len(sites) == 1 and _is_for_noise(sites[0]) else "generalized"
 
 
-def _sentence(site: SiteStructure, kind: str) -> str:
+def _is_for_noise(site: SiteStructure) -> bool:
+    few = site.is_continuous and site.law.event_shape.numel() <= MOST_DIMS
+    return few and site.has_noise and site.kind == "independent rows"
+
+
+def _sentence(site: SiteStructure) -> str:
     what = {
         "independent rows": f"are independent rows ({site.num_rows}) of one law",
         "conditional": f"are rows ({site.num_rows}) with a law each",
-        "hierarchical": f"lie in groups of plate {', '.join(map(repr, site.plates)) or 'no name'}",
+        "hierarchical": f"lie in groups of plate {', '.join(map(repr, site.plates))}",
         "one observation": "are one dependent observation",
     }
-    return f"the data of site {site.name!r} {what[kind]}."
+    return f"the data of site {site.name!r} {what[site.kind]}."
 
 
 def _mixing_remarks(found: Posterior) -> tuple[str, ...]:
@@ -193,7 +192,7 @@ def _exact(run: _Run, structure: DataStructure) -> Posterior:
         "states."
         for s in structure.sites
     )
-    mcmc = run.by(HMC(surrogate(run.model, Enumerated())))
+    mcmc = run.by(HMC(surrogate(run.model, Enumerated(MOST_TERMS))))
     return Posterior(mcmc.record, "exact log Z", reasons)
 
 
@@ -226,10 +225,23 @@ def _anchored(run: _Run, structure: DataStructure) -> Posterior:
 
 
 def _nce(run: _Run, structure: DataStructure) -> Posterior:
+    for site in structure.sites:
+        if site.num_rows == 1:
+            raise ValueError(
+                "method 'nce' tells many independent rows from noise, and the data of site "
+                f"{site.name!r} are one observation: use method='auto'"
+            )
     num_sets = 5
     sizes = {**run.sizes, "num_chains": -(-run.num_chains // num_sets), "num_sets": num_sets}
-    noise = _noise(structure)
-    found = nce_posterior(run.model, *run.args, noise=noise, **sizes, **run.kwargs)
+    noise = None if any(site.law.base is not None for site in structure.sites) else "gaussian"
+    found = nce_posterior(
+        run.model,
+        *run.args,
+        noise=noise,
+        **sizes,
+        disable_progbar=run.disable_progbar,
+        **run.kwargs,
+    )
     return replace(
         found,
         reasons=("log Z is unknown, and data can be told from noise.", *found.reasons),
@@ -240,22 +252,12 @@ def _nce(run: _Run, structure: DataStructure) -> Posterior:
     )
 
 
-def _noise(structure: DataStructure) -> Any:
-    """A Gaussian like the data where they are real and there is no base."""
-    site = structure.sites[0]
-    if site.law.base is not None or plain(site.law.support) is not constraints.real:
-        return None
-    if site.law.event_shape == ():
-        return Normal(site.value.mean(), site.value.std())
-    return "gaussian"
-
-
 def _generalized(run: _Run, structure: DataStructure) -> Posterior:
     continuous = {site.is_continuous for site in structure.sites}
     if len(continuous) > 1:
         raise ValueError(
-            "continuous and discrete EBM sites in one model need a loss each: use "
-            "generalized_posterior with PerSite"
+            "continuous and discrete EBM sites in one model need a loss each, and no calibration "
+            "of several is implemented: sample surrogate(model, {site: loss, ...}) by mcmc.HMC"
         )
     loss = ScoreMatching() if continuous == {True} else PseudoLikelihood()
     found = generalized_posterior(

@@ -53,7 +53,7 @@ class ScoreMatching(DeterministicObjective):
         """Raises ``ValueError`` if the slope of the energy moves by jumps."""
         space = Unconstrained(p, "ScoreMatching")
         u = space.coordinates(p.broadcast_value(x))
-        if _has_jumps(space, u):
+        if has_jumps(space, u):
             raise ValueError(
                 f"EBM site {name!r}: the energy's slope jumps between pieces on which its second "
                 "derivative is constant, as that of a ReLU network does, and ScoreMatching sees "
@@ -61,7 +61,7 @@ class ScoreMatching(DeterministicObjective):
             )
 
 
-def _has_jumps(space: Unconstrained, u: Tensor) -> bool:
+def has_jumps(space: Unconstrained, u: Tensor) -> bool:
     """Whether the slope changes by more than a second derivative that is the same everywhere.
 
     For a quadratic the two agree, for a smooth energy the second derivative varies.

@@ -331,7 +331,7 @@ class MCMC:
             RuntimeError: If nothing was drawn.
             ValueError: If ``num_samples`` is more than was drawn.
         """
-        target, draws = self._drawn()
+        target, draws = self.positions()
         if num_samples is not None:
             last = whole("num_samples", num_samples, least=1)
             if last > self._num_kept:
@@ -344,7 +344,12 @@ class MCMC:
             return values
         return {name: value.flatten(0, 1) for name, value in values.items()}
 
-    def _drawn(self) -> tuple[Target, Tensor]:
+    def positions(self) -> tuple[Target, Tensor]:
+        """Returns what was sampled and the unconstrained draws, ``(num_chains, draws, D)``.
+
+        Raises:
+            RuntimeError: If nothing was drawn.
+        """
         if self.target is None or self._num_kept == 0:
             raise RuntimeError("nothing was drawn yet: call run() first")
         return self.target, self._draws[:, : self._num_kept]
@@ -363,7 +368,7 @@ class MCMC:
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns the statistics of every kept draw, ``(num_chains, draws)``."""
-        self._drawn()
+        self.positions()
         return {name: value[:, : self._num_kept] for name, value in self._stats.items()}
 
     def summary(self) -> Any:

@@ -44,6 +44,7 @@ from torch import Tensor
 
 from pyro_ebm.mcmc.auxiliary import Auxiliary, ExactDraws, Sweeps
 from pyro_ebm.mcmc.checks import whole
+from pyro_ebm.mcmc.direction_exchange import DirectionExchange
 from pyro_ebm.mcmc.driver import MCMC
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget
 from pyro_ebm.mcmc.natural_map import NaturalMap
@@ -184,7 +185,12 @@ def exchange_diagnostics(
 
 def _draws(mcmc: MCMC, most: int) -> tuple[ExchangeTarget, Tensor]:
     """Evenly spaced unconstrained draws of the run, in blocks, ``(B, N, D)``."""
-    target, draws = mcmc._drawn()
+    target, draws = mcmc.positions()
+    if isinstance(mcmc.kernel, DirectionExchange):
+        raise TypeError(
+            "exchange_diagnostics takes chains for independent, and those of DirectionExchange "
+            "move by each other: judge a run of Exchange with the same auxiliary draws"
+        )
     if not isinstance(target, ExchangeTarget):
         raise TypeError(
             "exchange_diagnostics judges a run of Exchange, got one of "

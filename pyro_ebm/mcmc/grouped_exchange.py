@@ -20,7 +20,7 @@ Write the hierarchy in its centred form, :math:`\theta_g \sim N(\mu, \tau)`: in 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -140,9 +140,17 @@ class GroupedExchange(Exchange):
         mean = accepted.mean(1)
         if len(self._groups.shared) == 0:
             return state, {"acceptance_rate": mean}
+        infos = []
         for _ in range(self.num_shared_moves):
             state, info = super().step(potential, state)
-        return state, {**info, "group_acceptance_rate": mean}
+            infos.append(info)
+        rate = torch.stack([info["acceptance_rate"] for info in infos]).mean(0)
+        lost = torch.stack([info["non_finite"] for info in infos]).any(0)
+        return state, {
+            "acceptance_rate": rate,
+            "non_finite": lost,
+            "group_acceptance_rate": mean,
+        }
 
     def propose(self, potential: CapturedPotential, state: State) -> State:
         """Returns a jump of the shared coordinates, with the natural parameters there."""
@@ -151,6 +159,13 @@ class GroupedExchange(Exchange):
         q[:, shared] += state.tuning["step_size"] * (noise @ state.tuning["shared_root"].T)
         extra = target_of(potential).naturals(q)
         return replace(state, position=q, potential=potential.value(q), extra=extra)
+
+    def proposal_log_prob(self, potential: CapturedPotential, state: State, to: State) -> NoReturn:
+        """Raises: an iteration is many jumps."""
+        raise NotImplementedError(
+            "GroupedExchange has no proposal density: an iteration jumps in blocks, each accepted "
+            "by itself"
+        )
 
     # --- tuning
 

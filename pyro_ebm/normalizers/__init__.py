@@ -8,6 +8,7 @@ from pyro_ebm.normalizers.bridge import bridge
 from pyro_ebm.normalizers.estimate import estimate_log_normalizer
 from pyro_ebm.normalizers.evidence import BayesFactor, bayes_factor, evidence
 from pyro_ebm.normalizers.exact import exact
+from pyro_ebm.normalizers.from_uniform import from_uniform
 from pyro_ebm.normalizers.importance import importance
 from pyro_ebm.normalizers.nce import nce, nce_covariance
 from pyro_ebm.normalizers.quadrature import Box, find_box, quadrature
@@ -16,6 +17,7 @@ from pyro_ebm.normalizers.tempered import TemperedRun, tempered
 from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic
 
 __all__ = [
+    "from_uniform",
     "AnchorError",
     "Anchored",
     "BayesFactor",

@@ -169,8 +169,14 @@ def _spreads(x: Tensor, weights: Tensor, levels: list[float]) -> dict[str, NDArr
         columns = [
             _quantile(c, weights[:, o], level) for c, o in zip(ordered.T, order.T, strict=True)
         ]
-        moments[f"q{100 * level:02.0f}"] = torch.stack(columns, 1)
+        moments[_label(level)] = torch.stack(columns, 1)
     return {k: to_numpy(v.std(0).reshape(x.shape[1:])) for k, v in moments.items()}
+
+
+def _label(level: float) -> str:
+    """``"q05"``, ``"q95"``, ``"q02.5"``."""
+    whole_part, rest = divmod(round(1e6 * level), 10_000)
+    return f"q{whole_part:02d}" + (f"{rest / 10_000:g}"[1:] if rest else "")
 
 
 def _quantile(ordered: Tensor, weights: Tensor, level: float) -> Tensor:

@@ -33,6 +33,7 @@ from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.normalizers.chain_size import effective_size
 
 LEAST_SHARE = 0.05
+LEAST_CHAINS = 20
 """The share of effective draws below which log Z is not told."""
 
 LARGEST_DISPLACEMENT = 0.3
@@ -111,6 +112,11 @@ class Anchored:
             log_z = log_z + step
             value, slope, curvature = self._objective(log_z)
         self._check_overlap(curvature)
+        if not float(slope.abs().max()) < 1e-6 * float(self._counts.sum()):
+            raise RuntimeError(
+                f"log Z at {len(self.anchors)} anchors was not found in {_NEWTON_STEPS} steps: put "
+                "them nearer to each other, or take more draws of each"
+            )
         return log_z
 
     def _objective(self, log_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +131,9 @@ class Anchored:
     def _check_overlap(self, curvature: Tensor) -> None:
         """Raises where hardly any draw of one group of anchors could be one of the others."""
         if len(curvature) > 1 and float(torch.linalg.eigvalsh(curvature)[1]) < LEAST_SHARED:
-            raise ValueError("the anchors do not overlap: put some between them")
+            raise ValueError(
+                "the anchors do not overlap: put some between them, or take more draws of each"
+            )
 
     # --- the function
 
@@ -136,7 +144,7 @@ class Anchored:
         """
         log_weights = self._log_weights(natural)
         value = torch.logsumexp(log_weights, -1)
-        held = self._size(log_weights.detach()) >= LEAST_SHARE * self._counts.sum()
+        held = self._size(log_weights.detach()) >= LEAST_SHARE * self._counts.min()
         return torch.where(held, value, torch.nan).to(natural.dtype)
 
     def _log_weights(self, natural: Tensor) -> Tensor:
@@ -173,12 +181,12 @@ class Anchored:
             ValueError: If a posterior would be displaced by more than
                 :data:`LARGEST_DISPLACEMENT` of its standard deviations.
         """
-        worst = float(self.displacement(natural, num_observations).median())
-        if worst > LARGEST_DISPLACEMENT:
-            factor = math.ceil((worst / LARGEST_DISPLACEMENT) ** 2)
+        typical = float(self.displacement(natural, num_observations).median())
+        if typical > LARGEST_DISPLACEMENT:
+            factor = math.ceil((typical / LARGEST_DISPLACEMENT) ** 2)
             raise ValueError(
                 f"{float(self._counts.sum()):.0f} effective draws of the anchors displace the "
-                f"posterior by about {worst:.2g} of its standard deviations: use {factor} times "
+                f"posterior by about {typical:.2g} of its standard deviations: use {factor} times "
                 "as many, or anchors nearer to it"
             )
 
@@ -187,7 +195,15 @@ class Anchored:
 
         Args:
             num_replicates: Their number.
+
+        Raises:
+            ValueError: If there are too few chains to be resampled: the error would come out small.
         """
+        if self.statistics.shape[1] < LEAST_CHAINS:
+            raise ValueError(
+                f"a bootstrap resamples chains, and there are {self.statistics.shape[1]} at each "
+                f"anchor: draw by at least {LEAST_CHAINS} (independent draws are chains of one)"
+            )
         num_anchors, num_chains = self.statistics.shape[:2]
         which = torch.randint(num_chains, (num_replicates, num_anchors, num_chains))
         rows = torch.arange(num_anchors)[:, None]

@@ -2,7 +2,7 @@ r"""Log Z by bridge sampling between draws of the law and draws of a normalized 
 
 With the log ratios :math:`s = -U - \log q`, the optimal bridge of Meng and Wong is the root c of
 
-.. math:: N_p\, E_p\, \sigma(c - s - \log\nu) = N_q\, E_q\, \sigma(s - c + \log\nu), \qquad
+.. math:: N_p\, E_p\, \sigma(c - s + \log\nu) = N_q\, E_q\, \sigma(s - c - \log\nu), \qquad
     \nu = N_q / N_p,
 
 the same equation as Bennett's acceptance ratio. It needs overlap of the two only, not a proposal
@@ -84,6 +84,7 @@ def bridged(
     size = _size(at_draws)
     log_ratio = torch.tensor(len(at_noise) / size, dtype=torch.float64).log()
     data, noise = (t.double() - log_ratio for t in (at_draws, at_noise))
+    noise = torch.where(noise.isnan(), -torch.inf, noise)  # off the law's support
     value = bennett(data.flatten(), noise, ratio=float(log_ratio.exp()))
     of_draws, of_noise = torch.sigmoid(value - data), torch.sigmoid(noise - value)
     sizes = _size(of_draws), float(len(at_noise))

@@ -14,10 +14,12 @@ from dataclasses import replace
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
+from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.normalizers.ais import ais
 from pyro_ebm.normalizers.bridge import bridge
 from pyro_ebm.normalizers.exact import States, exact
+from pyro_ebm.normalizers.from_uniform import from_uniform
 from pyro_ebm.normalizers.importance import importance
 from pyro_ebm.normalizers.laws import law_of, single
 from pyro_ebm.normalizers.quadrature import MAX_DIM, quadrature
@@ -32,6 +34,7 @@ METHODS: dict[str, Callable[[EnergyDistribution], LogNormalizer]] = {
     "quadrature": quadrature,
     "importance": importance,
     "ais": ais,
+    "from_uniform": from_uniform,
     "smc": smc,
     "thermodynamic": thermodynamic,
     "stepping_stones": stepping_stones,
@@ -49,8 +52,8 @@ def estimate_log_normalizer(
     Args:
         dist: The distribution.
         method: ``"auto"``, or ``"exact"``, ``"quadrature"``, ``"importance"``, ``"ais"``,
-            ``"smc"``, ``"thermodynamic"``, ``"stepping_stones"`` or ``"bridge"``, with their
-            defaults.
+            ``"from_uniform"``, ``"smc"``, ``"thermodynamic"``, ``"stepping_stones"`` or
+            ``"bridge"``, with their defaults.
         draws: Draws of the law for the bridge, ``(chains, draws) + event_shape``, by preference
             from chains that were started at data; drawn by 64 chains of HMC if not given.
 
@@ -84,15 +87,24 @@ def _by_the_best_way(dist: EnergyDistribution, draws: Tensor | None) -> LogNorma
     if law.is_exact_energy or (states is not None and states.number <= _MOST_STATES):
         return exact(dist)
     if base_measure(law.support) != "lebesgue":
-        raise NotImplementedError(
-            f"{dist!r} is discrete with more than {_MOST_STATES} states, and no estimate of its "
-            "log Z is implemented: exact(dist, max_states=...) sums more"
-        )
+        return _of_states(dist, states)
     if UnconstrainedSpace.of(law.support, law.event_shape).size <= MAX_DIM:
         return quadrature(dist)
     single(dist, "estimate_log_normalizer")
     by_bridge = _bridged(dist, draws)
     return by_bridge if law.base is None else agreed(ais(dist), by_bridge)
+
+
+def _of_states(dist: EnergyDistribution, states: States | None) -> LogNormalizer:
+    law = law_of(dist)
+    energy = law.energy_function
+    by_sweeps = isinstance(energy, ExponentialFamily) and energy.has_sweep and law.base is None
+    if states is None or not by_sweeps:
+        raise NotImplementedError(
+            f"{dist!r} is discrete with more than {_MOST_STATES} states, and its energy is no "
+            "ExponentialFamily with a kernel: exact(dist, max_states=...) sums more"
+        )
+    return from_uniform(dist)
 
 
 def agreed(one: LogNormalizer, other: LogNormalizer) -> LogNormalizer:

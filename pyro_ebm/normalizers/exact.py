@@ -9,8 +9,6 @@ does not grow with the number of states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -101,10 +99,9 @@ class States:
             )
         return states
 
-    def chunks(self) -> Iterator[Tensor]:
-        """Yields states ``(n,) + event_shape``, all of them once."""
-        for start in range(0, self.number, CHUNK):
-            yield self[torch.arange(start, min(start + CHUNK, self.number))]
+    def chunk(self, start: int) -> Tensor:
+        """Returns at most a chunk of states from one number on, ``(n,) + event_shape``."""
+        return self[torch.arange(start, min(start + CHUNK, self.number))]
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """Returns the states of these numbers, ``(n,) + event_shape``."""
@@ -116,13 +113,14 @@ class States:
 def log_sum(law: EnergyDistribution, states: States) -> Tensor:
     """Returns log Z in nats of every element of a batch, ``batch_shape``, as a sum over states."""
 
-    def part(x: Tensor) -> Tensor:
+    def part(start: int) -> Tensor:
+        x = states.chunk(start)
         return torch.logsumexp(-law.potential(x.reshape(_rows(law, x))), 0)
 
-    chunks = list(states.chunks())
-    if len(chunks) == 1:
-        return part(chunks[0])
-    parts = [checkpoint(part, x, use_reentrant=False) for x in chunks]
+    if states.number <= CHUNK:
+        return part(0)
+    starts = range(0, states.number, CHUNK)
+    parts = [checkpoint(part, start, use_reentrant=False) for start in starts]
     return torch.logsumexp(torch.stack(parts), 0)
 
 

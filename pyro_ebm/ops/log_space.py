@@ -43,7 +43,7 @@ def bennett(data: Tensor, noise: Tensor, *, ratio: float, num_steps: int = 60) -
 
     Args:
         data: Log ratios :math:`s` of the data, flat: :math:`-U - \log q - \log\nu`.
-        noise: The same at noise draws, flat.
+        noise: The same at noise draws, flat; minus infinity where the law vanishes.
         ratio: :math:`\nu`.
         num_steps: Halvings of the bracket.
 
@@ -51,7 +51,9 @@ def bennett(data: Tensor, noise: Tensor, *, ratio: float, num_steps: int = 60) -
         The Bennett acceptance ratio estimate of log Z in nats, 0-d.
     """
     both = torch.cat([data, noise])
-    low, high = both.min() - 40.0, both.max() + 40.0
+    known = torch.isfinite(both)
+    low = torch.where(known, both, torch.inf).min() - 40.0
+    high = torch.where(known, both, -torch.inf).max() + 40.0
     for _ in range(num_steps):
         middle = (low + high) / 2
         excess = torch.sigmoid(middle - data).mean() - ratio * torch.sigmoid(noise - middle).mean()

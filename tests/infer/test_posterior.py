@@ -268,3 +268,70 @@ def test_one_sentence_each(case):
 
 def test_heavy_tails_are_proper():
     assert posterior(cauchy, X, method="generalized", **FEW).record.num_chains == 8
+
+
+# --- routes that must run
+
+
+class Bare(ExponentialFamily):
+    """A family with neither a sampler nor a kernel."""
+
+    coefficients = ("rate",)
+
+    def __init__(self, rate):
+        super().__init__((), dist.constraints.positive)
+        self._set("rate", rate)
+
+    def statistics(self, x):
+        return -x.unsqueeze(-1)
+
+
+def waiting(x):
+    rate = pyro.sample("rate", dist.Gamma(x.new_tensor(2.0), 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", EnergyDistribution(Bare(rate)), obs=x)
+
+
+def test_a_family_without_any_draws_goes_another_way():
+    """No sampler, no sweeps, no noise on the half line: score matching remains."""
+    found = posterior(waiting, torch.rand(100) + 0.1, **FEW)
+    assert "ScoreMatching" in found.method
+
+
+def test_seventeen_spins_are_summed():
+    def model(x):
+        law = EnergyDistribution(
+            lambda s: -coupling() * s.prod(-1), support=spins, event_shape=(17,)
+        )
+        pyro.sample("x", law, obs=x)
+
+    structure = data_structure(model, torch.ones(17))
+    assert route_of(structure) == "exact"
+    assert structure.sites[0].num_terms == 2**17
+
+
+def test_noise_posteriors_are_not_blamed_for_their_noise():
+    found = posterior(unknown_of_rows, torch.randn(50), **FEW)
+    assert not any("chains are too short" in remark for remark in found.remarks)
+
+
+def test_an_energy_that_is_improper_at_some_draws_of_the_prior_is_told():
+    """a ~ N(1, 1), E = a x^2: at one draw in six Z is infinite, and the data say which."""
+
+    def model(x):
+        a = pyro.sample("a", dist.Normal(x.new_ones(()), 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", EnergyDistribution(lambda v: a * v**2, event_shape=()), obs=x)
+
+    found = posterior(model, X, method="generalized", **FEW)
+    assert any("of 16 draws of the prior Z of site 'x' is infinite" in r for r in found.remarks)
+
+
+def test_padding_is_no_scale():
+    def model(x):
+        with poutine.mask(mask=torch.isfinite(x)):
+            unknown_of_rows(x)
+
+    x = X.clone()
+    x[3] = torch.nan
+    assert posterior(model, x, **FEW).record.num_chains > 0

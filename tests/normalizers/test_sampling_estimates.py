@@ -224,3 +224,13 @@ def test_repeated_draws_count_once():
     terms = (torch.sigmoid(once.value - at_draws), torch.sigmoid(at_noise - once.value))
     variances = [float(t.var() / t.mean().square()) / 500 for t in terms]
     assert float(once.stderr) == pytest.approx(sum(variances) ** 0.5, rel=0.1)
+
+
+def test_a_bridge_counts_proposals_where_the_law_vanishes():
+    """Uniform on (-1, 1) by its energy: log Z = log 2, a third of the proposals lies outside."""
+    law = EnergyDistribution(
+        lambda x: torch.where(x.abs() < 1.0, torch.zeros_like(x), torch.inf), event_shape=()
+    )
+    found = bridge(law, 2.0 * torch.rand(200, 50, dtype=torch.float64) - 1.0)
+    assert abs(float(found.value) - math.log(2.0)) < 5 * float(found.stderr)
+    assert float(found.stderr) < 0.02
