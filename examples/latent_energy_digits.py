@@ -152,7 +152,7 @@ def sample_posterior(decoder: Decoder, log_z: Anchored, x: Tensor, num_samples: 
 def from_base(num_draws: int) -> Anchored:
     """Returns log Z from draws of the base: its anchor is theta = 0, where log Z is 0."""
     z = base().sample((100, num_draws // 100))
-    return Anchored(torch.zeros(1, len(CENTERS)), bumps(z)[None])
+    return Anchored(torch.zeros(1, len(CENTERS)), bumps(z)[None], log_normalizer=0.0)
 
 
 # --- the truth, in a plane

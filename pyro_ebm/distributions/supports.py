@@ -135,6 +135,34 @@ def broadcast_batch(own: torch.Size, given: Any, whose: str) -> torch.Size:
         ) from error
 
 
+def check_observed(
+    name: str,
+    support: Constraint,
+    x: Tensor,
+    mask: Tensor | bool,  # noqa: FBT001
+) -> None:
+    """Raises if data that count lie outside of a distribution's support, or are NaN.
+
+    Args:
+        name: The site.
+        support: The distribution's support.
+        x: The data.
+        mask: Which count, broadcasting with what the support says of ``x``.
+
+    Raises:
+        ValueError: If some do.
+    """
+    inside = support.check(x)
+    outside = ~inside & torch.as_tensor(mask, device=inside.device)
+    if not bool(outside.any()):
+        return
+    what = "are NaN" if bool(x.isnan().any()) else "lie outside of its support"
+    raise ValueError(
+        f"{int(outside.sum())} of {inside.numel()} data of EBM site {name!r} {what} "
+        f"({plain(support)}): correct them, or leave them out by poutine.mask"
+    )
+
+
 def same_support(a: Constraint, b: Constraint) -> bool:
     """Whether two supports are the same set, up to boundary points.
 

@@ -31,6 +31,7 @@ __all__ = ["BitGraphs", "Block", "Counts", "Partners", "bit_count", "tournament"
 
 _BITS = 63  # of a word: the sign stays out of it
 _PAIRS, _FOURS, _BYTES = 0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F
+_ONES = 0x0101010101010101
 
 
 def bit_count(words: Tensor) -> Tensor:
@@ -40,12 +41,11 @@ def bit_count(words: Tensor) -> Tensor:
         >>> bit_count(torch.tensor([0, 1, 7, 2**62]))
         tensor([0, 1, 3, 1])
     """
-    count = words - ((words >> 1) & _PAIRS)
-    count = (count & _FOURS) + ((count >> 2) & _FOURS)
-    count = (count + (count >> 4)) & _BYTES
-    count = count + (count >> 8)
-    count = count + (count >> 16)
-    return (count + (count >> 32)) & 0x7F
+    count = words - (words >> 1).bitwise_and_(_PAIRS)
+    twos = (count >> 2).bitwise_and_(_FOURS)
+    count.bitwise_and_(_FOURS).add_(twos)
+    count.add_(count >> 4).bitwise_and_(_BYTES)
+    return count.mul_(_ONES).bitwise_right_shift_(56)  # the product's first byte sums all bytes
 
 
 def tournament(num_nodes: int, device: torch.device | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -222,7 +222,7 @@ class Block:
     def partners(self) -> Partners:
         """The shared partners of every dyad, and what they share with its nodes."""
         cell, word, bit = self._found
-        node = bit_count(bit - 1) + _BITS * word
+        node = torch.frexp(bit.double()).exponent.long() - 1 + _BITS * word  # 2^k is .5 2^(k+1)
         step = self.shape[1] * torch.arange(self.graphs.words, device=cell.device).unsqueeze(-1)
         flat = self.graphs.rows.flatten()
         first = node * (self.graphs.words * self.shape[1]) + self._chain.index_select(0, cell)

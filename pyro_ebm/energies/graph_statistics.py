@@ -117,8 +117,13 @@ class GraphStatistic(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} knows no changes of blocks")
 
+    @property
+    def counts_in_bits(self) -> bool:
+        """Whether :meth:`of_counts` is there."""
+        return type(self).of_counts is not GraphStatistic.of_counts
+
     def of_counts(self, counts: Counts) -> Tensor:
-        """Returns the statistic of graphs that are counted already, ``(C,)``."""
+        """Returns the statistic of graphs that are counted already, ``(C,)``; optional, faster."""
         raise NotImplementedError(f"{type(self).__name__} needs adjacency matrices")
 
 
@@ -406,10 +411,13 @@ class GWESP(_GeometricallyWeighted):
     def change_of_block(self, block: Block) -> Tensor:
         """Returns the worth of each tie, and of one partner more of those to shared partners."""
         cell, _, counts = block.partners
-        gained = self._further(counts.double()).sum(0)
+        # Looked up, for exponentials of every cell would take longer than all else.
+        every = torch.arange(block.graphs.num_nodes, dtype=torch.double, device=cell.device)
+        worth, further = self._worth(every), self._further(every)
+        gained = further.index_select(0, counts.flatten()).view_as(counts).sum(0)
         size = block.shape[0] * block.shape[1]
         num_shared, gained = (torch.bincount(cell, w, size) for w in (None, gained))
-        return (self._worth(num_shared.double()) + gained).view(block.shape)
+        return (worth.index_select(0, num_shared) + gained).view(block.shape)
 
     def of_counts(self, counts: Counts) -> Tensor:
         """Returns the sum over ties."""

@@ -113,7 +113,7 @@ class ExponentialRandomGraph(ExponentialFamily):
         """
         if not x.is_floating_point():
             dtype, size = torch.get_default_dtype(), x.shape[:-1].numel() * self.num_nodes**2
-            if size > _MOST_CELLS and self._moves_by_blocks:
+            if size > _MOST_CELLS and all(term.counts_in_bits for term in self.terms):
                 return self._counted(x).to(dtype)
             x = x.to(dtype)
         adjacency = adjacency_of(x, self.num_nodes)

@@ -21,6 +21,7 @@ from torch.distributions import constraints
 from pyro_ebm.chains.observations import is_subsample
 from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.layers import mask_of
+from pyro_ebm.distributions.supports import check_observed
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.infer.conditional import depends_on_rows
 from pyro_ebm.normalizers.exact import States
@@ -141,6 +142,9 @@ def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Data
             "the model observes no EBM: any kernel samples it, as pyro.infer.NUTS or mcmc.HMC"
         )
     of_latents = {f.name for s in sites if not s["is_observed"] for f in s["cond_indep_stack"]}
+    for site in ebms:
+        mask = mask_of(site["fn"], site["mask"])
+        check_observed(site["name"], _law_of(site).support, site["value"], mask)
     missing = [s for s in ebms if not _law_of(s).is_normalized]
     return DataStructure(tuple(_structure(site, of_latents) for site in missing))
 

@@ -158,6 +158,11 @@ def _sentence(site: SiteStructure) -> str:
 
 def _mixing_remarks(found: Posterior) -> tuple[str, ...]:
     table = summary(found.record)
+    if bool(table[["r_hat", "ess_bulk"]].isna().any(axis=None)):
+        return (
+            f"{found.record.num_samples} draws of {found.record.num_chains} chains are too few to "
+            "tell whether they have mixed, or some stand still: use more num_samples.",
+        )
     worst, least = table["r_hat"].idxmax(), table["ess_bulk"].idxmin()
     remarks = []
     if table["r_hat"][worst] > LARGEST_RHAT:
@@ -203,12 +208,21 @@ def _exchange(run: _Run, structure: DataStructure) -> Posterior:
     kernel = Exchange(run.model) if plate is None else GroupedExchange(run.model, plate)
     mcmc = run.by(kernel)
     reasons = () if plate is None else (f"groups of plate {plate!r} are accepted one by one.",)
+    together = (
+        (
+            "sites lie in groups of several plates, and all are accepted together: where mixing is "
+            "slow, use GroupedExchange with one of them.",
+        )
+        if plate is None and structure.kind == "hierarchical"
+        else ()
+    )
     if kernel.adjusted:
         return Posterior(
-            mcmc.record, "exchange", ("the model can be drawn from exactly.", *reasons)
+            mcmc.record, "exchange", ("the model can be drawn from exactly.", *reasons), together
         )
     verdict = exchange_diagnostics(mcmc)
     remarks = (
+        *together,
         str(verdict),
         "an exact sampler (is_sampleable and sample() of the energy) would make this exact.",
     )

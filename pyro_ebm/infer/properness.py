@@ -19,12 +19,13 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_ebm.distributions import EnergyDistribution, unwrap
+from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
 from pyro_ebm.ops.constraints import plain
 from pyro_ebm.ops.rng import rng_preserved
 
 NUM_DRAWS = 16  # of the prior
 _NUM_RAYS = 32
+_UNBOUNDED = (constraints.real, constraints.positive, constraints.nonnegative)
 _FAR = (1e2, 1e3, 1e4)  # times the scale of the data
 
 
@@ -65,15 +66,16 @@ def check_proper(
 
 def _is_improper(site: Any) -> bool:
     law = unwrap(site["fn"])
-    if law is None or law.base is not None or law.is_normalized:
+    if law is None or law.is_normalized or isinstance(law, GeneralizedEBM):
         return False
-    return plain(law.support) is constraints.real and _stays_flat(law, site["value"])
+    return plain(law.support) in _UNBOUNDED and _stays_flat(law, site["value"])
 
 
 def _stays_flat(law: EnergyDistribution, x: Tensor) -> bool:
     d = law.event_shape.numel()
     scale = torch.where(torch.isfinite(x), x, 0.0).abs().max().clamp_min(1.0)  # padding may be NaN
     rays = torch.randn((_NUM_RAYS,) + (1,) * len(law.batch_shape) + law.event_shape).to(x)
+    rays = rays if plain(law.support) is constraints.real else rays.abs()
     length = rays.flatten(1).norm(dim=1).reshape((-1,) + (1,) * (rays.dim() - 1))
     heights = [law.potential(radius * scale * rays / length) for radius in _FAR]
     growth = torch.stack([b - a for a, b in zip(heights, heights[1:], strict=False)])

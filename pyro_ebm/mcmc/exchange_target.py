@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.layers import mask_of
+from pyro_ebm.distributions.supports import check_observed
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc.captured import CapturedFunction
 from pyro_ebm.mcmc.each_chain import EachChain
@@ -140,6 +141,7 @@ class _Sites(Messenger):
         if law is None or not msg["is_observed"] or law.is_normalized:
             return
         name, x = msg["name"], msg["value"]
+        check_observed(name, law.support, x.detach(), mask_of(msg["fn"], msg["mask"]))
         self.laws[name] = law
         self.observed[name] = x.expand(law.batch_shape + law.event_shape)
         self.weights[name] = _weight(msg, law, x)

@@ -15,6 +15,9 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from torch.distributions import Transform
 
+from pyro_ebm.distributions import unwrap
+from pyro_ebm.distributions.layers import mask_of
+from pyro_ebm.distributions.supports import check_observed
 from pyro_ebm.errors import MissingNormalizerError
 from pyro_ebm.mcmc.each_chain import EachChain, over_rows
 from pyro_ebm.mcmc.explain import explained, first_line, name_of
@@ -227,6 +230,16 @@ class _Scored(poutine.messenger.Messenger):
         self.last = msg["name"]
 
 
+def _check_data(trace: Any) -> None:
+    """Raises if an EBM's data lie off its support: with validation off, nothing else would."""
+    for name in trace.observation_nodes:
+        site = trace.nodes[name]
+        law = unwrap(site["fn"])
+        if law is not None:
+            mask = mask_of(site["fn"], site["mask"])
+            check_observed(name, law.support, site["value"].detach(), mask)
+
+
 def target_of_model(
     model: Callable[..., Any],
     args: tuple[Any, ...],
@@ -268,6 +281,7 @@ def target_of_model(
     check_fixed_supports(model, args, kwargs)
     if has_energies(trace):
         check_structure(model, args, kwargs)
+        _check_data(trace)
     target = ModelTarget(potential_fn, params, transforms, name or name_of(model), each)
     target.hold_flat()
     return target

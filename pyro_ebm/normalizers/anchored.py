@@ -24,6 +24,9 @@ References:
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -34,6 +37,7 @@ from pyro_ebm.normalizers.chain_size import effective_size
 
 LEAST_SHARE = 0.05
 LEAST_CHAINS = 20
+_WATCHING: list[list[Anchored]] = []
 """The share of effective draws below which log Z is not told."""
 
 LARGEST_DISPLACEMENT = 0.3
@@ -54,6 +58,9 @@ class Anchored:
         log_normalizer: Log Z at the first anchor in nats, if it is known; else log Z is up to a
             constant, which inference does not see, and evidence does.
 
+    Attributes:
+        is_relative: Whether that constant is missing.
+
     Raises:
         ValueError: If the shapes do not fit, or the anchors do not overlap.
 
@@ -68,7 +75,9 @@ class Anchored:
         True
     """
 
-    def __init__(self, anchors: Tensor, statistics: Tensor, *, log_normalizer: float = 0.0) -> None:
+    def __init__(
+        self, anchors: Tensor, statistics: Tensor, *, log_normalizer: float | None = None
+    ) -> None:
         if statistics.dim() != 4 or statistics.shape[::3] != anchors.shape:
             raise ValueError(
                 f"statistics must be (K, chains, draws, p) for anchors (K, p) = "
@@ -76,9 +85,10 @@ class Anchored:
             )
         self.anchors = anchors.detach().double()
         self.statistics = statistics.detach().double()
+        self._has_warned, self.is_relative = False, log_normalizer is None
         self._counts = self._effective_counts()
         self._rows, self._log_counts = self._pooled()
-        self.log_normalizers = self._solved() + log_normalizer
+        self.log_normalizers = self._solved() + (log_normalizer or 0.0)
         self._log_mixture = self._mixture(self._rows, self.log_normalizers)
 
     def _effective_counts(self) -> Tensor:
@@ -142,10 +152,27 @@ class Anchored:
 
         Differentiable in them; NaN where too few draws count.
         """
+        for seen in _WATCHING:
+            seen.append(self)
         log_weights = self._log_weights(natural)
         value = torch.logsumexp(log_weights, -1)
         held = self._size(log_weights.detach()) >= LEAST_SHARE * self._counts.min()
+        self._warn_beyond(held)
         return torch.where(held, value, torch.nan).to(natural.dtype)
+
+    def _warn_beyond(self, held: Tensor) -> None:
+        """Says once that draws are asked for more than they tell; under ``vmap`` nobody can."""
+        if self._has_warned:
+            return
+        with suppress(RuntimeError):
+            if not bool(held.all()):
+                self._has_warned = True
+                warnings.warn(
+                    "log Z was asked at parameters that the anchors say nothing of, and is NaN "
+                    "there: chains that get there are stuck. Add anchors (anchored_to places "
+                    "them), or use mcmc.Exchange",
+                    stacklevel=4,
+                )
 
     def _log_weights(self, natural: Tensor) -> Tensor:
         scores = natural.double() @ self._rows.mT
@@ -241,8 +268,21 @@ def anchored(
     else:
         shape = (num_chains, -(-num_draws // num_chains))
         drawn = _by_sweeps(family, anchors, shape, burn_in, start)
-    known = family.with_natural(anchors[0]).log_normalizer() if family.is_tractable else 0.0
+    if not family.is_tractable:
+        return Anchored(anchors, drawn)
+    known = family.with_natural(anchors[0]).log_normalizer()
     return Anchored(anchors, drawn, log_normalizer=float(known))
+
+
+@contextmanager
+def asked() -> Iterator[list[Anchored]]:
+    """Inside, the functions that are called are listed."""
+    seen: list[Anchored] = []
+    _WATCHING.append(seen)
+    try:
+        yield seen
+    finally:
+        _WATCHING.remove(seen)
 
 
 def _by_sweeps(

@@ -40,6 +40,7 @@ from pyro_ebm.distributions.normalizer_guard import report
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.checks import one_of
 from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
+from pyro_ebm.normalizers.anchored import asked
 from pyro_ebm.normalizers.bridge import bridge
 from pyro_ebm.normalizers.tempered import TemperedRun, tempered
 from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic
@@ -52,6 +53,10 @@ _METHODS = ("bridge", "stepping_stones", "thermodynamic")
 _PATHS = {"stepping_stones": stepping_stones, "thermodynamic": thermodynamic}
 _NUM_CHAINS, _NUM_DRAWS = 64, 250
 _NUM_RUNGS, _NUM_PER_RUNG = 12, 60
+_RELATIVE = (
+    "log Z of an EBM site is known up to a constant only, which is part of the evidence: compare "
+    "models that share this very function, or give Anchored its log_normalizer"
+)
 
 
 def evidence(
@@ -93,8 +98,9 @@ def evidence(
     """
     one_of("method", method, _METHODS)
     kwargs = dict(kwargs or {})
-    names = _checked_latents(model, args, kwargs)
-    target = target_of_model(model, args, kwargs)
+    with asked() as functions:
+        names = _checked_latents(model, args, kwargs)
+        target = target_of_model(model, args, kwargs)
     if bool((target.flat_terms(torch.ones(1, target.dim)) != 0).any()):
         raise ValueError(f"{target!r}: a latent has no density at all, so there is no evidence")
     if method == "bridge":
@@ -103,7 +109,14 @@ def evidence(
         law = _between(target, _Prior(model, args, kwargs, like=target))
         found = _PATHS[method](law, _tempered(law))
     start = "posterior" if method == "bridge" else "prior"
-    return replace(found, method=f"evidence by {found.method}", start=start, parameters=())
+    remarks = found.remarks + ((_RELATIVE,) if any(f.is_relative for f in functions) else ())
+    return replace(
+        found,
+        method=f"evidence by {found.method}",
+        start=start,
+        remarks=remarks,
+        parameters=(),
+    )
 
 
 class BayesFactor(NamedTuple):

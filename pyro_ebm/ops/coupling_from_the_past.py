@@ -44,7 +44,10 @@ def ferromagnet(
         torch.Size([5, 3, 4])
     """
     if bool((coupling < 0).any()):
-        raise ValueError("coupling from the past needs couplings that are not negative")
+        raise ValueError(
+            "coupling from the past needs couplings that are not negative: give the coupling a "
+            "prior on the positive numbers, or the energy another kernel"
+        )
     colors = _colors(shape, periodic=periodic).to(coupling.device)
     batch = coupling.reshape(-1)
     bath = _HeatBath(batch, field.reshape(-1), colors, periodic=periodic)

@@ -42,7 +42,10 @@ def swendsen_wang(
         tensor([1., 1.])
     """
     if bool((coupling < 0).any()):
-        raise ValueError("Swendsen-Wang sweeps need couplings that are not negative")
+        raise ValueError(
+            "Swendsen-Wang sweeps need couplings that are not negative: give the coupling a prior "
+            "on the positive numbers, or the energy another kernel"
+        )
     batch, shape = x.shape[:-2], x.shape[-2:]
     flat = x.reshape((-1,) + shape)
     laid = -torch.expm1(-2.0 * coupling.double()).expand(batch).reshape(-1, 1, 1)

@@ -180,6 +180,11 @@ def simulation_based_calibration(
     whole("num_draws", num_draws, least=1)
     simulator = Simulator(model, sites)
     truth, data = simulator.joint(whole("num_simulations", num_simulations, least=2))
+    if not callable(kernel):
+        raise TypeError(
+            f"kernel must make a kernel from a model, as Exchange or lambda m: HMC(m) does, got "
+            f"an instance of {type(kernel).__name__}"
+        )
     made = kernel(EachChain(model, data))
     state, thinning = _warmed_up(made, num_simulations, warmup_steps, thinning)
     mcmc = MCMC(

@@ -29,17 +29,17 @@ from peers.outputs import Run
 METHODS = ["ours", "ergmx", "stock"]
 SETTINGS: dict[str, dict[str, tuple[int, ...]]] = {  # chains, warm-up, draws, sweeps, bridges
     "flomarriage": {
-        "ours": (256, 40, 400, 8, 3),
+        "ours": (1024, 40, 300, 5, 3),
         "ergmx": (4, 100, 3000, 0, 0),
         "stock": (1, 20, 200, 0, 0),
     },
     "zach": {
-        "ours": (128, 40, 250, 2, 3),
+        "ours": (512, 40, 300, 1, 5),
         "ergmx": (4, 100, 3000, 0, 0),
         "stock": (1, 20, 100, 0, 0),
     },
     "faux.mesa.high": {
-        "ours": (64, 40, 200, 1, 2),
+        "ours": (64, 40, 100, 1, 2),
         "ergmx": (4, 100, 3000, 0, 0),
     },
 }

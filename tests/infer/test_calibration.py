@@ -305,7 +305,7 @@ def test_choice_follows_the_data():
     assert "do not cover" in none.remarks[0]
     q = torch.randn(3, 1)
     assert none(q) is q
-    few = calibration_of(loss_of(quadratic, ScoreMatching(), torch.randn(6)))
+    few = calibration_of(loss_of(quadratic, ScoreMatching(), torch.randn(6)), choice="sandwich")
     assert "the calibrated widths are rough" in few.remarks[0]
 
 

@@ -286,7 +286,7 @@ DRAWS = {"a": 1 + np.random.default_rng(0).random((2, 5))}
             torch.full((3, 2), 0.5),
             "densities on all real numbers",
         ),
-        (dist.Laplace(0.0, 1.0), torch.ones(3), "piecewise linear"),
+        (dist.Laplace(0.0, 1.0), torch.ones(3), "cannot see kinks"),
     ],
     ids=["counts", "positive", "simplex", "kinks"],
 )

@@ -417,12 +417,13 @@ def test_bad_arguments(make, match):
 
 
 def test_gaussian_noise_needs_vectors_and_enough_rows():
-    def scalars(x):
+    def matrices(x):
         with pyro.plate("data", len(x)):
-            pyro.sample("x", EnergyDistribution(lambda y: y**2, event_shape=()), obs=x)
+            law = EnergyDistribution(lambda y: (y**2).sum((-2, -1)), event_shape=(2, 2))
+            pyro.sample("x", law, obs=x)
 
-    with pytest.raises(ValueError, match=r"fits vectors \(event_dim 1\), got event_dim 0"):
-        run(NCE(noise="gaussian"), scalars, torch.randn(10))
+    with pytest.raises(ValueError, match=r"fits numbers and vectors .* got 2"):
+        run(NCE(noise="gaussian"), matrices, torch.randn(10, 2, 2))
     with pytest.raises(ValueError, match="more rows than dimensions"):
         run(NCE(noise="gaussian"), vectors, torch.randn(2, 2))
 

@@ -300,9 +300,8 @@ def test_a_family_without_any_draws_goes_another_way():
 
 def test_seventeen_spins_are_summed():
     def model(x):
-        law = EnergyDistribution(
-            lambda s: -coupling() * s.prod(-1), support=spins, event_shape=(17,)
-        )
+        k = coupling()
+        law = EnergyDistribution(lambda s: -k * s.prod(-1), support=spins, event_shape=(17,))
         pyro.sample("x", law, obs=x)
 
     structure = data_structure(model, torch.ones(17))
@@ -325,6 +324,34 @@ def test_an_energy_that_is_improper_at_some_draws_of_the_prior_is_told():
 
     found = posterior(model, X, method="generalized", **FEW)
     assert any("of 16 draws of the prior Z of site 'x' is infinite" in r for r in found.remarks)
+
+
+def on_a_base(x):
+    """-(1 + a) x^2 on N(0, 1): the base does not confine it."""
+    a = pyro.sample("a", dist.Gamma(x.new_tensor(2.0), 1.0))
+    law = EnergyDistribution(lambda v: -(1.0 + a) * v**2, dist.Normal(x.new_zeros(()), 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", law, obs=x)
+
+
+OFF = {
+    "zeros for spins": (lattice, (Hidden, (spin_lattice(4) + 1) / 2), "lie outside of its support"),
+    "NaN": (precision_of_rows, (torch.tensor([0.3, torch.nan]),), "are NaN"),
+    "improper on a base": (on_a_base, (X,), "energy of site 'x' is improper"),
+}
+
+
+@pytest.mark.parametrize("case", OFF)
+def test_data_and_laws_that_cannot_be(case):
+    model, args, sentence = OFF[case]
+    with pytest.raises(ValueError, match=sentence):
+        posterior(model, *args, **FEW)
+
+
+def test_one_draw_is_too_few_to_judge():
+    sizes = {"num_samples": 1, "warmup_steps": 5, "num_chains": 2}
+    found = posterior(precision_of_rows, X, **sizes)
+    assert any("too few to tell" in remark for remark in found.remarks)
 
 
 def test_padding_is_no_scale():

@@ -260,3 +260,9 @@ def test_a_distribution_is_no_model():
 def test_auxiliary_draws_of_other_kernels_are_not_taken():
     with pytest.raises(TypeError, match="auxiliary"):
         HMC(one_lattice, auxiliary=ExactDraws())
+
+
+def test_data_off_the_support_are_refused():
+    """Zeros and ones where spins are -1 and 1 would give a posterior of something else."""
+    with pytest.raises(ValueError, match="16 of 16 data of EBM site 'x' lie outside|1 of 1 data"):
+        run(Exchange(one_lattice), torch.zeros(4, 4), num_chains=4)

@@ -90,7 +90,8 @@ def test_slow_chains_count_by_their_effective_draws():
 
 def test_far_from_all_anchors_it_is_not_told():
     log_z = anchored(lattice(), grid(0.1), num_draws=500)
-    assert log_z(grid(0.1, 3.0)).isnan().tolist() == [False, True]
+    with pytest.warns(UserWarning, match="the anchors say nothing of"):
+        assert log_z(grid(0.1, 3.0)).isnan().tolist() == [False, True]
 
 
 def test_enough_draws_for_many_observations():
@@ -133,3 +134,10 @@ def test_bad_input():
         anchored(Hidden(0.0, SHAPE), grid(0.1))
     with pytest.raises(ValueError, match="the anchors do not overlap"):
         anchored(Ising(0.0, (30, 30)), grid(0.05, 0.3), num_draws=200)
+
+
+def test_parameters_beyond_the_anchors_are_said_once():
+    log_z = anchored(Ising(0.0, (4, 4)), torch.tensor([[0.1]], dtype=torch.float64), num_draws=200)
+    with pytest.warns(UserWarning, match="log Z was asked at parameters that the anchors say"):
+        assert bool(log_z(torch.tensor([2.0], dtype=torch.float64)).isnan())
+    assert bool(log_z(torch.tensor([2.5], dtype=torch.float64)).isnan())  # no second warning

@@ -10,7 +10,7 @@ import torch
 from pyro_ebm import EnergyDistribution, energy_factor
 from pyro_ebm.energies import Ising
 from pyro_ebm.errors import MissingNormalizerError
-from pyro_ebm.normalizers import anchored
+from pyro_ebm.normalizers import Anchored, anchored
 from pyro_ebm.normalizers.evidence import bayes_factor, evidence
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 
@@ -192,3 +192,27 @@ def test_a_latent_without_a_density():
 def test_ways_are_named():
     with pytest.raises(ValueError, match="method must be one of bridge, stepping_stones"):
         evidence(precision, torch.randn(5), method="harmonic mean")
+
+
+def test_errors_of_a_bayes_factor_add_in_squares():
+    one, other = (
+        LogNormalizer(torch.tensor(v), torch.tensor(e)) for v, e in ((1.0, 3.0), (0.0, 4.0))
+    )
+    assert float(bayes_factor(one, other).stderr) == pytest.approx(5.0)
+
+
+def one_lattice_through(log_z, x):
+    k = pyro.sample("k", dist.Uniform(torch.tensor(0.1), 0.3))
+    law = EnergyDistribution(Ising(k, (4, 4)), log_normalizer=lambda: log_z(k[None]))
+    pyro.sample("x", law, obs=x)
+
+
+def test_a_log_z_without_its_constant_is_a_doubt():
+    """What is relative cannot be an evidence, whatever its error says."""
+    draws = Ising(0.2, (4, 4)).statistics(Ising(0.2, (4, 4)).sample((50, 20))).double()
+    x = Ising(0.2, (4, 4)).sample()
+    for constant, doubted in ((None, True), (float(Ising(0.2, (4, 4)).log_normalizer()), False)):
+        log_z = Anchored(torch.tensor([[0.2]]), draws[None], log_normalizer=constant)
+
+        found = evidence(one_lattice_through, log_z, x)
+        assert any("up to a constant only" in doubt for doubt in found.doubts) is doubted
