@@ -239,7 +239,8 @@ class Block:
     @functools.cached_property
     def _chain(self) -> Tensor:
         """The chain of every cell."""
-        return torch.arange(self.shape[1], device=self.left.device).repeat(self.shape[0])
+        chains = torch.arange(self.shape[1], device=self.left.device)
+        return chains.expand(self.shape).flatten()  # much faster than repeat
 
     @functools.cached_property
     def _starts(self) -> list[Tensor]:

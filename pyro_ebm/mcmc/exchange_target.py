@@ -75,6 +75,8 @@ class ExchangeTarget(ModelTarget):
         self.observed, self.weights = sites.observed, sites.weights
         if self.each is not None:
             self._look_at_each()
+        for name, law in sites.laws.items():
+            check_observed(name, law.support, self.observed[name], self.weights[name] > 0)
         self.energies = {name: law.energy_function for name, law in sites.laws.items()}
         self._has_base = any(law.base is not None for law in sites.laws.values())
         self._captured = CapturedFunction(self._naturals, self.name, compile=False, capture=True)
@@ -141,7 +143,6 @@ class _Sites(Messenger):
         if law is None or not msg["is_observed"] or law.is_normalized:
             return
         name, x = msg["name"], msg["value"]
-        check_observed(name, law.support, x.detach(), mask_of(msg["fn"], msg["mask"]))
         self.laws[name] = law
         self.observed[name] = x.expand(law.batch_shape + law.event_shape)
         self.weights[name] = _weight(msg, law, x)

@@ -2,7 +2,8 @@
 
 Three networks that ergmx ships, each with its default prior. ergmx runs 4 chains of 100 + 3000
 iterations with its defaults, this package many chains in one batch; each auxiliary network of ours
-goes through about as many dyads, bridges included, as ergmx proposes toggles. Stock Pyro is one
+goes through as many dyads, bridges included, as ergmx proposes toggles (on the karate club and at
+the school, three times as many). Stock Pyro is one
 chain with a kernel in plain torch. Seconds are of processor time on one core, over the whole call:
 for ours with the simulations of the surrogate and the warm-up. *z* is the largest distance of a
 posterior mean from that of a run of ours with four times the sweeps, in standard errors of both.
