@@ -154,6 +154,7 @@ def test_it_is_a_column_of_the_summary():
     assert data.posterior.attrs["seen"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:log Z was asked at parameters")
 def test_bad_input():
     log_z = anchored(Ising(0.0, (5, 5)), torch.tensor([[0.2]]), num_draws=300)
     draws = {"k": 0.2 + 0.02 * torch.randn(4, 50)}
