@@ -338,7 +338,7 @@ def main() -> None:
     print_cost(log_z, quadrature, some, num_draws)
     if not args.smoke:
         log_z.check(some, NUM_OBSERVED)  # raises where the rule is broken
-    print_weights(joint, exact, error_of_log_z(joint, log_z, 2 if args.smoke else 20))
+    print_weights(joint, exact, error_of_log_z(joint, log_z, 10 if args.smoke else 20))
     print_latents(joint, exact, quadrature)
     means = print_new_digits(decoder, theta, unseen)
 
