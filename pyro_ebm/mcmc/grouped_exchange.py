@@ -1,8 +1,8 @@
 r"""Exchange in a hierarchical model: every group of a plate is accepted by itself.
 
 With groups that have parameters :math:`\theta_g` and a :math:`Z(\theta_g)` of their own, under
-shared parameters :math:`\phi`, one decision for all groups together would be right and useless: its
-noise grows with their number. Given :math:`\phi` the groups are independent, so that one sweep is
+shared parameters :math:`\phi`, one decision for all groups together would be right, and its noise
+grows with their number. Given :math:`\phi` the groups are independent, so that one sweep is
 
 1. a jump of every :math:`\theta_g`, each with its own auxiliary data set and accepted by itself,
 
@@ -13,8 +13,9 @@ noise grows with their number. Given :math:`\phi` the groups are independent, so
 2. some jumps of :math:`\phi`, which need no auxiliary data as long as no natural parameter depends
    on :math:`\phi` itself, and else those of all groups.
 
-Write the hierarchy in its centred form, :math:`\theta_g \sim N(\mu, \tau)`: in :math:`\theta_g =
-\mu + \tau z_g` a jump of :math:`\mu` moves every group, and is accepted or not by all of them.
+Both forms of a hierarchy serve. In the centred one, :math:`\theta_g \sim N(\mu, \tau)`, shared
+jumps cost no auxiliary data; in :math:`\theta_g = \mu + \tau z_g` every jump of :math:`\mu` moves
+all groups and draws for all of them, and is accepted or not by all together.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from torch.distributions import MultivariateNormal
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
-from pyro_ebm.normalizers.chain_size import effective_size
+from pyro_ebm.normalizers.chain_size import carried_share, size_of_mean
 from pyro_ebm.normalizers.laws import leaves_of, single
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.log_space import bennett
@@ -81,15 +81,15 @@ def bridged(
         start: Where the draws of the law come from.
         law: The law.
     """
-    size = _size(at_draws)
+    size = size_of_mean(at_draws)
     log_ratio = torch.tensor(len(at_noise) / size, dtype=torch.float64).log()
     data, noise = (t.double() - log_ratio for t in (at_draws, at_noise))
     noise = torch.where(noise.isnan(), -torch.inf, noise)  # off the law's support
     value = bennett(data.flatten(), noise, ratio=float(log_ratio.exp()))
     of_draws, of_noise = torch.sigmoid(value - data), torch.sigmoid(noise - value)
-    sizes = _size(of_draws), float(len(at_noise))
+    sizes = size_of_mean(of_draws), float(len(at_noise))
     errors = [_relative_variance(of_draws) / sizes[0], _relative_variance(of_noise) / sizes[1]]
-    shares = [_share(of_draws) * sizes[0], _share(of_noise) * sizes[1]]
+    shares = [carried_share(of_draws) * sizes[0], carried_share(of_noise) * sizes[1]]
     return LogNormalizer(
         value,
         torch.stack(errors).sum().sqrt(),
@@ -101,19 +101,8 @@ def bridged(
     )
 
 
-def _size(draws: Tensor) -> float:
-    """The effective number of ``(chains, draws)`` for their mean, at most their number."""
-    size = effective_size(draws)
-    return size if size == size else float(draws.numel())  # constant
-
-
 def _relative_variance(terms: Tensor) -> Tensor:
     return terms.var() / terms.mean().square()
-
-
-def _share(terms: Tensor) -> float:
-    """What part of the draws carries an average of nonnegative terms."""
-    return float(terms.mean().square() / terms.square().mean())
 
 
 def _positions(target: DistributionTarget, law: EnergyDistribution, draws: Tensor) -> Tensor:

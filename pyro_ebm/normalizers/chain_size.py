@@ -45,3 +45,14 @@ def effective_size(draws: Tensor) -> float:
     else:
         size = num_chains * float(total / draws.double().mean(1).var())
     return min(max(size, 1.0), float(draws.numel()))
+
+
+def size_of_mean(terms: Tensor) -> float:
+    """Returns the effective number of ``(chains, draws)`` for their mean; all, where they agree."""
+    size = effective_size(terms)
+    return size if size == size else float(terms.numel())
+
+
+def carried_share(terms: Tensor) -> float:
+    """Returns what part of nonnegative terms carries their mean, from 0 to 1."""
+    return float(terms.mean().square() / terms.square().mean())

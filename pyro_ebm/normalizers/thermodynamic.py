@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
-from pyro_ebm.normalizers.chain_size import effective_size
+from pyro_ebm.normalizers.chain_size import carried_share, size_of_mean
 from pyro_ebm.normalizers.laws import based, leaves_of
 from pyro_ebm.normalizers.tempered import TemperedRun, tempered
 from pyro_ebm.ops.log_normalizer import LogNormalizer
@@ -78,7 +78,7 @@ def thermodynamic(dist: EnergyDistribution, run: TemperedRun | None = None) -> L
         by_chain.mean(),
         torch.hypot(error, of_rule),
         "thermodynamic",
-        ess=min(_size(rung) for rung in energies),
+        ess=min(size_of_mean(rung) for rung in energies),
         num_samples=energies[0].numel(),
         start="base",
         remarks=(remark,) if bool(of_rule > error) else (),
@@ -120,7 +120,7 @@ def stepping_stones(dist: EnergyDistribution, run: TemperedRun | None = None) ->
         (means.log() + tops[:, 0, 0]).sum(),
         _error_of_mean(by_chain),
         "stepping stones",
-        ess=min(_size(w) * _share(w) for w in weights),
+        ess=min(size_of_mean(w) * carried_share(w) for w in weights),
         num_samples=weights[0].numel(),
         start="base",
         parameters=leaves_of(law),
@@ -151,13 +151,3 @@ def _every_second(ladder: Tensor, energies: Tensor) -> tuple[Tensor, Tensor]:
 
 def _error_of_mean(by_chain: Tensor) -> Tensor:
     return by_chain.std() / len(by_chain) ** 0.5
-
-
-def _size(terms: Tensor) -> float:
-    """The effective number of ``(chains, draws)``; all, where they are the same."""
-    size = effective_size(terms)
-    return size if size == size else float(terms.numel())  # constant
-
-
-def _share(weights: Tensor) -> float:
-    return float(weights.mean().square() / weights.square().mean())

@@ -261,6 +261,14 @@ def neighbours(x):
         pyro.sample("x", law, obs=x[0])
 
 
+def every_second(x):
+    """Elements that look at the next but one: those that move with it do not show it."""
+    with pyro.plate("groups", 4):
+        precision = pyro.sample("precision", dist.Gamma(x.new_tensor(3.0), 2.0))
+        law = EnergyDistribution(Precision(precision + precision.roll(2)))
+        pyro.sample("x", law, obs=x[0, :4])
+
+
 def loop(x):
     for g in pyro.plate("groups", x.shape[1]):
         precision = pyro.sample(f"precision_{g}", dist.Gamma(x.new_tensor(3.0), 2.0))
@@ -277,6 +285,7 @@ BAD = {
     "a site outside": (total_outside, "not independent given the rest"),
     "an energy outside": (energy_outside, "stands outside of plate 'groups'"),
     "neighbours": (neighbours, "not independent given the rest"),
+    "every second": (every_second, "not independent given the rest"),
     "a loop": (loop, "is a loop: write it as a context"),
     "no latent": (nothing_inside, "holds no latent"),
 }
