@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from calibrated_models import Precision
 from pyro import poutine
 
 from pyro_ebm import EnergyDistribution
@@ -31,24 +32,6 @@ class Swept(Hidden):
     """And has no exact sampler."""
 
     is_sampleable = False
-
-
-class Precision(ExponentialFamily):
-    """N(0, 1 / precision) without its log Z."""
-
-    coefficients = ("precision",)
-    is_sampleable = True
-
-    def __init__(self, precision):
-        super().__init__((), dist.constraints.real)
-        self._set("precision", precision)
-
-    def statistics(self, x):
-        return -0.5 * x.square().unsqueeze(-1)
-
-    def sample(self, shape=()):
-        shape = torch.Size(shape) + self.precision.shape
-        return torch.randn(shape, dtype=self.precision.dtype) / self.precision.sqrt()
 
 
 # --- models by what their data are

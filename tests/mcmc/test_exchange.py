@@ -4,9 +4,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from calibrated_models import Precision
 
 from pyro_ebm import EnergyDistribution
-from pyro_ebm.energies import ExponentialFamily, GaussianEnergy, Ising
+from pyro_ebm.energies import GaussianEnergy, Ising
 from pyro_ebm.mcmc import HMC, MCMC, ExactDraws, Exchange, Sweeps
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.ops.kaufman import torus_log_normalizer
@@ -18,24 +19,6 @@ class Lattice(Ising):
     """A lattice that keeps its log Z to itself."""
 
     is_tractable = False
-
-
-class Precision(ExponentialFamily):
-    """N(0, 1 / precision) without its log Z."""
-
-    coefficients = ("precision",)
-    is_sampleable = True
-
-    def __init__(self, precision):
-        super().__init__((), dist.constraints.real)
-        self._set("precision", precision)
-
-    def statistics(self, x):
-        return -0.5 * x.square().unsqueeze(-1)
-
-    def sample(self, shape=()):
-        shape = torch.Size(shape) + self.precision.shape
-        return torch.randn(shape, dtype=self.precision.dtype) / self.precision.sqrt()
 
 
 def lattice_with(bonds):

@@ -4,10 +4,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from calibrated_models import Precision
 from pyro import poutine
 
 from pyro_ebm import EnergyDistribution
-from pyro_ebm.energies import ExponentialFamily, Ising
+from pyro_ebm.energies import Ising
 from pyro_ebm.mcmc import MCMC, Exchange
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.exchange_target import exchange_target
@@ -17,24 +18,6 @@ from pyro_ebm.testing import simulation_based_calibration
 
 F64 = torch.float64
 ROWS, GROUPS = 12, 5
-
-
-class Precision(ExponentialFamily):
-    """N(0, 1 / precision) without its log Z."""
-
-    coefficients = ("precision",)
-    is_sampleable = True
-
-    def __init__(self, precision):
-        super().__init__((), dist.constraints.real)
-        self._set("precision", precision)
-
-    def statistics(self, x):
-        return -0.5 * x.square().unsqueeze(-1)
-
-    def sample(self, shape=()):
-        shape = torch.Size(shape) + self.precision.shape
-        return torch.randn(shape, dtype=self.precision.dtype) / self.precision.sqrt()
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from calibrated_models import Precision
 
 from pyro_ebm import EnergyDistribution
-from pyro_ebm.energies import ExponentialFamily, Ising
+from pyro_ebm.energies import Ising
 from pyro_ebm.mcmc import MCMC, Sweeps
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.surrogate_exchange import SurrogateExchange
@@ -19,23 +20,6 @@ class Lattice(Ising):
     """A lattice that keeps its log Z to itself."""
 
     is_tractable = False
-
-
-class Precision(ExponentialFamily):
-    """N(0, 1 / precision) without its log Z."""
-
-    coefficients = ("precision",)
-    is_sampleable = True
-
-    def __init__(self, precision):
-        super().__init__((), dist.constraints.real)
-        self._set("precision", precision)
-
-    def statistics(self, x):
-        return -0.5 * x.square().unsqueeze(-1)
-
-    def sample(self, shape=()):
-        return torch.randn(torch.Size(shape) + self.precision.shape) / self.precision.sqrt()
 
 
 def one_lattice(x):
