@@ -126,12 +126,8 @@ class Path:
         """Returns a path whose ladder is spaced as an adaptive run's, only finer."""
         pilot = SMC(law, NUM_PILOTS, kernel=kernel, disable_progbar=True)
         pilot.run()
-        rungs = torch.cat([torch.zeros(1), pilot.plan.ladder])
-        places = torch.linspace(0.0, len(rungs) - 1.0, num_rungs + 1, dtype=torch.float64)[1:]
-        below = places.ceil().long().clamp(1, len(rungs) - 1)
-        share = places - (below - 1)
-        ladder = rungs[below - 1] + share * (rungs[below] - rungs[below - 1])
-        tunings = [pilot.plan.tunings[int(k) - 1] for k in below]
+        ladder, above = finer(pilot.plan.ladder, num_rungs)
+        tunings = [pilot.plan.tunings[int(k)] for k in above]
         target = DistributionTarget(law)
         beta = target.draw_start(1).new_ones(())
         return cls(target, beta, kernel(target.law.temper(beta)), ladder, tunings)
@@ -169,3 +165,21 @@ class Path:
         self.beta.fill_(self.ladder[rung])
         state = self.kernel.init(self._moving, q).with_tuning(**self.tunings[rung])
         return self.kernel.step(self._moving, state)[0].position
+
+
+def finer(ladder: Tensor, num_rungs: int) -> tuple[Tensor, Tensor]:
+    """Returns rungs between those of a ladder that rises to 1, and which of its own is next above.
+
+    In float64: with differences in single precision the last rung could be a rounding above 1.
+
+    Example:
+        >>> finer(torch.tensor([0.2, 1.0]), 4)[0].round(decimals=1).tolist()
+        [0.1, 0.2, 0.6, 1.0]
+    """
+    rungs = torch.cat([ladder.new_zeros(1), ladder]).double()
+    places = torch.linspace(0.0, len(ladder), num_rungs + 1, dtype=torch.float64)[1:].to(
+        rungs.device
+    )
+    above = places.ceil().long().clamp(1, len(ladder))
+    share = places - (above - 1)
+    return rungs[above - 1] + share * (rungs[above] - rungs[above - 1]), above - 1

@@ -125,6 +125,6 @@ def _gaussian(u: Tensor) -> MultivariateNormal:
 
 
 def _log_ratio(target: DistributionTarget, q: MultivariateNormal, u: Tensor) -> Tensor:
-    with torch.no_grad():
-        value = -target.potential(u).double()
+    with torch.no_grad():  # in the law's own dtype: its parameters may have no other
+        value = -target.potential(u.to(target.draw_start(1).dtype)).double()
     return torch.where(value.isnan(), -torch.inf, value) - q.log_prob(u)

@@ -40,7 +40,7 @@ class Box:
     """A box of unconstrained coordinates.
 
     Args:
-        low: Its lower corner, ``(D,)``.
+        low: Its lower corner, ``(D,)``; its dtype is that of the nodes.
         high: Its upper corner, ``(D,)``.
         num_nodes: Nodes along every dim.
     """
@@ -55,7 +55,7 @@ class Box:
         axes = [a + share.to(a.device) * (b - a) for a, b in zip(self.low, self.high, strict=True)]
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
         step = (self.high - self.low) / (self.num_nodes - 1)
-        return grid.reshape(-1, len(self.low)), step.log().sum()
+        return grid.reshape(-1, len(self.low)), step.double().log().sum()
 
     def refined(self) -> Box:
         """Returns the same box with steps half as long."""
@@ -73,7 +73,8 @@ def quadrature(
             that the sum is differentiable under ``vmap``:
             ``dist.with_log_normalizer(quadrature(dist, box=box))`` inside a model, with the box
             found once by :func:`find_box`.
-        tolerance: Nats by which log Z may still move when steps are halved.
+        tolerance: Nats by which log Z may still move when steps are halved; not less than eight
+            roundings of the box's dtype, in which the energy is evaluated.
 
     Returns:
         ``LogNormalizer`` of the distribution's batch shape; its ``stderr`` is the last change, and
@@ -92,6 +93,7 @@ def quadrature(
     integrand = _Integrand(dist)
     given = box
     box = find_box(dist) if given is None else given
+    tolerance = max(tolerance, 8 * torch.finfo(box.low.dtype).eps)
     value = integrand.log_sum(box)
     if given is not None:
         return integrand.result(value, torch.zeros_like(value.detach()))
@@ -159,7 +161,10 @@ def _trimmed(box: Box, heights: Tensor, floor: Tensor) -> Box:
 
 
 class _Integrand:
-    """The log density of a law in unconstrained coordinates, in float64."""
+    """The log density of a law in unconstrained coordinates, in float64.
+
+    The energy is evaluated in the dtype of the nodes: its parameters may have no other.
+    """
 
     def __init__(self, dist: EnergyDistribution) -> None:
         self.law = unvalidated(law_of(dist))
@@ -173,13 +178,13 @@ class _Integrand:
 
     def start(self) -> Tensor:
         """Where to look first: draws of the base, or points spread over the support, ``(N, D)``."""
-        return DistributionTarget(self.law).draw_start(_NUM_STARTS).reshape(-1, self.dim).double()
+        return DistributionTarget(self.law).draw_start(_NUM_STARTS).reshape(-1, self.dim)
 
     def log_density(self, u: Tensor) -> Tensor:
         """Returns the log of the integrand at ``(N, D)``, ``(N,) + batch``."""
         lead = u.shape[:1] + torch.Size((1,) * len(self.law.batch_shape))
         x, log_det = self.space.with_log_det(u.reshape(lead + (self.dim,)))
-        return log_det - self.law.potential(x)
+        return (log_det - self.law.potential(x)).double()
 
     def heights(self, box: Box) -> Tensor:
         """The highest density over the batch at every node, as a grid; NaN counts as nothing."""

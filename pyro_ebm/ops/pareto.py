@@ -50,7 +50,7 @@ def _shape_of(excess: Tensor) -> float:
     """The shape of a generalized Pareto law, a posterior mean over a grid, with a weak prior."""
     n, prior_weight = len(excess), 10
     num_grid = 30 + int(math.sqrt(n))
-    grid = torch.arange(1, num_grid + 1, dtype=excess.dtype)
+    grid = torch.arange(1, num_grid + 1, dtype=excess.dtype, device=excess.device)
     quartile = excess[int(n / 4 + 0.5) - 1]
     theta = 1.0 / excess[-1] + (1.0 - torch.sqrt(num_grid / (grid - 0.5))) / (3.0 * quartile)
     k = torch.log1p(-theta[:, None] * excess).mean(1)

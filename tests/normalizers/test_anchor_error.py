@@ -10,7 +10,7 @@ from families import Precision, log_z_of_precision
 from pyro_ebm.chains import Record, summary, to_arviz
 from pyro_ebm.energies import Ising
 from pyro_ebm.normalizers import anchored
-from pyro_ebm.normalizers.anchor_error import _quantile, mcse_logz
+from pyro_ebm.normalizers.anchor_error import _quantile, _thinned, mcse_logz
 
 SHAPE = (3, 3)
 
@@ -164,3 +164,11 @@ def test_bad_input():
         mcse_logz(draws, log_z, lambda d: 9.0 + d["k"][:, None], 5)
     with pytest.raises(ValueError, match="quantiles must lie strictly between"):
         mcse_logz(draws, log_z, lambda d: d["k"][:, None], 5, quantiles=(5,))
+
+
+def test_a_share_of_the_draws_is_taken_from_all_chains():
+    record = Record({"k": np.arange(1000.0).reshape(10, 100)})
+    kept = _thinned(record, 100)["k"]
+    assert len(kept) == 100
+    assert bool((torch.bincount((kept / 100).long()) == 10).all())
+    assert len(_thinned(record, 5000)["k"]) == 1000

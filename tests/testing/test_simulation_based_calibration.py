@@ -26,7 +26,7 @@ from pyro_ebm.testing.calibration_power import (
     rank_law,
     smallest_detectable,
 )
-from pyro_ebm.testing.simulation_based_calibration import simulation_based_calibration
+from pyro_ebm.testing.simulation_based_calibration import _lag, simulation_based_calibration
 from pyro_ebm.testing.simulator import Simulator, scalars
 from pyro_ebm.testing.uniformity import chi_square_pvalue, shape_in_words, uniformity
 
@@ -108,6 +108,21 @@ def test_the_thinning_is_found():
     close = simulation_based_calibration(conjugate, ["x"], RandomWalk, thinning=1, **few)
     assert close.effective_draws < 6
     assert "draws of a chain are correlated" in str(close)
+
+
+def test_sizes_that_last_are_seen_where_signs_forget():
+    """Independent signs of a size that follows an AR(1) with coefficient .9: only squares show it.
+
+    Squares of such an AR(1) are correlated by .81 to the power of the lag.
+    """
+    torch.manual_seed(0)
+    size = [torch.randn(200)]
+    for _ in range(199):
+        size.append(0.9 * size[-1] + (1 - 0.81) ** 0.5 * torch.randn(200))
+    signs = 2.0 * torch.randint(0, 2, (200, 200)) - 1.0
+    draws = {"m": torch.stack(size, 1).abs() * signs}
+    assert 5 <= _lag(draws) <= 40
+    assert _lag({"m": torch.randn(200, 200)}) == 1
 
 
 def test_ties_are_broken_at_random():
