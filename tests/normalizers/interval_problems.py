@@ -12,7 +12,15 @@ from laws_with_log_z import three_modes, tilted
 
 from pyro_ebm import EnergyDistribution, LogNormalizer
 from pyro_ebm.energies import Ising
-from pyro_ebm.normalizers import ais, anchored, bridge, importance, quadrature, smc
+from pyro_ebm.normalizers import (
+    ais,
+    anchored,
+    bridge,
+    from_uniform,
+    importance,
+    quadrature,
+    smc,
+)
 from pyro_ebm.normalizers.tempered import tempered
 from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic
 
@@ -89,13 +97,22 @@ def _lattice_change():
     return float(z[1] - z[0])
 
 
+def _spins_alone():
+    """The second of these couplings, without the first."""
+    family = Ising(END[0], (5, 5), field=END[1], periodic=False)
+    return Problem(EnergyDistribution(family), float(family.log_normalizer()))
+
+
 PROBLEMS = {
     "gaussian": _gaussian,
     "three modes": _modes,
     "student tilt": _student,
     "banana": _banana,
     "spins": _lattice,
+    "spins alone": _spins_alone,
 }
+# problems on finite supports have estimators of their own
+DISCRETE = {"spins": "anchored", "spins alone": "from uniform"}
 
 
 def _anchored(family, size):
@@ -118,6 +135,7 @@ ESTIMATORS = {
     "thermodynamic": (lambda p, size: thermodynamic(p.law, _run(p.law, size)), (60, 200)),
     "stepping stones": (lambda p, size: stepping_stones(p.law, _run(p.law, size)), (60, 200)),
     "anchored": (lambda p, size: _anchored(p.law, size), (300, 2000)),
+    "from uniform": (lambda p, size: from_uniform(p.law, num_chains=size), (200, 800)),
 }
 
 
@@ -125,7 +143,8 @@ def pairs():
     """All pairs of a problem and an estimator that fits it."""
     for problem in PROBLEMS:
         for estimator in ESTIMATORS:
-            if (problem == "spins") == (estimator == "anchored"):
+            own = DISCRETE.get(problem)
+            if estimator == own or (own is None and estimator not in DISCRETE.values()):
                 yield problem, estimator
 
 

@@ -33,7 +33,7 @@ def test_the_bridge():
 
 
 def test_a_finer_ladder_ends_at_one():
-    """In single precision the last of these is often a rounding off: 1 - x is not exact below 1/2."""
+    """In single precision many of these end a rounding off: 1 - x is not exact below 1/2."""
     torch.manual_seed(0)
     for inner in 0.5 * torch.rand(100, 5):
         ladder = torch.cat([inner.sort().values, torch.ones(1)])
