@@ -19,7 +19,15 @@ from torch.distributions import constraints
 
 from pyro_ebm import infer, mcmc, normalizers
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, PushforwardDistribution
-from pyro_ebm.energies import GaussianEnergy, GaussianMixtureEnergy, Ising, MLPEnergy
+from pyro_ebm.energies import (
+    Edges,
+    ExponentialRandomGraph,
+    GaussianEnergy,
+    GaussianMixtureEnergy,
+    Ising,
+    MLPEnergy,
+    Triangles,
+)
 from pyro_ebm.ops.constraints import spins
 from pyro_ebm.poutine import surrogate
 
@@ -344,3 +352,22 @@ def test_replay_buffer():
     buffer = mcmc.ReplayBuffer(partial(mcmc.ULA, step_size=0.3), size=50, num_steps=3)
     assert on_device(buffer(law, (20,)))
     assert on_device(buffer(law, (20,)))
+
+
+def test_an_anchored_log_z():
+    pyro.set_rng_seed(0)
+    anchor = torch.tensor([[0.2]], device=DEVICE)
+    family = Ising(torch.tensor(0.0, device=DEVICE), (4, 4))
+    log_z = normalizers.anchored(family, anchor, num_draws=2000)
+    to = torch.tensor([0.22], device=DEVICE)
+    exact = [Ising(k.reshape(()), (4, 4)).log_normalizer() for k in (to, anchor)]
+    found = log_z(to) - log_z(anchor[0])
+    assert abs(float(found - (exact[0] - exact[1]))) < 0.05
+    assert len(log_z.bootstrap(3)) == 3
+
+
+def test_random_graphs():
+    pyro.set_rng_seed(0)
+    coef = torch.tensor([-1.0, 0.1], device=DEVICE).expand(5, 2)
+    family = ExponentialRandomGraph(coef, 8, [Edges(), Triangles()])
+    assert on_device(family.sweep(torch.zeros(5, 28, device=DEVICE), 3))

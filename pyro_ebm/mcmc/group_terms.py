@@ -60,7 +60,7 @@ class GroupTerms:
         self._dims = seen.dims
         self.site_dims = {n: d for n, d in seen.innermost.items() if n in self.target.energies}
         self.size = seen.size
-        parts = self.target.split(torch.arange(self.target.dim))
+        parts = self.target.split(torch.arange(self.target.dim, device=self.target.device))
         own = {name: index for name, index in parts.items() if name in seen.dims}
         if not own:
             raise ValueError(
@@ -68,7 +68,7 @@ class GroupTerms:
                 "nothing of their own to move, use Exchange"
             )
         self.blocks = torch.cat([self._of_groups(n, index) for n, index in own.items()], 1)
-        inside = torch.zeros(self.target.dim, dtype=torch.bool)
+        inside = torch.zeros(self.target.dim, dtype=torch.bool, device=self.target.device)
         inside[self.blocks.flatten()] = True
         self.shared = (~inside).nonzero()[:, 0]
 
@@ -110,7 +110,7 @@ class GroupTerms:
         number = self.target.num_rows(_NUM_CHECKED)
         with rng_preserved():
             one, two = (self.target.draw_start(number) for _ in range(2))
-            moves = torch.rand(number, self.size) < 0.5
+            moves = torch.rand(number, self.size, device=one.device) < 0.5
         two[:, self.shared] = one[:, self.shared]
         mixed = self.joined(moves, two, one)
         terms = [self(q) for q in (one, two)]

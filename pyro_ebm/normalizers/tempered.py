@@ -134,7 +134,7 @@ def _held(path: Path, num_chains: int, num_samples: int, burn_in: int) -> Temper
                 rows.append(weighing.energy(state.position))
         q = state.position
         parts.append(torch.stack(rows, -1)[None])
-    ladder = torch.cat([path.ladder.new_zeros(1), path.ladder]).double()
+    ladder = torch.cat([path.ladder.new_zeros(1), path.ladder]).double().to(q.device)
     return TemperedRun(ladder, torch.cat(parts))
 
 
