@@ -9,6 +9,7 @@ from pyro_ebm.normalizers.estimate import estimate_log_normalizer
 from pyro_ebm.normalizers.evidence import BayesFactor, bayes_factor, evidence
 from pyro_ebm.normalizers.exact import exact
 from pyro_ebm.normalizers.from_uniform import from_uniform
+from pyro_ebm.normalizers.gauss_hermite import gauss_hermite
 from pyro_ebm.normalizers.importance import importance
 from pyro_ebm.normalizers.nce import nce, nce_covariance
 from pyro_ebm.normalizers.quadrature import Box, find_box, quadrature
@@ -32,6 +33,7 @@ __all__ = [
     "evidence",
     "exact",
     "find_box",
+    "gauss_hermite",
     "importance",
     "mcse_logz",
     "nce",
