@@ -98,8 +98,9 @@ def _is_movable(support: Any) -> bool:
 
 
 def name_of(model: Any) -> str:
-    """Returns what messages call a model."""
-    return f"model {getattr(model, '__name__', type(model).__name__)!r}"
+    """Returns what messages call a model: the user's function, whatever handlers are around it."""
+    inner = poutine.unwrap(model)
+    return f"model {getattr(inner, '__name__', type(inner).__name__)!r}"
 
 
 def first_line(error: Exception) -> str:

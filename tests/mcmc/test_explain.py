@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.distributions import hmm
 from pyro.ops import special
 
@@ -256,3 +257,9 @@ def test_a_run_under_no_grad():
 def test_a_string_is_no_list_of_names():
     with pytest.raises(TypeError, match="a list of names, got the string 'mu'"):
         MCMC(HMC(hidden_markov), 5, save_params="mu")
+
+
+def test_handlers_do_not_hide_a_models_name():
+    conditioned = poutine.scale(poutine.condition(discrete, {"m": Y}), scale=2.0)
+    with pytest.raises(TypeError, match="model .discrete."):
+        run(conditioned, Y)
