@@ -28,6 +28,18 @@ EXAMPLES = {
     "latent_energy_digits.py": True,
     "florentine_families.py": True,
     "karate_club.py": True,
+    "conditional_regression.py": True,
+}
+REPRODUCTIONS = {
+    "contrastive_equalities.py",
+    "discrete_toys.py",
+    "energy_discrepancy_identities.py",
+    "gaussians_25.py",
+    "ising_couplings.py",
+    "kale_flow_rings.py",
+    "mode_weights.py",
+    "nce_log_normalizer.py",
+    "nltcs_likelihoods.py",
 }
 LONG = {"ising_field.py", "latent_energy_digits.py", "florentine_families.py", "karate_club.py"}
 SCRIPTS = [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in EXAMPLES]

@@ -32,6 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.ops import kernels
+
 __all__ = ["MMDInterval", "median_distance", "mmd2", "mmd2_bootstrap", "mmd2_difference"]
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
@@ -79,7 +81,7 @@ def median_distance(x: Tensor) -> Tensor:
         >>> median_distance(torch.tensor([0.0, 1.0, 3.0]))
         tensor(2.)
     """
-    distance = torch.pdist(_rows("x", x)[:MOST_POINTS_FOR_MEDIAN]).median()
+    distance = kernels.median_distance(_rows("x", x)[:MOST_POINTS_FOR_MEDIAN])
     if not distance > 0:
         raise ValueError(
             f"the median distance between rows must be positive, got {float(distance)}: more than "
@@ -210,8 +212,7 @@ def _prepared(
     scales = [float(scale) * c for c in multiples]
     if not scales or not all(s > 0 for s in scales):
         raise ValueError(f"length scales must be positive, got multiples * bandwidth = {scales}")
-    origin = y.mean(0)  # distances by matrix products lose digits far from the origin
-    return x - origin, y - origin, _sum_of_gaussians(scales)
+    return x, y, _sum_of_gaussians(scales)
 
 
 def _rows(name: str, x: Tensor) -> Tensor:
@@ -223,12 +224,7 @@ def _rows(name: str, x: Tensor) -> Tensor:
 
 
 def _sum_of_gaussians(scales: list[float]) -> Kernel:
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        lengths = x.square().sum(1)[:, None] + y.square().sum(1)
-        squared = (lengths - 2.0 * x @ y.T).clamp_min(0.0)  # rounding may leave -1e-7
-        return torch.stack([torch.exp(squared / (-2.0 * s * s)) for s in scales]).sum(0)
-
-    return kernel
+    return kernels.GaussianKernel(*scales)
 
 
 def _once(x: Tensor) -> Tensor:

@@ -250,8 +250,11 @@ class EnergyDistribution(TorchDistribution):
                 f"x of shape {tuple(x.shape)} does not end in the event shape "
                 f"{tuple(self.event_shape)}"
             )
-        need = torch.broadcast_shapes(x.shape[:lead], self.batch_shape)
-        return x if x.shape[:lead] == need else x.expand(need + self.event_shape)
+        rows, batch = x.shape[:lead], self.batch_shape
+        if len(rows) >= len(batch) and rows[len(rows) - len(batch) :] == batch:
+            return x  # the usual case: torch's own answer costs as much as a small matrix product
+        need = torch.broadcast_shapes(rows, batch)
+        return x if rows == need else x.expand(need + self.event_shape)
 
     # --- sampling
 

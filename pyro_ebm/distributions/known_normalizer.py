@@ -76,11 +76,12 @@ def subtract(log_p: Tensor, log_z: Tensor, given: LogNormalizerLike | None) -> T
     if isinstance(given, Real):  # the tensor may have lost digits to the default dtype
         return log_p - float(given)
     if log_z.shape != log_p.shape[log_p.dim() - log_z.dim() :]:
-        _check_broadcasts(log_z.shape, log_p.shape)
+        check_broadcasts(log_z.shape, log_p.shape)
     return log_p - log_z.to(log_p.dtype)
 
 
-def _check_broadcasts(shape: torch.Size, energies: torch.Size) -> None:
+def check_broadcasts(shape: torch.Size, energies: torch.Size) -> None:
+    """Raises ``EnergyShapeError`` if a log Z of ``shape`` has dims that ``energies`` lack."""
     pairs = zip(reversed(shape), reversed(energies), strict=False)
     if len(shape) <= len(energies) and all(have in (1, want) for have, want in pairs):
         return

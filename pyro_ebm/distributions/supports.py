@@ -127,6 +127,8 @@ def broadcast_batch(own: torch.Size, given: Any, whose: str) -> torch.Size:
         ValueError: If they do not.
     """
     batch = size_of("batch_shape", given)
+    if own == batch or not own:
+        return batch
     try:
         return torch.broadcast_shapes(own, batch)
     except RuntimeError as error:

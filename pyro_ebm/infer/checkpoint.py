@@ -19,6 +19,8 @@ class Run(Protocol):
     objective: Any
     batches: Any
     optimizer: torch.optim.Optimizer | None
+    scheduler: Any
+    stopping: Any
     parameters: dict[str, Tensor]
     result: Any
 
@@ -27,16 +29,18 @@ class Run(Protocol):
 
 
 def save_checkpoint(path: Path, run: Run) -> None:
-    """Writes parameters, optimizer, objective, curves and random state.
+    """Writes parameters, optimizer, schedules, objective, curves and random state.
 
     The old file survives a failure.
     """
     result = run.result
     state: dict[str, Any] = {
         "parameters": {name: p.detach() for name, p in run.parameters.items()},
-        "buffers": {name: dict(m.named_buffers()) for name, m in _modules(run).items()},
+        "buffers": {name: dict(m.named_buffers()) for name, m in modules_of(run).items()},
         "objective": _objective_state(run),
         "optimizer": run.optimizer.state_dict() if run.optimizer else None,
+        "scheduler": run.scheduler.state_dict() if run.scheduler else None,
+        "stopping": run.stopping.state_dict() if run.stopping else None,
         "curves": {name: getattr(result, name) for name in _CURVES},
         "rows_left": run.batches.rows_left,
         "rng": _rng_state(),
@@ -64,7 +68,7 @@ def load_checkpoint(path: Path, run: Run) -> None:
         raise ValueError(f"{path} is a checkpoint of another model: {differ} are on one side only")
     for name, p in run.parameters.items():
         p.copy_(saved[name])
-    for name, module in _modules(run).items():
+    for name, module in modules_of(run).items():
         for key, buffer in module.named_buffers():
             buffer.copy_(state["buffers"][name][key])
     if isinstance(run.objective, nn.Module):
@@ -73,11 +77,28 @@ def load_checkpoint(path: Path, run: Run) -> None:
         setattr(run.result, name, curve)
     if run.optimizer is not None and state["optimizer"] is not None:
         run.optimizer.load_state_dict(state["optimizer"])
+    _load_schedules(state, run)
     run.batches.rows_left = state["rows_left"]
     _set_rng_state(state["rng"])
 
 
-_CURVES = ("losses", "diagnostics", "diagnostic_steps", "validation", "averaged", "num_steps")
+_CURVES = (
+    "losses",
+    "diagnostics",
+    "diagnostic_steps",
+    "validation",
+    "averaged",
+    "num_steps",
+    "diverged",
+)
+
+
+def _load_schedules(state: dict[str, Any], run: Run) -> None:
+    """Takes up learning-rate schedule and early stopping where both runs have them."""
+    if run.scheduler is not None and state["scheduler"] is not None:
+        run.scheduler.load_state_dict(state["scheduler"])
+    if run.stopping is not None and state["stopping"] is not None:
+        run.stopping.load_state_dict(state["stopping"])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -107,9 +128,15 @@ def _objective_state(run: Run) -> dict[str, Any]:
     return run.objective.state_dict() if isinstance(run.objective, nn.Module) else {}
 
 
-def _modules(run: Run) -> dict[str, nn.Module]:
-    """Modules whose buffers are part of the state: model, guide and the sites' energies."""
+def modules_of(run: Any) -> dict[str, nn.Module]:
+    """Returns the modules with a state: model, guide, the sites' energies and generators."""
     sites = getattr(run.objective, "_sites", {})
     energies = {f"energy of {name}": p.energy_function for name, p in sites.items()}
-    candidates = {"model": run.model, "guide": run.guide} | energies
+    generators = {f"generator of {name}": _generator_of(p) for name, p in sites.items()}
+    candidates = {"model": run.model, "guide": run.guide} | energies | generators
     return {name: m for name, m in candidates.items() if isinstance(m, nn.Module)}
+
+
+def _generator_of(p: Any) -> Any:
+    """The network behind a site's base, if its base is a law of generated points."""
+    return getattr(p, "generator", getattr(p.base, "generator", None))

@@ -19,6 +19,7 @@ from pyro_ebm.distributions.captured import capture_in_progress, captured_only
 from pyro_ebm.distributions.layers import innermost
 from pyro_ebm.distributions.normalizer_guard import names_of
 from pyro_ebm.errors import NonFiniteEnergyError, SurrogateWarning, UnregisteredParameterError
+from pyro_ebm.infer import enumeration
 from pyro_ebm.infer.evaluation import Evaluation
 from pyro_ebm.ops.autograd import grad_of
 from pyro_ebm.ops.autograd_graph import children, graph, leaves_of, node_of
@@ -31,7 +32,12 @@ class Traits(Protocol):
     """What is asked of an objective here."""
 
     needs_density: bool
+    trains_energy: bool
     has_second_player: bool
+
+    @property
+    def learns_log_normalizer(self) -> bool:
+        """Whether log Z enters the loss, so that it is learned."""
 
 
 def schedule(value: tuple[int, int] | None, objective: Traits) -> tuple[int, int] | None:
@@ -87,7 +93,8 @@ def site(name: str, p: EnergyDistribution, x: Tensor, *, observed: bool, objecti
             f"{who} needs a density, and GeneralizedEBM site {name!r} has none: use KALE or "
             "DonskerVaradhan"
         )
-    if x.is_floating_point() and p.base_measure != "counting":
+    _log_normalizer_is_learned(name, p, x, objective)
+    if objective.trains_energy and x.is_floating_point() and p.base_measure != "counting":
         try:
             _, slope = grad_of(p.energy, x)
         except ValueError as error:
@@ -99,6 +106,24 @@ def site(name: str, p: EnergyDistribution, x: Tensor, *, observed: bool, objecti
                 SurrogateWarning,
                 stacklevel=2,
             )
+
+
+def _log_normalizer_is_learned(
+    name: str, p: EnergyDistribution, x: Tensor, objective: Traits
+) -> None:
+    """Warns if the site's log Z has parameters of its own and the objective never moves them."""
+    log_z = None if objective.learns_log_normalizer else p.log_normalizer_value()
+    if log_z is None or not log_z.requires_grad:
+        return
+    moved = {id(t) for t in leaves_of(p.unnormalized_log_prob(x))}
+    if any(id(t) not in moved for t in leaves_of(log_z)):
+        warnings.warn(
+            f"EBM site {name!r}: log_normalizer= has parameters of its own, but log Z cancels in "
+            f"{type(objective).__name__}, so that they are not learned and log_prob stays off by "
+            "as much. Learn it with NCE or KALE, or leave log_normalizer= out",
+            SurrogateWarning,
+            stacklevel=2,
+        )
 
 
 def not_degenerate(name: str, evaluation: Evaluation, who: str, step: int) -> None:
@@ -161,12 +186,7 @@ def guide(given: Any, who: str) -> None:
 def traces(model_trace: Any, guide_trace: Any, used: Collection[str]) -> None:
     """Raises if the traces of an objective's step hold something it would get wrong."""
     has_sites(used)
-    for name, node in (*model_trace.nodes.items(), *guide_trace.nodes.items()):
-        if node["type"] == "sample" and node["infer"].get("enumerate"):
-            raise NotImplementedError(
-                f"site {name!r} is enumerated; objectives do not sum out sites. Marginalize it in "
-                "the energy, or infer it with a guide"
-            )
+    enumeration.check_traces(model_trace, guide_trace, used)
     for name, node in guide_trace.nodes.items():
         ebm = unwrap(node["fn"]) if node["type"] == "sample" else None
         contrast = model_trace.nodes.get(name, {}).get("is_observed", False)
@@ -256,5 +276,6 @@ def registered(
             raise UnregisteredParameterError(
                 f"EBM site {name!r}: {names_of(lost, energy)} would get gradients and never move, "
                 "because Pyro does not know of it. Call pyro.module('energy', energy) in the "
-                "model, make it a PyroModule, or freeze it with requires_grad_(False)"
+                "model (and so for a network of log_normalizer=), make it a PyroModule, or freeze "
+                "it with requires_grad_(False)"
             )

@@ -20,7 +20,7 @@ from pyro_ebm.infer.objective import Objective
 
 
 class DeterministicObjective(Objective):
-    """Base of objectives without a contrast; a subclass defines ``loss``.
+    """Base of objectives without a contrast; a subclass defines ``row_losses``.
 
     Attributes:
         degree: In how many places a row enters the total loss: 1 for a sum over rows, 2 for a sum
@@ -54,9 +54,9 @@ class DeterministicObjective(Objective):
         """Returns minus the loss per datum in nats, shape ``sample + batch`` of ``x``."""
         if frame_of(("get_importance_trace", "_get_trace")) is not None:
             return super().site_log_prob(name, p, x, mask=mask, **rest)
-        return -self.loss(p, x, mask)
+        return -self.row_losses(p, x, mask)
 
-    def loss(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns the loss per datum in nats by tensor operations alone.
 
         Args:
@@ -64,11 +64,11 @@ class DeterministicObjective(Objective):
             x: Data, ``sample + batch + event``.
             mask: Which rows count, for losses that pool rows.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define loss(p, x, mask)")
+        raise NotImplementedError(f"{type(self).__name__} does not define row_losses(p, x, mask)")
 
     def per_datum(self, p: EnergyDistribution, x: Tensor, contrast: Any, log_z: Tensor) -> Tensor:
         """Returns the loss per datum in nats; neither a contrast nor log Z is used."""
-        return self.loss(p, x, self.evaluation.mask)
+        return self.row_losses(p, x, self.evaluation.mask)
 
     def _log_normalizer(
         self, name: str, p: EnergyDistribution, x: Tensor, contrast: Any

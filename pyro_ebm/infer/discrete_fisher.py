@@ -42,11 +42,11 @@ class DiscreteFisher(DeterministicObjective):
     Example:
         >>> from pyro_ebm.energies import Ising
         >>> p = EnergyDistribution(Ising(0.0, (3, 3)))
-        >>> DiscreteFisher().loss(p, torch.ones(3, 3))  # nine times 1 - 2
+        >>> DiscreteFisher().row_losses(p, torch.ones(3, 3))  # nine times 1 - 2
         tensor(-9.)
     """
 
-    def loss(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns the sum over coordinates of squared and inverse ratios."""
         return _divergence(*_log_ratios(p, p.broadcast_value(x)))
 

@@ -1,15 +1,22 @@
 r"""Energy discrepancy: learning an energy by comparing data with perturbed data.
 
-It needs no log Z, no MCMC and no score.
+It needs no log Z, no MCMC and no score. A perturbation takes x there, :math:`y \sim q(\cdot|x)`,
+and M times back, :math:`x'_j \sim \rho_y = q(y|\cdot) / c(y)`
+(:mod:`~pyro_ebm.infer.perturbations`):
 
 .. math::
-    L = E\,\log\Big(\frac wM + \frac1M \sum_{j=1}^M e^{U(x) - U(x'_j)}\Big), \qquad
-    x'_j = x + \sqrt t\,\xi + \sqrt t\,\xi'_j
+    L = E\,\log\Big(c(y)\Big[\frac wM + \frac1M \sum_{j=1}^M e^{U(x) - U(x'_j)}\Big]\Big).
 
-with one :math:`\xi` shared by the M negatives of a row. For :math:`w = 1` this is ranking NCE with
-M exchangeable negatives given :math:`y = x + \sqrt t\,\xi`, hence consistent for every M; other w
-are biased at finite M. As :math:`t \to 0` it becomes score matching, as :math:`t \to \infty`
-maximum likelihood: :math:`\sqrt t` is the range over which relative mass is seen.
+As :math:`M \to \infty` it is :math:`E\,U(x) - E\,U_q(y)` with
+:math:`e^{-U_q(y)} = \sum_{x'} q(y|x') e^{-U(x')}`, smallest where :math:`e^{-U}` is the law of the
+data. For :math:`w = 1` it is ranking NCE with M exchangeable negatives given y, hence consistent
+for every M; other w are biased at finite M. At a constant U it is :math:`\log((1 + M)/M)` plus the
+mean of log c, which is 0 for symmetric q.
+
+With Gaussian perturbations, here, :math:`x'_j = x + \sqrt t\,\xi + \sqrt t\,\xi'_j`, with one
+:math:`\xi` shared by the M negatives of a row. As :math:`t \to 0` it becomes score matching, as
+:math:`t \to \infty` maximum likelihood: :math:`\sqrt t` is the range over which relative mass is
+seen. For discrete and mixed data see :mod:`~pyro_ebm.infer.discrete_energy_discrepancy`.
 
 On a constrained support the perturbation acts on the unconstrained coordinates, and U there
 includes the Jacobian.
@@ -25,17 +32,95 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Transform
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
-from pyro_ebm.infer.contrast import Contrast, elementwise, rows_of
+from pyro_ebm.infer.contrast import Contrast, elementwise
 from pyro_ebm.infer.objective import Objective
-from pyro_ebm.ops.constraints import base_measure
-from pyro_ebm.ops.spaces import bijection
+from pyro_ebm.infer.perturbations import GaussianNoise, LawNoise, Perturbation, Times
+from pyro_ebm.infer.perturbed_space import PerturbedSpace
+
+__all__ = ["EnergyDiscrepancy", "PerturbationContrast"]
 
 
-class EnergyDiscrepancy(Objective):
+class PerturbationContrast(Objective):
+    """What energy discrepancies share, whatever the perturbation.
+
+    Args:
+        perturbation: The way there and back.
+        num_negatives: M.
+        stabilization: :math:`w > 0`.
+        **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
+    """
+
+    def __init__(
+        self,
+        perturbation: Perturbation,
+        num_negatives: int,
+        *,
+        stabilization: float,
+        **elbo: Any,
+    ) -> None:
+        super().__init__(**elbo)
+        if num_negatives < 1 or not stabilization > 0:
+            raise ValueError(
+                f"num_negatives and stabilization must be positive, got {num_negatives!r} and "
+                f"{stabilization!r}; at stabilization 0 the loss is unbounded below"
+            )
+        if stabilization != 1:
+            warnings.warn(
+                f"{type(self).__name__} is biased at finite num_negatives unless stabilization is "
+                f"1, got {stabilization}",
+                SurrogateWarning,
+                stacklevel=3,
+            )
+        self.perturbation = perturbation
+        self.num_negatives = num_negatives
+        self.stabilization = stabilization
+
+    def space(self, p: EnergyDistribution) -> PerturbedSpace:
+        """Returns the coordinates that are perturbed.
+
+        Raises:
+            NotImplementedError: If the objective does not serve such data.
+        """
+        return PerturbedSpace(p, type(self).__name__)
+
+    def perturbation_of(self, p: EnergyDistribution, noise: Any) -> Perturbation:
+        """Returns the perturbation, given what a guide holds at the site, or ``None``."""
+        return self.perturbation
+
+    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
+        """Draws the negatives, in the coordinates that are perturbed."""
+        space, perturbation = self.space(p), self.perturbation_of(p, noise)
+        y = perturbation.there(space.coordinates(x), space.layout)
+        points = perturbation.back(y, self.num_negatives, space.layout)
+        log_mass = perturbation.log_mass(y, space.layout)
+        if log_mass is None:
+            return Contrast(points)
+        return Contrast(points, -log_mass.expand(points.shape[: 1 + log_mass.dim()]), -log_mass)
+
+    def per_datum(
+        self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
+    ) -> Tensor:
+        r"""Returns the stabilized log mean exponential difference of potentials, in nats.
+
+        The contrast's log densities are those of :math:`\rho_y` less those of q, minus log c.
+        """
+        space = self.space(p)
+        points = torch.cat([space.coordinates(x).unsqueeze(0), contrast.points])
+        potential = space.potential(points)
+        differences = potential[:1] - potential[1:]
+        stabilizer = torch.full_like(differences[:1], math.log(self.stabilization))
+        self.evaluation.note(accuracy=(differences < 0).double())
+        if contrast.log_noise is not None and contrast.log_noise_data is not None:
+            differences = differences - contrast.log_noise
+            stabilizer = stabilizer - contrast.log_noise_data
+        loss = torch.logsumexp(torch.cat([differences, stabilizer]), 0)
+        return loss - math.log(self.num_negatives)
+
+
+class EnergyDiscrepancy(PerturbationContrast):
     r"""Gaussian energy discrepancy.
 
     A guide site of the same name is taken as the law of the perturbation :math:`\xi` instead (same
@@ -73,93 +158,29 @@ class EnergyDiscrepancy(Objective):
 
     def __init__(
         self,
-        time: float | tuple[float, float] = 1.0,
+        time: Times = 1.0,
         num_negatives: int = 16,
         *,
         stabilization: float = 1.0,
         **elbo: Any,
     ) -> None:
-        super().__init__(**elbo)
-        times = time if isinstance(time, tuple) else (time, time)
-        if len(times) != 2 or not 0 < times[0] <= times[1]:
-            raise ValueError(
-                f"time must be positive, or (low, high) with 0 < low <= high, got {time!r}"
-            )
-        if num_negatives < 1 or not stabilization > 0:
-            raise ValueError(
-                f"num_negatives and stabilization must be positive, got {num_negatives!r} and "
-                f"{stabilization!r}; at stabilization 0 the loss is unbounded below"
-            )
-        if stabilization != 1:
-            warnings.warn(
-                "EnergyDiscrepancy is biased at finite num_negatives unless stabilization is 1, "
-                f"got {stabilization}",
-                SurrogateWarning,
-                stacklevel=2,
-            )
-        self.times = times
-        self.num_negatives = num_negatives
-        self.stabilization = stabilization
+        super().__init__(GaussianNoise(time), num_negatives, stabilization=stabilization, **elbo)
 
-    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
-        """Draws the perturbed data, in unconstrained coordinates."""
-        u = self._space(p).inv(x)
-        rows = torch.Size((self.num_negatives,))
-        if noise is not None:
-            law = self._perturbation(noise, p, u)
-            return Contrast(u + law.sample() - law.sample(rows))
-        scale = self._scales(p, x).sqrt()
-        there, back = (
-            torch.randn_like(u),
-            torch.randn(rows + u.shape, dtype=u.dtype, device=u.device),
-        )
-        return Contrast(u + scale * (there + back))
+    def space(self, p: EnergyDistribution) -> PerturbedSpace:
+        """Returns the unconstrained coordinates.
 
-    @staticmethod
-    def _perturbation(noise: Any, p: EnergyDistribution, u: Tensor) -> Any:
-        law = elementwise(noise, len(p.event_shape))
-        rows, event = (
-            u.shape[: u.dim() - len(p.event_shape)],
-            u.shape[u.dim() - len(p.event_shape) :],
-        )
-        if law.event_shape != event:
-            raise ValueError(
-                f"the guide's law of the perturbation has event_shape {tuple(law.event_shape)}; "
-                f"the unconstrained coordinates of an event have {tuple(event)}"
-            )
-        return law.expand(rows)
-
-    def _scales(self, p: EnergyDistribution, x: Tensor) -> Tensor:
-        low, high = (math.log(t) for t in self.times)
-        share = torch.rand(rows_of(p, x), dtype=x.dtype, device=x.device)
-        times = torch.exp(low + (high - low) * share)
-        return times.reshape(times.shape + (1,) * len(p.event_shape))
-
-    def per_datum(
-        self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
-    ) -> Tensor:
-        """Returns the stabilized log mean exponential difference of potentials, in nats."""
-        space = self._space(p)
-        points = torch.cat([space.inv(x).unsqueeze(0), contrast.points])
-        potential = self._potential(p, space, points)
-        differences = potential[:1] - potential[1:]
-        stabilizer = torch.full_like(differences[:1], math.log(self.stabilization))
-        loss = torch.logsumexp(torch.cat([differences, stabilizer]), 0) - math.log(
-            self.num_negatives
-        )
-        self.evaluation.note(accuracy=(differences < 0).double())
-        return loss
-
-    @staticmethod
-    def _potential(p: EnergyDistribution, space: Transform, u: Tensor) -> Tensor:
-        x = space(u)
-        return p.potential(x) - space.log_abs_det_jacobian(u, x)
-
-    @staticmethod
-    def _space(p: EnergyDistribution) -> Transform:
-        if base_measure(p.support) != "lebesgue":
+        Raises:
+            NotImplementedError: On a support that is not continuous.
+        """
+        if p.base_measure != "lebesgue":
             raise NotImplementedError(
                 f"EnergyDiscrepancy perturbs continuous data, but the support is {p.support}; use "
-                "NCE"
+                "DiscreteEnergyDiscrepancy on discrete supports and mixed tables, or NCE"
             )
-        return bijection(p.support, len(p.event_shape))
+        return super().space(p)
+
+    def perturbation_of(self, p: EnergyDistribution, noise: Any) -> Perturbation:
+        """Returns the guide's law of the perturbation, else Gaussian noise."""
+        if noise is None:
+            return self.perturbation
+        return LawNoise(elementwise(noise, len(p.event_shape)))

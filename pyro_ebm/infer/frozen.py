@@ -23,7 +23,7 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import layers
 from pyro_ebm.infer import checks
 from pyro_ebm.infer.evaluation import Evaluates, evaluating
-from pyro_ebm.infer.known import covers_parameters
+from pyro_ebm.infer.known import covers_parameters, log_normalizer_of_rows
 from pyro_ebm.poutine.surrogate import SurrogateDistribution, SurrogateMessenger
 
 PRIOR_SCALE = 10.0
@@ -85,9 +85,9 @@ class FrozenObjective:
         """
         if name not in self.contrasts:
             raise KeyError(f"EBM site {name!r} was not in the model when the objective was frozen")
-        known = p.log_normalizer_value() if log_z is None else log_z
-        log_z = torch.zeros(()) if known is None else known
         data, contrast = p.broadcast_value(x), self.contrasts[name]
+        known = log_normalizer_of_rows(p, data) if log_z is None else log_z
+        log_z = torch.zeros(()) if known is None else known
         with evaluating(self.objective, mask):
             return -self.objective.per_datum(p, data, contrast, log_z)
 

@@ -113,15 +113,26 @@ class BaseContrast(Objective):
         """
         if not self.gradient_penalty:
             return 0.0
-        # Unlike autograd.grad, this leaves no leaf that would look like a lost parameter.
-        slope = torch.func.grad(lambda at: p.energy(at).sum())(contrast.between)
-        squared = slope.square()
-        squared = squared.sum(tuple(range(-len(p.event_shape), 0))) if p.event_shape else squared
+        squared = self._slope(p, x, contrast).square().sum(-1)
         self.evaluation.note(gradient_norm=squared.sqrt())
         return self.gradient_penalty * squared
 
+    @staticmethod
+    def _slope(p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor:
+        """The energy's gradient at the points between data and base, ``rows + (d,)``."""
+        # Unlike autograd.grad, this leaves no leaf that would look like a lost parameter.
+        slope = torch.func.grad(lambda at: p.energy(at).sum())(contrast.between)
+        return slope.reshape((*rows_of(p, x), -1))
+
     def second_player(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Tensor:
         """Returns the generator's loss: minus the log mean weight of its draws, energy held."""
+        values = self._values_of_generator(p, x, noise)
+        loss = -self.evaluation.log_mean_exp(values)
+        self.evaluation.note(generator_loss=loss)
+        return loss.expand(rows_of(p, x))
+
+    def _values_of_generator(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Tensor:
+        """Minus the energy at fresh base draws, ``(M,) + rows``, with gradient to them alone."""
         law = self._law(p, x, noise)
         if not law.has_rsample:
             raise ValueError(
@@ -129,10 +140,7 @@ class BaseContrast(Objective):
                 f"{type(law).__name__} cannot draw with gradients: use a PushforwardDistribution"
             )
         points = law.rsample(torch.Size((self._draws_per_row(p, x),)))
-        values = hold_parameters(lambda y: -p.energy(y), points, len(p.event_shape))
-        loss = -self.evaluation.log_mean_exp(values)
-        self.evaluation.note(generator_loss=loss)
-        return loss.expand(rows_of(p, x))
+        return hold_parameters(lambda y: -p.energy(y), points, len(p.event_shape))
 
 
 def _log_ratios(p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor:

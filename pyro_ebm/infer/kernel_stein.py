@@ -19,7 +19,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.deterministic import DeterministicObjective
 from pyro_ebm.infer.unconstrained import Unconstrained
+from pyro_ebm.ops.kernels import (
+    GaussianKernel,
+    InverseMultiquadricKernel,
+    RadialKernel,
+    median_distance,
+)
+from pyro_ebm.ops.stein_kernel import stein_kernel
 
 KernelName = Literal["imq", "rbf"]
 
@@ -52,7 +59,7 @@ class KernelStein(DeterministicObjective):
     Example:
         >>> p = EnergyDistribution(lambda x: 0.5 * (x - 1) ** 2, event_shape=())
         >>> loss = KernelStein(length_scale=1.0)
-        >>> loss.loss(p, torch.tensor([1.0, 1.0])).sum()  # s = 0: twice the trace, 1
+        >>> loss.row_losses(p, torch.tensor([1.0, 1.0])).sum()  # s = 0: twice the trace, 1
         tensor(2.)
     """
 
@@ -69,7 +76,7 @@ class KernelStein(DeterministicObjective):
         self.kernel = kernel
         self.length_scale = length_scale
 
-    def loss(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns the mean of the Stein kernel between a row and all rows that count."""
         space = Unconstrained(p, "KernelStein")
         u = space.coordinates(p.broadcast_value(x))
@@ -82,53 +89,16 @@ class KernelStein(DeterministicObjective):
                 "use ScoreMatching"
             )
         counts = u.new_ones(len(u)) if mask is None else mask.expand(rows).reshape(-1).to(u.dtype)
-        pairs = self._pairs(u, counts)
-        return (_row_sums(u, score, pairs, counts) / counts.sum()).reshape(rows)
+        pairs = stein_kernel(u, score, self._kernel_for(u, counts))
+        return (pairs @ counts / counts.sum()).reshape(rows)
 
-    def _pairs(self, u: Tensor, counts: Tensor) -> _Pairs:
-        squared = (u[:, None] - u).square().sum(-1)
-        if self.length_scale is None:
-            scale = _median_distance(squared, counts).square()
-        else:
-            scale = u.new_tensor(self.length_scale**2)
-        maker = _multiquadric if self.kernel == "imq" else _gaussian
-        return maker(squared / scale, scale, u.shape[-1])
+    def _kernel_for(self, u: Tensor, counts: Tensor) -> RadialKernel:
+        length = self.length_scale
+        scale = _typical_distance(u, counts) if length is None else length
+        return InverseMultiquadricKernel(scale) if self.kernel == "imq" else GaussianKernel(scale)
 
 
-class _Pairs(NamedTuple):
-    """A radial kernel at all pairs, ``(n, n)`` each."""
-
-    kernel: Tensor
-    slope: Tensor  # a, where the gradient in x is a (x - y)
-    trace: Tensor  # of the mixed second derivative
-
-
-def _multiquadric(squared: Tensor, scale: Tensor, dim: int) -> _Pairs:
-    v = 1.0 + squared
-    k = v.rsqrt()
-    trace = (dim / v - 3.0 * squared / v.square()) * k / scale
-    return _Pairs(k, -k / v / scale, trace)
-
-
-def _gaussian(squared: Tensor, scale: Tensor, dim: int) -> _Pairs:
-    k = (-0.5 * squared).exp()
-    return _Pairs(k, -k / scale, (dim - squared) * k / scale)
-
-
-def _row_sums(u: Tensor, score: Tensor, pairs: _Pairs, counts: Tensor) -> Tensor:
-    """Sums the Stein kernel of every row over all that count, without an ``(n, n, d)`` array."""
-    weigh = counts[:, None]
-    products = (score * (pairs.kernel @ (weigh * score))).sum(-1)
-    inner = (score * u).sum(-1)
-    of_y = (score * (pairs.slope @ (weigh * u))).sum(-1) - inner * (pairs.slope @ counts)
-    of_x = (u * (pairs.slope @ (weigh * score))).sum(-1) - pairs.slope @ (counts * inner)
-    return products + of_y + of_x + pairs.trace @ counts
-
-
-def _median_distance(squared: Tensor, counts: Tensor) -> Tensor:
+def _typical_distance(u: Tensor, counts: Tensor) -> Tensor:
     """The median distance of two rows that count; 1 where all rows are the same."""
-    near = squared[:MOST_FOR_MEDIAN, :MOST_FOR_MEDIAN]
-    both = counts[: len(near), None] * counts[: len(near)]
-    both = both * (1.0 - torch.eye(len(near), dtype=both.dtype, device=both.device))
-    median = torch.where(both > 0, near, torch.nan).nanmedian().sqrt()
+    median = median_distance(u[:MOST_FOR_MEDIAN], counts[:MOST_FOR_MEDIAN])
     return torch.where(median > 0, median, 1.0)

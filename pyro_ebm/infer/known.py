@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
+from pyro_ebm.distributions.known_normalizer import check_broadcasts
 from pyro_ebm.ops.autograd_graph import leaves_of
 from pyro_ebm.ops.rng import rng_preserved
 
@@ -22,6 +23,19 @@ def covers_parameters(p: EnergyDistribution, *, learned: bool = False) -> bool:
     if not isinstance(given, Tensor):
         return callable(given)
     return given.requires_grad or not (torch.is_grad_enabled() or learned)
+
+
+def log_normalizer_of_rows(p: EnergyDistribution, x: Tensor) -> Tensor | None:
+    """Returns the site's own log Z in nats, one value for all rows of ``x`` or one for each.
+
+    Raises:
+        EnergyShapeError: If it has other dims. Draws of a contrast stand in front of the rows, and
+            a log Z of shape ``(N, 1)`` would be taken for one value per draw.
+    """
+    value = p.log_normalizer_value()
+    if value is not None:
+        check_broadcasts(value.shape, x.shape[: x.dim() - len(p.event_shape)])
+    return value
 
 
 def parameters_of(p: EnergyDistribution, x: Tensor) -> tuple[Tensor, ...]:

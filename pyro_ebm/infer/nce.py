@@ -11,6 +11,9 @@ Both the energy and c are identified: at the optimum :math:`c = \log Z`, and for
 the gradient becomes the likelihood's. If noise is told from data almost perfectly (accuracy near 1)
 nothing is learned however small the loss.
 
+Noise may change while the energy learns: c is log Z of the energy, whatever the noise, so it is
+kept as it is and only :math:`\log q` follows.
+
 Gutmann and Hyvärinen, Noise-contrastive estimation of unnormalized statistical models, JMLR 13,
 2012; Ma and Collins, Noise contrastive estimation and negative sampling for conditional models,
 EMNLP 2018, arXiv:1809.01812.
@@ -19,6 +22,7 @@ EMNLP 2018, arXiv:1809.01812.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -27,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer import checks
 from pyro_ebm.infer.contrast import (
     Contrast,
@@ -36,23 +41,52 @@ from pyro_ebm.infer.contrast import (
     rows_of,
 )
 from pyro_ebm.infer.objective import Objective
-from pyro_ebm.ops.log_space import bennett
+from pyro_ebm.ops.log_space import bennett, effective_sample_size
 
 CUpdate = Literal["gradient", "closed_form"]
+Refit = Literal["data", "model"]
+FEWEST_WEIGHTS = 10  # effective draws per entry of the fitted moments
 
 
 class NoiseContrast(Objective):
     """What objectives share that compare every datum with draws of a noise density."""
 
-    def __init__(self, num_noise: float, noise: Any, **options: Any) -> None:
+    is_held_out_criterion = True
+
+    def __init__(
+        self,
+        num_noise: float,
+        noise: Any,
+        *,
+        refit_every: int | None = None,
+        refit_to: Refit = "data",
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         if not isinstance(num_noise, (int, float)) or not num_noise > 0:
             raise ValueError(f"num_noise must be positive, got {num_noise!r}")
         if isinstance(noise, str) and noise != "gaussian":
             raise ValueError(f"noise must be a distribution, 'gaussian' or None, got {noise!r}")
+        if refit_to not in ("data", "model"):
+            raise ValueError(f"refit_to must be 'data' or 'model', got {refit_to!r}")
+        if refit_every is not None and (refit_every < 1 or not isinstance(noise, str)):
+            raise ValueError(
+                "refit_every must be a positive number of steps, with noise='gaussian' to refit; "
+                f"got refit_every={refit_every!r} and noise={noise!r}"
+            )
         self.num_noise = num_noise
         self.noise = noise
+        self.refit_every = refit_every
+        self.refit_to = refit_to
         self._fits_noise = isinstance(noise, str)
+        self._refitted_at = 0
+        if refit_every is not None:
+            self.is_held_out_criterion = False  # losses against other noise do not compare
+
+    @property
+    def is_replayable(self) -> bool:  # type: ignore[override]
+        """Whether noise stays what it is."""
+        return not self.refit_every
 
     def get_extra_state(self) -> Any:
         """Returns the moments of fitted noise, which belong to the state as the parameters do."""
@@ -78,9 +112,46 @@ class NoiseContrast(Objective):
 
     def _own_noise(self, p: EnergyDistribution, x: Tensor) -> Any:
         if isinstance(self.noise, str):
-            rows = self.evaluation.rows(x, len(rows_of(p, x)))
-            self.noise = fitted_gaussian(rows, len(p.event_shape))
+            self.noise = self._fitted_to_data(p, x)
         return self.noise
+
+    def _fitted_to_data(self, p: EnergyDistribution, x: Tensor) -> Any:
+        rows = self.evaluation.rows(x, len(rows_of(p, x)))
+        return fitted_gaussian(rows, len(p.event_shape))
+
+    def _loss(
+        self, name: str, p: EnergyDistribution, x: Tensor, noise: Any, log_z: Tensor | None
+    ) -> Tensor:
+        if noise is None and torch.is_grad_enabled() and self._is_refit_due():
+            self._refitted_at = int(self.num_steps_taken)
+            fit = self._fitted_to_data if self.refit_to == "data" else self._fitted_to_model
+            self.noise = fit(p, x)
+        return super()._loss(name, p, x, noise, log_z)
+
+    def _is_refit_due(self) -> bool:
+        step = int(self.num_steps_taken)  # once in a step, whatever the number of sites
+        return bool(self.refit_every and step % self.refit_every == 0 and step > self._refitted_at)
+
+    @torch.no_grad()
+    def _fitted_to_model(self, p: EnergyDistribution, x: Tensor) -> Any:
+        """A Gaussian with the model's moments, by importance sampling from the present noise."""
+        q = contrast_law(self.noise, p, x, needs_density=True, who=type(self).__name__)
+        points = q.sample(torch.Size((math.ceil(self.num_noise),)))
+        log_weights = (p.unnormalized_log_prob(points) - q.log_prob(points)).flatten()
+        rows = points.reshape(len(log_weights), -1)
+        dim = rows.shape[1]
+        if effective_sample_size(log_weights) < FEWEST_WEIGHTS * (1 + dim):
+            warnings.warn(
+                f"{type(self).__name__}(refit_to='model') keeps its noise at step "
+                f"{self._refitted_at}: its draws are worth too few of the model's to fit "
+                f"{dim} coordinate(s). Give more noise per step, or refit_to='data'",
+                SurrogateWarning,
+                stacklevel=2,
+            )
+            return self.noise
+        weights = torch.softmax(log_weights, 0)
+        spread = torch.cov(rows.T, correction=0, aweights=weights)
+        return gaussian_of((weights @ rows).reshape(p.event_shape), spread)
 
     def log_ratios(self, p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor:
         """Returns -U - log q at data and contrast, ``(1 + M,) + rows``, in one energy call."""
@@ -100,10 +171,13 @@ class NCE(NoiseContrast):
         num_noise: :math:`\nu`, noise draws per datum; a fraction weights the draws accordingly.
         noise: A normalized distribution on the EBM's support, ``"gaussian"`` for one fitted to the
             first batch, or ``None`` for the base. A guide site of the same name goes before both.
-            It is never trained here.
+            It is never trained here: :class:`FlowContrastive` does.
         c_update: ``"gradient"`` makes log Z a parameter, ``"closed_form"`` solves Bennett's
             equation on every batch and averages.
         c_rate: Weight of the newest batch in that average.
+        refit_every: Steps after which ``"gaussian"`` noise is fitted anew; ``None`` never does.
+        refit_to: What it is then fitted to: ``"data"``, the batch at hand, or ``"model"``, whose
+            moments are estimated by importance sampling from the noise before.
         **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
 
     Raises:
@@ -161,11 +235,12 @@ class NCE(NoiseContrast):
     @torch.no_grad()
     def _diagnose(self, data: Tensor, noise: Tensor, noise_ratios: Tensor, log_z: Tensor) -> None:
         correct = (data > 0).double() + self.num_noise * (noise < 0).double().mean(0)
+        weights = noise_ratios - log_z  # of mean 1 if log Z is right, row by row
         self.evaluation.note(
             accuracy=correct / (1 + self.num_noise),
-            noise_ess=self.evaluation.relative_ess(noise_ratios),
+            noise_ess=self.evaluation.relative_ess(weights),
             log_z=log_z,
-            log_z_gap=log_z - self.evaluation.log_mean_exp(noise_ratios),
+            log_z_gap=-self.evaluation.log_mean_exp(weights),
         )
 
     def initial_log_normalizer(
@@ -194,7 +269,7 @@ class RankingNCE(NoiseContrast):
 
     Args:
         num_noise: K, noise draws per datum.
-        noise: As for :class:`NCE`.
+        noise: As for :class:`NCE`, and so ``refit_every`` and ``refit_to``.
         **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
 
     Example:

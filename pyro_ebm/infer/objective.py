@@ -29,20 +29,26 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
 from pyro.infer.elbo import ELBOModule
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer import checks, conditional
 from pyro_ebm.infer.contrast import Contrast
+from pyro_ebm.infer.enumeration import EnumeratingELBO
 from pyro_ebm.infer.evaluation import Evaluation, evaluating
 from pyro_ebm.infer.frozen import FrozenObjective, freeze
 from pyro_ebm.infer.held import hold_parameters
-from pyro_ebm.infer.known import covers_parameters, parameters_of, shared_with_store
+from pyro_ebm.infer.known import (
+    covers_parameters,
+    log_normalizer_of_rows,
+    parameters_of,
+    shared_with_store,
+)
 from pyro_ebm.infer.objective_module import ObjectiveModule
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.poutine.surrogate import SurrogateMessenger
@@ -50,7 +56,7 @@ from pyro_ebm.poutine.surrogate import SurrogateMessenger
 _instances = itertools.count()
 
 
-class Objective(Trace_ELBO, nn.Module):
+class Objective(EnumeratingELBO, nn.Module):
     """Base of objectives: a loss for ``SVI``, a factory of ``ELBOModule``, a surrogate for MCMC.
 
     Args:
@@ -63,17 +69,23 @@ class Objective(Trace_ELBO, nn.Module):
         diagnostics: ``{site: {name: detached 0-d tensor}}`` of the last evaluation, per datum.
         log_normalizers: Learned log Z by site, in nats.
         is_frozen: Whether the contrast is fixed, so that the surrogate is one function.
+        is_held_out_criterion: Whether the loss on held-out data, with the contrast drawn alike, may
+            be compared between steps: false where it says nothing of the model, as for contrastive
+            divergence and adversaries.
     """
 
+    is_held_out_criterion = True
     learns_log_normalizer = False
     pools_rows = False  # one log Z, learned or implied, for all rows of a site
     needs_density = True
+    trains_energy = True
     has_second_player = False
     is_frozen = False
+    is_replayable = True  # whether every training step does the same operations
 
     def __init__(self, *, schedule: tuple[int, int] | None = None, **elbo: Any) -> None:
         nn.Module.__init__(self)
-        Trace_ELBO.__init__(self, **elbo)
+        EnumeratingELBO.__init__(self, **elbo)
         self.schedule = checks.schedule(schedule, self)
         self.log_normalizers = nn.ParameterDict()
         self.diagnostics: dict[str, dict[str, Tensor]] = {}
@@ -142,7 +154,7 @@ class Objective(Trace_ELBO, nn.Module):
     ) -> Tensor | None:
         """The site's own log Z where it holds for all parameters, else the objective's."""
         learned = _key(name) in self.log_normalizers
-        known = p.log_normalizer_value() if covers_parameters(p, learned=learned) else None
+        known = log_normalizer_of_rows(p, x) if covers_parameters(p, learned=learned) else None
         if self._is_check_due(name):
             self.check_unconditional(name, p, x, known)
         if known is not None or not self.learns_log_normalizer:
@@ -307,7 +319,8 @@ class Objective(Trace_ELBO, nn.Module):
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
         checks.shapes(model_trace, guide_trace, self.max_plate_nesting)  # type: ignore[arg-type]
-        checks.finite(model_trace, handler.used, int(self.num_steps_taken))
+        if get_proxy_mode() is None:  # a recorded step's loss is checked by its value
+            checks.finite(model_trace, handler.used, int(self.num_steps_taken))
         for name in filter(self.keeps_log_normalizer, handler.used):
             if self.objective_of(name).is_checked_now(name):
                 checks.free_of_latents(name, model_trace, guide_trace, type(self).__name__)
@@ -317,7 +330,7 @@ class Objective(Trace_ELBO, nn.Module):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the whole data set's loss in nats; gradients reach this step's player only."""
-        loss = Trace_ELBO.differentiable_loss(self, model, guide, *args, **kwargs)
+        loss = super().differentiable_loss(model, guide, *args, **kwargs)
         if torch.is_grad_enabled():
             self.num_steps_taken += 1
         return loss

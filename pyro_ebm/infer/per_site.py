@@ -44,6 +44,11 @@ class PerSite(Objective):
         return any(m.learns_log_normalizer and m.learns_by_gradient for m in self.members.values())
 
     @property
+    def is_held_out_criterion(self) -> bool:  # type: ignore[override]
+        """Whether the losses of all members may be compared between steps."""
+        return all(m.is_held_out_criterion and m.schedule is None for m in self.members.values())
+
+    @property
     def parameter_prefixes(self) -> tuple[str, ...]:
         """The prefixes of the members' own parameters."""
         return tuple(member.parameter_prefix for member in self.members.values())

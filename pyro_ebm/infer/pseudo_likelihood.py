@@ -4,7 +4,9 @@ r"""Pseudo-likelihood: every site is predicted from all the others.
     = \sum_j \log \sum_{k=0}^{K-1} e^{U(x) - U(x + k e_j)},
 
 sums over the K values of a site taking the place of the sum over all states. The minimizer is
-consistent; for one value per event the loss is the likelihood. As a loss for Bayes it counts what
+consistent; for one value per event the loss is the likelihood. Divided by the number of sites it is
+energy discrepancy with one masked site and infinitely many negatives, without the draws
+(:class:`~pyro_ebm.infer.site_perturbations.MaskedSite`). As a loss for Bayes it counts what
 neighbours share several times: under strong coupling its posterior is too narrow until it is
 calibrated.
 
@@ -37,11 +39,11 @@ class PseudoLikelihood(DeterministicObjective):
     Example:
         >>> from pyro_ebm.energies import Ising
         >>> p = EnergyDistribution(Ising(0.0, (3, 3)))
-        >>> PseudoLikelihood().loss(p, torch.ones(3, 3))  # nine fair coins
+        >>> PseudoLikelihood().row_losses(p, torch.ones(3, 3))  # nine fair coins
         tensor(6.2383)
     """
 
-    def loss(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns minus the sum over sites of their conditional log probabilities, in nats."""
         x = p.broadcast_value(x)
         values = site_values_of(p, "PseudoLikelihood").to(x.device)

@@ -34,11 +34,11 @@ class RatioMatching(DeterministicObjective):
     Example:
         >>> from pyro_ebm.energies import Ising
         >>> p = EnergyDistribution(Ising(0.0, (3, 3)))
-        >>> RatioMatching().loss(p, torch.ones(3, 3))  # nine times 1/4
+        >>> RatioMatching().row_losses(p, torch.ones(3, 3))  # nine times 1/4
         tensor(2.2500)
     """
 
-    def loss(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns the sum over sites of squared flip probabilities, between 0 and d."""
         x = p.broadcast_value(x)
         values = site_values_of(p, "RatioMatching").to(x.device)

@@ -3,62 +3,174 @@ r"""Score matching: the Fisher divergence between data and model, without the da
 .. math:: \ell(x) = \tfrac12 |s(x)|^2 + \operatorname{tr} \nabla s(x)
     = \tfrac12 |\nabla U(x)|^2 - \Delta U(x), \qquad s = -\nabla U,
 
-is :math:`\tfrac12 E|s - s_{data}|^2` up to a constant after an integration by parts. The trace is
-exact and costs as many backward passes as an event has coordinates. On a constrained support all of
-it is meant in the unconstrained coordinates, where U includes the Jacobian.
+is :math:`\tfrac12 E|s - s_{data}|^2` up to a constant after an integration by parts. The exact
+trace costs as many backward passes as an event has coordinates. Hutchinson's estimate of it costs
+one for each probe v of independent signs,
+
+.. math:: \operatorname{tr} \nabla s = E_v\, v' \nabla s\, v, \qquad
+    \mathrm{Var}(v' H v) = 2 \sum_{i \ne j} H_{ij}^2,
+
+which is sliced score matching in its variance-reduced form. On a constrained support all of it is
+meant in the unconstrained coordinates, where U includes the Jacobian.
 
 It needs two derivatives in x: for a network of ReLUs, whose slope jumps and whose second derivative
 is zero, the integration by parts is wrong, which is refused. It is blind to the weights of
 separated modes.
 
 References:
-    Hyvärinen, Estimation of non-normalized statistical models by score matching, JMLR 6, 2005.
+    Hyvärinen, Estimation of non-normalized statistical models by score matching, JMLR 6, 2005;
+    Hutchinson, A stochastic estimator of the trace of the influence matrix, Communications in
+    Statistics - Simulation and Computation 19, 1990.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.deterministic import DeterministicObjective
+from pyro_ebm.infer.objective import Objective
 from pyro_ebm.infer.unconstrained import Unconstrained
 
 
-class ScoreMatching(DeterministicObjective):
-    """Score matching with the exact trace; it draws nothing.
+class Probes(NamedTuple):
+    """Directions along which second derivatives are taken.
 
     Args:
+        directions: Shape ``(M,) + rows + event`` in unconstrained coordinates.
+    """
+
+    directions: Tensor
+
+
+class ScoreMatching(DeterministicObjective):
+    """Score matching with the exact trace, or with Hutchinson's estimate of it.
+
+    With the exact trace it draws nothing, and ``surrogate(model, ScoreMatching())`` is a target of
+    MCMC as it is. With probes it is one after ``freeze``.
+
+    Args:
+        trace: ``"exact"``, or ``"hutchinson"`` for events of many coordinates.
+        num_probes: Probes per datum of the estimate.
         **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
 
     Raises:
         NotImplementedError: On a support that is not continuous.
-        ValueError: If the energy's slope jumps, as that of a network of ReLUs does.
+        ValueError: If an argument is out of range, the data are integers, or the energy's slope
+            jumps, as that of a network of ReLUs does.
 
     Example:
         >>> p = EnergyDistribution(lambda x: 0.5 * (x**2).sum(-1), event_shape=(3,))
-        >>> ScoreMatching().loss(p, torch.ones(3))  # 3/2 - 3
+        >>> ScoreMatching().row_losses(p, torch.ones(3))  # 3/2 - 3
+        tensor(-1.5000)
+        >>> ScoreMatching(trace="hutchinson").row_losses(p, torch.ones(3))  # diagonal Hessian
         tensor(-1.5000)
     """
 
-    def loss(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    is_held_out_criterion = True
+
+    def __init__(
+        self, *, trace: Literal["exact", "hutchinson"] = "exact", num_probes: int = 1, **elbo: Any
+    ) -> None:
+        super().__init__(**elbo)
+        if trace not in ("exact", "hutchinson"):
+            raise ValueError(f"trace must be 'exact' or 'hutchinson', got {trace!r}")
+        self.trace = trace
+        self.num_probes = number_of("num_probes", num_probes)
+        self.is_frozen = trace == "exact"
+
+    def freeze(
+        self, model: Callable[..., Any], *args: Any, guide: Any = None, **kwargs: Any
+    ) -> Any:
+        """Returns this objective if it draws nothing, else one with probes drawn once."""
+        if self.is_frozen:
+            return self
+        return Objective.freeze(self, model, *args, guide=guide, **kwargs)
+
+    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Any:
+        """Draws :class:`Probes` for every datum; nothing for the exact trace."""
+        if self.trace == "exact":
+            return None
+        refuse_contrast(noise, self)
+        u = Unconstrained(p, "ScoreMatching").coordinates(x)
+        return Probes(signs(u, self.num_probes))
+
+    def per_datum(
+        self, p: EnergyDistribution, x: Tensor, contrast: Probes | None, log_z: Tensor
+    ) -> Tensor:
         """Returns half the squared score plus the trace of its Jacobian, in squared score units."""
         space = Unconstrained(p, "ScoreMatching")
-        score, trace = space.score_and_trace(space.coordinates(p.broadcast_value(x)))
-        squared = score.square()
-        dims = tuple(range(-space.event_dim, 0))
-        return 0.5 * (squared.sum(dims) if dims else squared) + trace
+        u = space.coordinates(p.broadcast_value(x))
+        if contrast is None:
+            score, trace = space.score_and_trace(u)
+            return 0.5 * space.over_event(score.square()) + trace
+        score, second = space.score_and_curvatures(u, contrast.directions)
+        return 0.5 * space.over_event(score.square()) + second.mean(0)
+
+    def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns the loss per datum, with fresh probes where it uses any."""
+        x = p.broadcast_value(x)
+        return self.per_datum(p, x, self.draw(p, x, None), torch.zeros(()))
 
     def check(self, name: str, p: EnergyDistribution, x: Tensor) -> None:
         """Raises ``ValueError`` if the slope of the energy moves by jumps."""
-        space = Unconstrained(p, "ScoreMatching")
-        u = space.coordinates(p.broadcast_value(x))
-        if has_jumps(space, u):
-            raise ValueError(
-                f"EBM site {name!r}: the energy's slope jumps between pieces on which its second "
-                "derivative is constant, as that of a ReLU network does, and ScoreMatching sees "
-                "the pieces only: use smooth activations (SiLU, softplus, tanh) or NCE"
-            )
+        refuse_jumps(name, Unconstrained(p, "ScoreMatching"), x)
+
+    def check_unconditional(
+        self, name: str, p: EnergyDistribution, x: Tensor, known: Tensor | None
+    ) -> None:
+        """Checks a site that is about to be frozen; conditional energies are welcome."""
+        self.check(name, p, x)
+
+
+def number_of(name: str, value: int) -> int:
+    """Returns a number of draws.
+
+    Raises:
+        ValueError: If it is not a positive whole number.
+    """
+    if value < 1 or value != int(value):
+        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    return int(value)
+
+
+def signs(u: Tensor, num: int) -> Tensor:
+    """Returns independent signs (Rademacher variables), ``(num,)`` + the shape of ``u``."""
+    return 2.0 * torch.randint(0, 2, (num, *u.shape), device=u.device).to(u.dtype) - 1.0
+
+
+def refuse_contrast(noise: Any, objective: Objective) -> None:
+    """Raises ``ValueError`` if a guide holds a contrast for an objective that has its own law."""
+    if noise is not None:
+        raise ValueError(
+            f"{type(objective).__name__} draws what it needs by a law of its own, but the guide "
+            f"holds {type(noise).__name__} as the site's contrast: take the site out of the guide"
+        )
+
+
+WHY_NOT = "{who} sees the pieces only"
+
+
+@torch.no_grad()
+def refuse_jumps(name: str, space: Unconstrained, x: Tensor, why: str = WHY_NOT) -> None:
+    """Raises ``ValueError`` if the slope of an energy moves by jumps.
+
+    Args:
+        name: The site.
+        space: Its coordinates.
+        x: Its data.
+        why: What is wrong with that, ``{who}`` standing for the objective.
+    """
+    if has_jumps(space, space.coordinates(space.p.broadcast_value(x))):
+        raise ValueError(
+            f"EBM site {name!r}: the energy's slope jumps between pieces on which its second "
+            f"derivative is constant, as that of a ReLU network does, and "
+            f"{why.format(who=space.who)}: use smooth activations (SiLU, softplus, tanh) or NCE"
+        )
 
 
 def has_jumps(space: Unconstrained, u: Tensor) -> bool:

@@ -47,11 +47,23 @@ class Unconstrained:
                 "on discrete supports"
             )
         self.p = p
+        self.who = who
         self.transform: Transform = bijection(p.support, len(p.event_shape))
         self.event_dim = self.transform.domain.event_dim
 
     def coordinates(self, x: Tensor) -> Tensor:
-        """Returns u for ``x``, ``rows + event``; events of the simplex lose a coordinate."""
+        """Returns u for ``x``, ``rows + event``; events of the simplex lose a coordinate.
+
+        Raises:
+            ValueError: If ``x`` holds integers.
+        """
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{self.who} differentiates the energy in x, so x must be floating point, got "
+                f"{x.dtype}: call x.double() if the data are measurements, or give the "
+                "distribution a discrete support and use PseudoLikelihood if they are counts or "
+                "categories"
+            )
         u: Tensor = self.transform.inv(x)
         return u
 
@@ -67,17 +79,34 @@ class Unconstrained:
     def score_and_trace(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the score and the trace of its Jacobian, minus the Laplacian, ``rows``."""
         event = u.shape[u.dim() - self.event_dim :]
-        score, pull_back = torch.func.vjp(self.score, u)[:2]
         units = torch.eye(prod(event), dtype=u.dtype, device=u.device)
         units = units.reshape((-1,) + (1,) * (u.dim() - len(event)) + tuple(event))
+        score, second = self.score_and_curvatures(u, units)
+        return score, second.sum(0)
 
-        def second(unit: Tensor) -> Tensor:
-            along = unit.expand(u.shape)
-            return _over_events(pull_back(along)[0] * along, self.event_dim)
+    def score_and_curvatures(self, u: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Returns the score :math:`s` and :math:`v' \nabla s\, v` along every direction v.
 
+        Each direction costs one backward pass, and all of them share the forward pass.
+
+        Args:
+            u: Coordinates, ``rows + event``.
+            directions: Shape ``(M,) + rows + event``, or one that broadcasts to it.
+
+        Returns:
+            The score, shaped as ``u``, and the second derivatives, ``(M,) + rows``.
+        """
+        score, pull_back = torch.func.vjp(self.score, u)[:2]
+
+        def second(direction: Tensor) -> Tensor:
+            along = direction.expand(u.shape)
+            return self.over_event(pull_back(along)[0] * along)
+
+        if len(directions) == 1:  # vmap over one costs as much as a backward pass
+            return score, second(directions[0]).unsqueeze(0)
         size = max(1, MOST_NUMBERS // max(1, u.numel()))
-        return score, torch.vmap(second, chunk_size=size)(units).sum(0)
+        return score, torch.vmap(second, chunk_size=size)(directions)
 
-
-def _over_events(values: Tensor, event_dim: int) -> Tensor:
-    return values.sum(tuple(range(-event_dim, 0))) if event_dim else values
+    def over_event(self, values: Tensor) -> Tensor:
+        """Returns the sum over an event's coordinates, ``rows``, of ``rows + event``."""
+        return values.sum(tuple(range(-self.event_dim, 0))) if self.event_dim else values

@@ -19,6 +19,7 @@ from pyro_ebm.mcmc.pcnl import PCNL
 from pyro_ebm.mcmc.random_walk import RandomWalk
 from pyro_ebm.mcmc.recording import RecordingHMC, RecordingNUTS
 from pyro_ebm.mcmc.replay_buffer import ReplayBuffer
+from pyro_ebm.mcmc.resampled import Resampled
 from pyro_ebm.mcmc.sample import sample
 from pyro_ebm.mcmc.smc import SMC, SMCPlan
 from pyro_ebm.mcmc.surrogate_exchange import SurrogateExchange
@@ -26,6 +27,7 @@ from pyro_ebm.mcmc.tempering import ParallelTempering
 from pyro_ebm.mcmc.ula import ULA
 
 __all__ = [
+    "Resampled",
     "HMC",
     "MALA",
     "MCMC",

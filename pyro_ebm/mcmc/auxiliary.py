@@ -37,6 +37,15 @@ class Auxiliary(ABC):
             Shape ``(C,) + B + event``.
         """
 
+    def bridge(self, family: ExponentialFamily, y: Tensor) -> Tensor:
+        """Returns y after a reversible move at the parameters of a bridge: a sweep.
+
+        Args:
+            family: The energy there, ``batch_shape == (C,) + B``.
+            y: The draws so far, ``(C,) + B + event``.
+        """
+        return family.sweep(y, 1)
+
 
 class ExactDraws(Auxiliary):
     """Draws by the energy's own exact sampler."""

@@ -136,7 +136,7 @@ class Exchange(RandomWalk):
         y = self._drawn_by.draw(template.with_natural(new[name]), target.observed[name])
         total = (step * template.statistics(y)).sum(-1)
         for k in range(1, self.num_bridges + 1):
-            y = template.with_natural(new[name] + k * step).sweep(y, 1)
+            y = self._drawn_by.bridge(template.with_natural(new[name] + k * step), y)
             total = total + (step * template.statistics(y)).sum(-1)
         return total * target.weights[name]
 

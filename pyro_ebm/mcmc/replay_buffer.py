@@ -31,7 +31,93 @@ from pyro_ebm.mcmc.target import Target
 from pyro_ebm.mcmc.ula import ULA
 
 
-class ReplayBuffer:
+class Slots:
+    """States that persist: which of them are used next, which start afresh, and how old they are.
+
+    Args:
+        size: Slots.
+        num_steps: Steps that a state moves at every use.
+        restart_prob: Share of the slots used that start afresh.
+
+    Attributes:
+        positions: The states, ``(size,)`` + the shape of one; ``None`` before they are filled.
+        ages: Steps since each slot's start, ``(size,)``.
+        num_lost: Chains that ran off to where the energy is not finite, and were restarted.
+
+    Example:
+        >>> slots = Slots(3, num_steps=5, restart_prob=0.0)
+        >>> slots.fill(torch.zeros(3, 2))
+        >>> which, restarts = slots.choose(1)
+        >>> slots.write(which, torch.ones(1, 2), lost=torch.tensor([False]))
+        >>> slots.positions.sum(), slots.ages.sum()
+        (tensor(2.), tensor(5))
+    """
+
+    def __init__(self, size: int, *, num_steps: int, restart_prob: float) -> None:
+        self.size = whole("size", size, least=1)
+        self.num_steps = whole("num_steps", num_steps, least=1)
+        self.restart_prob = share("restart_prob", restart_prob)
+        self.positions: Tensor | None = None
+        self.ages = torch.zeros(self.size, dtype=torch.long)
+        self.num_lost = 0
+
+    def fill(self, positions: Tensor) -> None:
+        """Puts a first state, of age zero, into every slot."""
+        self.positions = positions.clone()
+        self.ages = torch.zeros_like(self.ages, device=positions.device)
+
+    def to(self, device: torch.device) -> None:
+        """Moves the states to another device, in case they are elsewhere."""
+        if self.positions is not None and self.positions.device != device:
+            self.positions, self.ages = self.positions.to(device), self.ages.to(device)
+
+    def choose(self, num: int) -> tuple[Tensor, Tensor]:
+        """Returns slots ``(num,)``, none of them twice, and which of them are to start afresh.
+
+        Raises:
+            ValueError: If more are asked for than there are.
+        """
+        if not 1 <= num <= self.size:
+            raise ValueError(
+                f"{num} draws were asked of {self.size} slots: raise size= of the buffer"
+            )
+        device = self.ages.device
+        slots = torch.randperm(self.size, device=device)[:num]
+        restarts = torch.rand(num, device=device) < self.restart_prob
+        return slots, restarts
+
+    def write(self, slots: Tensor, q: Tensor, *, lost: Tensor) -> None:
+        """Writes states that have moved back to the slots that they were taken from.
+
+        Args:
+            slots: Where they came from, ``(num,)``.
+            q: The states; of chains that were lost, fresh ones.
+            lost: Which were lost, ``(num,)``.
+        """
+        self.num_lost += int(lost.sum())
+        self.ages[slots] = torch.where(lost, 0, self.ages[slots] + self.num_steps)
+        self.positions[slots] = q  # type: ignore[index]
+
+    # --- saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what goes on from one process to the next."""
+        return {"positions": self.positions, "ages": self.ages, "num_lost": self.num_lost}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved state.
+
+        Raises:
+            ValueError: If it is of another number of slots.
+        """
+        if len(state["ages"]) != self.size:
+            raise ValueError(f"a buffer of {self.size} slots cannot load {len(state['ages'])}")
+        positions = state["positions"]
+        self.positions = None if positions is None else positions.clone()
+        self.ages, self.num_lost = state["ages"].clone(), int(state["num_lost"])
+
+
+class ReplayBuffer(Slots):
     """Draws of a law that is being trained, by chains that persist.
 
     It can be passed as ``sampler=`` of a distribution. Kernels are not adapted: their step size is
@@ -67,13 +153,8 @@ class ReplayBuffer:
         num_steps: int = 20,
         restart_prob: float = 0.05,
     ) -> None:
+        super().__init__(size, num_steps=num_steps, restart_prob=restart_prob)
         self.kernel = kernel
-        self.size = whole("size", size, least=1)
-        self.num_steps = whole("num_steps", num_steps, least=1)
-        self.restart_prob = share("restart_prob", restart_prob)
-        self.positions: Tensor | None = None
-        self.ages = torch.zeros(self.size, dtype=torch.long)
-        self.num_lost = 0
 
     def __call__(
         self, dist: EnergyDistribution, sample_shape: torch.Size | tuple[int, ...] = ()
@@ -96,9 +177,13 @@ class ReplayBuffer:
             ApproximateSampleWarning: If chains ran off and had to be restarted.
         """
         shape = torch.Size(sample_shape)
-        self._check(dist, shape)
+        if dist.batch_shape != ():
+            raise ValueError(
+                "ReplayBuffer keeps the chains of one law, and this one has batch_shape "
+                f"{tuple(dist.batch_shape)}: draw sample_shape from the law without a batch"
+            )
         kernel = self.kernel(dist)
-        self._check_kernel(kernel)
+        check_resumable(kernel, "ReplayBuffer")
         target = kernel.bind()
         potential = CapturedPotential(target, capture=False)
         slots, state = self._take(kernel, target, potential, shape.numel())
@@ -107,29 +192,6 @@ class ReplayBuffer:
         q = self._put(target, potential, slots, state)
         x = target.constrain(q)["x"].detach()
         return x.reshape(shape + x.shape[1:])
-
-    def _check(self, dist: EnergyDistribution, shape: torch.Size) -> None:
-        if dist.batch_shape != ():
-            raise ValueError(
-                "ReplayBuffer keeps the chains of one law, and this one has batch_shape "
-                f"{tuple(dist.batch_shape)}: draw sample_shape from the law without a batch"
-            )
-        if not 1 <= shape.numel() <= self.size:
-            raise ValueError(
-                f"{shape.numel()} draws were asked of {self.size} slots: raise size= of the buffer"
-            )
-
-    @staticmethod
-    def _check_kernel(kernel: Kernel) -> None:
-        name = type(kernel).__name__
-        check_untempered(kernel, "ReplayBuffer")
-        if not kernel.goes_on_from_position:
-            raise TypeError(f"ReplayBuffer keeps positions, and {name} remembers more: use HMC")
-        if kernel.adapt_step_size and kernel.step_size is None:
-            raise ValueError(
-                f"ReplayBuffer does not tune its kernel: bind a step size, as by "
-                f"functools.partial({name}, step_size=0.1)"
-            )
 
     def _take(
         self, kernel: Kernel, target: Target, potential: CapturedPotential, num: int
@@ -141,12 +203,9 @@ class ReplayBuffer:
                 f"{target!r} has {target.dim}: give every law a buffer of its own"
             )
         if self.positions is None:
-            self.positions = target.draw_start(self.size)
-            self.ages = torch.zeros_like(self.ages, device=self.positions.device)
-        device = self.positions.device
-        slots = torch.randperm(self.size, device=device)[:num]
-        restarts = torch.rand(num, device=device) < self.restart_prob
-        q = _restarted(target, potential, self.positions[slots], restarts)
+            self.fill(target.draw_start(self.size))
+        slots, restarts = self.choose(num)
+        q = _restarted(target, potential, self.positions[slots], restarts)  # type: ignore[index]
         state = kernel.init(potential, q)
         lost = ~torch.isfinite(state.potential)
         if bool(lost.any()):  # the law has changed since
@@ -161,7 +220,6 @@ class ReplayBuffer:
         q = state.position.detach()
         lost = ~(torch.isfinite(state.potential) & torch.isfinite(q).all(-1))
         if bool(lost.any()):
-            self.num_lost += int(lost.sum())
             warnings.warn(
                 f"{int(lost.sum())} of {len(q)} chains ran off to where the energy is not finite "
                 "and were restarted: use a smaller step size, or a confined energy",
@@ -169,27 +227,8 @@ class ReplayBuffer:
                 stacklevel=3,
             )
         q = _restarted(target, potential, q, lost)
-        self.ages[slots] = torch.where(lost, 0, self.ages[slots] + self.num_steps)
-        self.positions[slots] = q  # type: ignore[index]
+        self.write(slots, q, lost=lost)
         return q
-
-    # --- saving
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what goes on from one process to the next."""
-        return {"positions": self.positions, "ages": self.ages, "num_lost": self.num_lost}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state.
-
-        Raises:
-            ValueError: If it is of another number of slots.
-        """
-        if len(state["ages"]) != self.size:
-            raise ValueError(f"a buffer of {self.size} slots cannot load {len(state['ages'])}")
-        positions = state["positions"]
-        self.positions = None if positions is None else positions.clone()
-        self.ages, self.num_lost = state["ages"].clone(), int(state["num_lost"])
 
 
 def _restarted(target: Target, potential: CapturedPotential, q: Tensor, which: Tensor) -> Tensor:
@@ -199,3 +238,25 @@ def _restarted(target: Target, potential: CapturedPotential, q: Tensor, which: T
     q = q.clone()
     q[which] = finite_start(target, potential.value, int(which.sum()))
     return q
+
+
+def check_resumable(kernel: Kernel, user: str) -> None:
+    """Raises unless a kernel's chains may be taken up at their positions alone, without tuning.
+
+    Args:
+        kernel: The kernel.
+        user: Who keeps the positions, for messages.
+
+    Raises:
+        ValueError: If it is tempered, or has no step size.
+        TypeError: If it remembers more than positions.
+    """
+    name = type(kernel).__name__
+    check_untempered(kernel, user)
+    if not kernel.goes_on_from_position:
+        raise TypeError(f"{user} keeps positions, and {name} remembers more: use HMC")
+    if kernel.adapt_step_size and kernel.step_size is None:
+        raise ValueError(
+            f"{user} does not tune its kernel: bind a step size, as by "
+            f"functools.partial({name}, step_size=0.1)"
+        )

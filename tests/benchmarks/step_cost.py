@@ -1,25 +1,32 @@
-"""What a step of a sampler costs over the gradients that it needs, beside two other libraries.
+"""What a step of a sampler or of a training costs over the bare minimum, beside two libraries.
 
-Four settings: Langevin and HMC (ten leapfrog steps), on a network in 16 dimensions with 256 chains
-and on cheap energies in 2 dimensions with 1000 chains. *bare* is the processor time of one gradient
-of the energy by autograd and nothing else; the other columns are the time of a step divided by that
-of its gradients, medians over blocks that alternate between the samplers, on one thread. Libraries
-that are not installed are left out (``make bench`` installs them).
+*Samplers.* Four settings: Langevin and HMC (ten leapfrog steps), on a network in 16 dimensions with
+256 chains and on cheap energies in 2 dimensions with 1000 chains. *bare* is the processor time of
+one gradient of the energy by autograd and nothing else; the other columns are the time of a step
+divided by that of its gradients.
 
-    python tests/benchmarks/step_cost.py [--blocks 15]
+*Training.* A network 16-128-128-1 on batches of 256 rows. *hand* is the time of a step of the same
+objective, written in torch with Adam and nothing else; the other columns are divided by it.
+
+All are medians over blocks that alternate between the columns, on one thread. Libraries that are
+not installed, or do not have an objective, are left out (``make bench`` installs them).
+
+    python tests/benchmarks/step_cost.py [--blocks 15] [--only training]
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peers import training_steps
 from torch import Tensor
 
 from pyro_ebm import EnergyDistribution
@@ -151,19 +158,82 @@ def measure(setting: Setting, blocks: int) -> dict[str, float]:
     return {name: float(torch.tensor(values).median()) for name, values in times.items()}
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--blocks", type=int, default=15)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def training_columns(name: str, x: Tensor, *, compiles: bool) -> dict[str, Callable[[], object]]:
+    """Returns the steps of one objective that can be run here, the loop by hand first."""
+    steps: dict[str, Callable[[], object] | None] = {
+        "hand": training_steps.by_hand(name, x),
+        "module": training_steps.by_module(name, x),
+        "fit": training_steps.by_fit(name, x),
+        "capture": training_steps.by_fit(name, x, capture=True),
+        "svi, off": training_steps.by_svi(name, x, validated=False),
+        "svi, on": training_steps.by_svi(name, x, validated=True),
+    }
+    if compiles:
+        steps["compile"] = training_steps.by_fit(name, x, compile=True)
+        if name != "score matching, exact":  # compiled functions are differentiated once only
+            steps["hand, comp"] = training_steps.by_hand(name, x, compiled=True)
+    for label, module, make in (
+        ("ebmkit", "ebm", training_steps.by_ebmkit),
+        ("torchebm", "torchebm", training_steps.by_torchebm),
+    ):
+        if importlib.util.find_spec(module) is not None:
+            steps[label] = make(name, x)
+    return {label: step for label, step in steps.items() if step is not None}
+
+
+def measure_training(name: str, blocks: int, *, compiles: bool) -> dict[str, float]:
+    """Returns seconds of the step by hand, and all others over it."""
+    steps = training_columns(name, torch.randn(256, 16), compiles=compiles)
+    for step in steps.values():
+        seconds(step, 20)  # graphs are recorded, and compiled, in the first steps
+    calls = 2 if name.startswith("score") else 10
+    times: dict[str, list[float]] = {label: [] for label in steps}
+    for _ in range(blocks):
+        for label, step in steps.items():
+            times[label].append(seconds(step, calls))
+    hand = torch.tensor(times["hand"])
+    ratios = {k: float((torch.tensor(v) / hand).median()) for k, v in times.items()}
+    return {**ratios, "hand": float(hand.median())}
+
+
+def print_samplers(blocks: int) -> None:
+    """Prints the table of samplers."""
     names = list(available())
     print(f"{'step / bare gradients':32s} {'bare, us':>9s} " + " ".join(f"{n:>9s}" for n in names))
     for setting in settings():
-        found = measure(setting, args.blocks)
+        found = measure(setting, blocks)
         ratios = " ".join(f"{found[n]:9.2f}" for n in names)
         print(f"{setting.name:32s} {1e6 * found['bare']:9.0f} {ratios}")
+
+
+COLUMNS = ("module", "fit", "capture", "compile", "svi, off", "svi, on")
+OTHERS = ("hand, comp", "ebmkit", "torchebm")
+
+
+def print_training(blocks: int, *, compiles: bool) -> None:
+    """Prints the table of training steps."""
+    labels = (*COLUMNS, *OTHERS)
+    print(
+        f"{'training step / by hand':24s} {'hand, us':>9s} " + " ".join(f"{n:>10s}" for n in labels)
+    )
+    for name in training_steps.FAMILIES:
+        found = measure_training(name, blocks, compiles=compiles)
+        ratios = " ".join(f"{found[n]:10.2f}" if n in found else f"{'-':>10s}" for n in labels)
+        print(f"{name:24s} {1e6 * found['hand']:9.0f} {ratios}", flush=True)
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", type=int, default=15)
+    parser.add_argument("--only", choices=("samplers", "training"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if args.only != "training":
+        print_samplers(args.blocks)
+    if args.only != "samplers":
+        print_training(args.blocks, compiles=shutil.which("g++") is not None)
 
 
 if __name__ == "__main__":

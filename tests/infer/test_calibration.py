@@ -117,7 +117,9 @@ def test_row_gradients_have_the_covariance_of_the_population(name):
     enumeration): it sees a J that is off by .06 (pl), .05 (rm) and .7 (dfd) of itself.
     """
     weights = torch.softmax(-ring(THETA).energy(STATES), 0)
-    rows = torch.autograd.functional.jacobian(lambda t: LOSSES[name]().loss(ring(t), STATES), THETA)
+    rows = torch.autograd.functional.jacobian(
+        lambda t: LOSSES[name]().row_losses(ring(t), STATES), THETA
+    )
     j = (weights * rows**2).sum()
     error = ((weights * (rows**2 - j) ** 2).sum() / 5000).sqrt()
     loss = loss_of(rings, LOSSES[name](), ring_rows(5000))
@@ -131,7 +133,7 @@ def test_calibrated_width_at_the_population(name, before):
     weights = torch.softmax(-ring(THETA).energy(STATES), 0)
 
     def rows(theta):
-        return LOSSES[name]().loss(ring(theta), STATES)
+        return LOSSES[name]().row_losses(ring(theta), STATES)
 
     gradients = torch.autograd.functional.jacobian(rows, THETA)
     hessian = torch.autograd.functional.hessian(lambda t: (weights * rows(t)).sum(), THETA)
@@ -365,7 +367,7 @@ def test_coverage_of_ninety_percent_intervals(name, uncalibrated):
     """
     grid = torch.linspace(-0.3, 0.9, 2401)
     states = LOSSES[name]()
-    table = torch.stack([states.loss(ring(t), STATES) for t in grid])
+    table = torch.stack([states.row_losses(ring(t), STATES) for t in grid])
     codes = 2 ** torch.arange(5, -1, -1)
     covered, plain = [], []
     for _ in range(300):

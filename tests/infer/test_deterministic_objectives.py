@@ -48,7 +48,7 @@ class Setup:
         self.theta = torch.tensor([0.4, -0.3], requires_grad=True)
         x = torch.randn(NUM_ROWS, 3)
         self.data = x if name in CONTINUOUS else x.sign()
-        self.rows = self.objective.loss(self.law(), self.data)
+        self.rows = self.objective.row_losses(self.law(), self.data)
         self.loss, self.grads = self.valued(self.rows.sum())
 
     def law(self, theta=None):
@@ -202,7 +202,7 @@ def test_gradients_and_captured_graphs(setup):
 
     points = torch.tensor([[0.5, 0.1], [-1.3, 0.2], [0.2, -0.3]])
     want = dist.Normal(0.0, 1.0).log_prob(points).sum(-1) - torch.stack(
-        [law.loss(setup.law(t), setup.data[:4]).sum() for t in points]
+        [law.row_losses(setup.law(t), setup.data[:4]).sum() for t in points]
     )
     one = [torch.func.grad_and_value(potential)(theta) for theta in points]
     torch.testing.assert_close(torch.stack([v for _, v in one]), want, rtol=0, atol=1e-10)
@@ -238,10 +238,12 @@ def test_stock_nuts_runs_it():
 @pytest.mark.parametrize("name", sorted(CONTINUOUS))
 def test_data_computed_from_a_latent_receive_gradient(name):
     setup, shift = Setup(name), torch.zeros((), requires_grad=True)
-    loss = setup.objective.loss(setup.law(), setup.data + shift).sum()
+    loss = setup.objective.row_losses(setup.law(), setup.data + shift).sum()
     (slope,) = torch.autograd.grad(loss, shift)
     step = 1e-5
-    up, down = (setup.objective.loss(setup.law(), setup.data + d).sum() for d in (step, -step))
+    up, down = (
+        setup.objective.row_losses(setup.law(), setup.data + d).sum() for d in (step, -step)
+    )
     assert slope.item() == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-6)
 
 
@@ -280,4 +282,4 @@ def test_implicit_models_are_refused(name):
     prior = dist.Normal(torch.zeros(3), 1.0).to_event(1)
     law = GeneralizedEBM(lambda z: z, prior, lambda x: x.sum(-1))
     with pytest.raises(NotImplementedError, match="got"):
-        MAKERS[name]().loss(law, torch.zeros(3))
+        MAKERS[name]().row_losses(law, torch.zeros(3))

@@ -42,7 +42,7 @@ def weights(theta=THETA):
 
 def population(name, theta):
     """The expected loss under the ring at .3."""
-    return (weights() * LOSSES[name]().loss(ring(theta), ALL)).sum()
+    return (weights() * LOSSES[name]().row_losses(ring(theta), ALL)).sum()
 
 
 # --- by hand
@@ -64,14 +64,14 @@ def test_pseudo_likelihood_is_the_sum_of_conditionals(num_values, dtype):
     log_p = -table
     conditionals = sum(log_p - log_p.logsumexp(j, keepdim=True) for j in range(3))
     want = -conditionals.reshape(-1)
-    loss = PseudoLikelihood().loss(p, x.to(dtype))
+    loss = PseudoLikelihood().row_losses(p, x.to(dtype))
     torch.testing.assert_close(loss, want, rtol=0, atol=1e-10)
 
 
 def test_pseudo_likelihood_of_one_site_is_the_likelihood():
     p = EnergyDistribution(lambda x: 0.7 * x, support=constraints.integer_interval(1, 4))
     x = torch.arange(1.0, 5.0)
-    torch.testing.assert_close(PseudoLikelihood().loss(p, x), -torch.log_softmax(-0.7 * x, 0))
+    torch.testing.assert_close(PseudoLikelihood().row_losses(p, x), -torch.log_softmax(-0.7 * x, 0))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -84,7 +84,7 @@ def test_flips_by_hand(name):
             flipped[:, j] = -x[:, j] if p.support.base_constraint is spins else 1 - x[:, j]
             r = (p.energy(x) - p.energy(flipped)).exp()  # p(flipped) / p(x)
             want += {"pl": torch.log1p(r), "rm": (r / (1 + r)) ** 2, "dfd": r**2 - 2 / r}[name]
-        torch.testing.assert_close(LOSSES[name]().loss(p, x), want, rtol=0, atol=1e-10)
+        torch.testing.assert_close(LOSSES[name]().row_losses(p, x), want, rtol=0, atol=1e-10)
 
 
 def test_discrete_fisher_of_counts():
@@ -94,7 +94,7 @@ def test_discrete_fisher_of_counts():
     x = torch.arange(6.0)
     below = torch.where(x > 0, x**nu / rate, 0.0)
     want = below**2 - 2 * (x + 1) ** nu / rate
-    torch.testing.assert_close(DiscreteFisher().loss(p, x), want, rtol=0, atol=1e-10)
+    torch.testing.assert_close(DiscreteFisher().row_losses(p, x), want, rtol=0, atol=1e-10)
 
 
 def test_discrete_fisher_of_categories_goes_round():
@@ -103,7 +103,7 @@ def test_discrete_fisher_of_categories_goes_round():
     prob = log_p.exp()
     want = (prob.roll(1) / prob) ** 2 - 2 * prob / prob.roll(-1)
     torch.testing.assert_close(
-        DiscreteFisher().loss(p, torch.arange(4.0)), want, rtol=0, atol=1e-10
+        DiscreteFisher().row_losses(p, torch.arange(4.0)), want, rtol=0, atol=1e-10
     )
 
 
@@ -116,13 +116,13 @@ def test_intervals_with_bounds_of_their_own():
     p = EnergyDistribution(
         lambda x: -table[x[..., 0].long() - 1, x[..., 1].long()], event_shape=(2,), support=support
     )
-    loss = DiscreteFisher().loss(p, torch.tensor([1.0, 1.0]))
+    loss = DiscreteFisher().row_losses(p, torch.tensor([1.0, 1.0]))
     prob = table.exp()
     first = (prob[2, 1] / prob[0, 1]) ** 2 - 2 * prob[0, 1] / prob[1, 1]
     second = (prob[0, 0] / prob[0, 1]) ** 2 - 2 * prob[0, 1] / prob[0, 0]
     torch.testing.assert_close(loss, first + second, rtol=0, atol=1e-10)
     with pytest.raises(NotImplementedError, match="one finite list of values"):
-        PseudoLikelihood().loss(p, torch.tensor([1.0, 1.0]))
+        PseudoLikelihood().row_losses(p, torch.tensor([1.0, 1.0]))
 
 
 # --- at the population: six spins on a ring at coupling .3
@@ -163,7 +163,9 @@ def test_width_of_the_uncalibrated_posterior(name, ratio, rounding):
     """Variance H^-1 of the posterior over H^-1 J H^-1 of the estimator, at the population."""
     theta = torch.tensor(THETA)
     curvature = torch.autograd.functional.hessian(lambda t: population(name, t), theta)
-    rows = torch.autograd.functional.jacobian(lambda t: LOSSES[name]().loss(ring(t), ALL), theta)
+    rows = torch.autograd.functional.jacobian(
+        lambda t: LOSSES[name]().row_losses(ring(t), ALL), theta
+    )
     spread = (weights() * rows**2).sum()
     assert (weights() * rows).sum().abs() < 1e-10
     assert (curvature / spread).item() == pytest.approx(ratio, abs=rounding)
@@ -175,9 +177,9 @@ def test_width_of_the_uncalibrated_posterior(name, ratio, rounding):
 def test_neighbours_in_chunks_change_nothing(monkeypatch):
     x = Ising(0.4, (4, 4)).sample((3,))
     p = EnergyDistribution(Ising(0.4, (4, 4)))
-    whole = PseudoLikelihood().loss(p, x)
+    whole = PseudoLikelihood().row_losses(p, x)
     monkeypatch.setattr(neighbours, "MOST_NUMBERS", 100)
-    torch.testing.assert_close(PseudoLikelihood().loss(p, x), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(PseudoLikelihood().row_losses(p, x), whole, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -189,7 +191,7 @@ def test_one_call_of_the_energy(name):
         return -0.3 * (x * x.roll(1, -1)).sum(-1)
 
     p = EnergyDistribution(energy, event_shape=(6,), support=spins)
-    LOSSES[name]().loss(p, ALL)
+    LOSSES[name]().row_losses(p, ALL)
     assert calls == [(1 + (12 if name == "dfd" else 6), 64, 6)]
 
 
@@ -200,13 +202,13 @@ def test_one_call_of_the_energy(name):
 def test_continuous_supports_are_refused(make):
     p = EnergyDistribution(lambda x: x**2, event_shape=())
     with pytest.raises(NotImplementedError, match=f"{make.__name__} .*continuous"):
-        make().loss(p, torch.randn(3))
+        make().row_losses(p, torch.randn(3))
 
 
 def test_counts_and_many_values_are_refused_where_they_do_not_fit():
     counts = EnergyDistribution(ConwayMaxwellPoisson(0.5, 1.0))
     with pytest.raises(NotImplementedError, match="PseudoLikelihood .*DiscreteFisher on counts"):
-        PseudoLikelihood().loss(counts, torch.arange(3.0))
+        PseudoLikelihood().row_losses(counts, torch.arange(3.0))
     three = EnergyDistribution(lambda x: x, support=constraints.integer_interval(0, 2))
     with pytest.raises(NotImplementedError, match="RatioMatching flips .*with 3"):
-        RatioMatching().loss(three, torch.arange(3.0))
+        RatioMatching().row_losses(three, torch.arange(3.0))

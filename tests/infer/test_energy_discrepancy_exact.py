@@ -219,12 +219,12 @@ def test_expected_loss_sees_perturbations_that_are_not_shared():
 
 
 def best_variance(weight, num):
-    """The minimizer over s of the expected loss, by a parabola through its best grid points."""
-    grid = [round(0.25 + 0.1 * k, 2) for k in range(17)]
-    losses = [expected_loss(s, weight, num) for s in grid]
-    k = min(range(1, len(grid) - 1), key=losses.__getitem__)
-    left, middle, right = losses[k - 1 : k + 2]
-    return grid[k] + 0.05 * (left - right) / (left - 2 * middle + right)
+    """The minimizer over s of the expected loss: the best of a grid, then ever finer parabolas."""
+    best = min((0.3 + 0.2 * k for k in range(9)), key=lambda s: expected_loss(s, weight, num))
+    for step in (0.1, 0.03, 0.01):
+        left, middle, right = (expected_loss(best + k * step, weight, num) for k in (-1, 0, 1))
+        best += 0.5 * step * (left - right) / (left - 2 * middle + right)
+    return best
 
 
 PRINTED = {  # on a grid of step 0.05, for 1, 4 and 16 negatives

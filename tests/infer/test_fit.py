@@ -5,7 +5,6 @@ to the bit.
 from __future__ import annotations
 
 import math
-import sys
 from contextlib import ExitStack
 
 import pyro
@@ -26,6 +25,7 @@ from pyro_ebm.infer import (
     PerSite,
     RankingNCE,
     fit,
+    training_run,
 )
 from pyro_ebm.infer.minibatch import PlateScale
 
@@ -471,9 +471,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_periodic_checkpoints(tmp_path, monkeypatch):
     saved = []
-    module = sys.modules[fit.__module__]  # the package's attribute of this name is the function
     monkeypatch.setattr(
-        module, "save_checkpoint", lambda path, run: saved.append(run.result.num_steps)
+        training_run, "save_checkpoint", lambda path, run: saved.append(run.result.num_steps)
     )
     options = {"checkpoint": tmp_path / "fit.pt", "checkpoint_every": 2, **QUIET}
     fit(model_of(new_net()), torch.randn(9, 2), NCE(), num_steps=5, **options)

@@ -34,7 +34,7 @@ def test_definition(name):
     p, x = EnergyDistribution(quartic, event_shape=(2,)), torch.randn(5, 2)
     score = torch.func.grad(lambda at: -quartic(at))
     want = [sum(stein_kernel(name, 0.8, score, a, b) for b in x) / 5 for a in x]
-    loss = KernelStein(name, length_scale=0.8).loss(p, x)
+    loss = KernelStein(name, length_scale=0.8).row_losses(p, x)
     torch.testing.assert_close(loss, torch.stack(want), rtol=0, atol=1e-10)
     assert loss.sum() > 0
 
@@ -46,7 +46,7 @@ def test_gaussian_location_is_a_quadratic(name):
 
     def total(theta):
         p = EnergyDistribution(lambda x: 0.5 * (x - theta) ** 2, event_shape=())
-        return KernelStein(name, length_scale=1.3).loss(p, x).sum()
+        return KernelStein(name, length_scale=1.3).row_losses(p, x).sum()
 
     k = torch.stack([torch.stack([KERNELS[name](a, b, 1.3) for b in x]) for a in x])
     a, b = k.mean(), -((x[:, None] + x) * k).mean()
@@ -60,7 +60,7 @@ def test_value_under_a_shift():
     p = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=())
     share = (torch.arange(800.0) + 0.5) / 800
     x = 0.5 + math.sqrt(2) * torch.erfinv(2 * share - 1)
-    value = KernelStein("rbf", length_scale=1.0).loss(p, x).mean()
+    value = KernelStein("rbf", length_scale=1.0).row_losses(p, x).mean()
     assert value.item() == pytest.approx(0.25 / math.sqrt(3), abs=1e-4)
 
 
@@ -68,14 +68,17 @@ def test_default_length_is_the_median_distance():
     x = torch.tensor([0.0, 1.0, 3.0])  # distances 1, 2, 3
     p = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=())
     torch.testing.assert_close(
-        KernelStein().loss(p, x), KernelStein(length_scale=2.0).loss(p, x), rtol=0, atol=1e-12
+        KernelStein().row_losses(p, x),
+        KernelStein(length_scale=2.0).row_losses(p, x),
+        rtol=0,
+        atol=1e-12,
     )
 
 
 def test_length_when_all_rows_are_the_same():
     p = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=())
-    loss = KernelStein().loss(p, torch.ones(3))
-    torch.testing.assert_close(loss, KernelStein(length_scale=1.0).loss(p, torch.ones(3)))
+    loss = KernelStein().row_losses(p, torch.ones(3))
+    torch.testing.assert_close(loss, KernelStein(length_scale=1.0).row_losses(p, torch.ones(3)))
 
 
 def test_constrained_support_is_meant_in_unconstrained_coordinates():
@@ -83,17 +86,19 @@ def test_constrained_support_is_meant_in_unconstrained_coordinates():
     x, loss = torch.rand(5) + 0.2, KernelStein(length_scale=1.0)
     on_x = EnergyDistribution(lambda x: -x.log() + 2 * x, support=constraints.positive)
     on_u = EnergyDistribution(lambda u: -2 * u + 2 * u.exp(), event_shape=())
-    torch.testing.assert_close(loss.loss(on_x, x), loss.loss(on_u, x.log()), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        loss.row_losses(on_x, x), loss.row_losses(on_u, x.log()), rtol=0, atol=1e-10
+    )
 
 
 def test_what_is_refused():
     p = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=())
     with pytest.raises(ValueError, match="KernelStein compares rows .* got 1 row: .*plate"):
-        KernelStein().loss(p, torch.tensor(1.0))
+        KernelStein().row_losses(p, torch.tensor(1.0))
     with pytest.raises(ValueError, match="kernel must be 'imq' or 'rbf', got 'matern'"):
         KernelStein("matern")
     with pytest.raises(ValueError, match="length_scale must be positive, got 0.0"):
         KernelStein(length_scale=0.0)
     discrete = EnergyDistribution(lambda x: x, support=constraints.boolean)
     with pytest.raises(NotImplementedError, match="KernelStein differentiates"):
-        KernelStein().loss(discrete, torch.ones(3))
+        KernelStein().row_losses(discrete, torch.ones(3))

@@ -100,7 +100,7 @@ def simulate(theta, num):
     return z, z @ DECODER.mT + NOISE * torch.randn(num, 2)
 
 
-def scores(make, theta, at, num=20_000):
+def scores(make, theta, at, num=30_000):
     """Gradients of every row's loss with respect to its own copy of the energy and decoder
     parameters.
     """

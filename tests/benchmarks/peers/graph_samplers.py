@@ -38,9 +38,16 @@ from pyro_ebm.energies.graph_statistics import (  # noqa: E402
     ties_of,
 )
 from pyro_ebm.mcmc import MCMC, Sweeps  # noqa: E402
+from pyro_ebm.mcmc.resampled import Resampled  # noqa: E402
 from pyro_ebm.mcmc.surrogate_exchange import SurrogateExchange  # noqa: E402
 
-NUM_GRAPHS, NEWTON_SWEEPS = 512, (3, 3, 3, 3)  # of the surrogate
+NUM_GRAPHS = 512  # of the pool, which the surrogate is made of as well
+NEWTON_SWEEPS = {
+    "flomarriage": (3, 3, 3, 3),
+    "zach": (3, 3, 3, 3),
+    "faux.mesa.high": (4, 4, 4, 4, 8, 8, 16, 16),
+}
+POOLED = ("zach", "faux.mesa.high")  # auxiliary networks are drawn from the pool
 WALKS = 0.05  # share of random-walk moves
 
 
@@ -68,16 +75,17 @@ def logistic_regression(x: Tensor, changes: Tensor) -> tuple[Tensor, Tensor]:
     return theta, covariance
 
 
-def simulated(family: ExponentialRandomGraph, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns about the maximum likelihood estimate and statistics of graphs drawn there."""
+def simulated(
+    family: ExponentialRandomGraph, x: Tensor, newton: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Returns about the maximum likelihood estimate and graphs drawn there."""
     graphs, observed = x.expand(NUM_GRAPHS, -1), family.statistics(x)
-    for num_sweeps in NEWTON_SWEEPS:
+    for num_sweeps in newton:
         graphs = family.sweep(graphs, num_sweeps)
         counts = family.statistics(graphs)
         theta = family.natural() + torch.linalg.solve(counts.T.cov(), observed - counts.mean(0))
         family = family.with_natural(theta)
-    counts = family.statistics(family.sweep(graphs, NEWTON_SWEEPS[-1]))
-    return theta, counts
+    return theta, family.sweep(graphs, newton[-1])
 
 
 def ours(network: Network) -> Run:
@@ -92,13 +100,16 @@ def ours(network: Network) -> Run:
     begin = time.process_time()
     family = ExponentialRandomGraph(torch.zeros(len(terms)), n, terms)
     estimate, _ = logistic_regression(x, family.change_statistics(x))
-    anchor, counts = simulated(family.with_natural(estimate), x)
+    anchor, pool = simulated(family.with_natural(estimate), x, NEWTON_SWEEPS[network.name])
+    counts = family.statistics(pool)
     spread = torch.linalg.inv(counts.T.cov())
     start = dist.MultivariateNormal(anchor, spread).sample((ARGS.num_chains,))
+    is_pooled = network.name in POOLED
+    auxiliary = Resampled(pool, anchor, num_sweeps=SWEEPS) if is_pooled else Sweeps(SWEEPS)
     kernel = SurrogateExchange(
         model,
         surrogate=lambda natural: ((natural - anchor) @ counts.T).logsumexp(-1),
-        auxiliary=Sweeps(SWEEPS),
+        auxiliary=auxiliary,
         num_bridges=BRIDGES,
         random_walk_share=WALKS,
     )

@@ -1,0 +1,225 @@
+r"""Conditional noise-contrastive estimation: every datum against noise made from that datum.
+
+A noisy copy :math:`x' \sim p_c(\cdot \mid x)` could as well have been the datum and :math:`x` its
+copy. Which of the two orders is right is a logistic regression on
+
+.. math::
+    G = U(x') - U(x) + \log p_c(x' \mid x) - \log p_c(x \mid x'), \qquad
+    L = E\,\mathrm{softplus}(-G),
+
+from which log Z cancels, row by row: conditional models are learned consistently, and noise needs
+no density over the whole space. A symmetric :math:`p_c` cancels too. With Gaussian noise of
+variance :math:`2t` this is energy discrepancy with one negative and weight one. As the noise
+shrinks, :math:`2 (L - \log 2) / t` tends to the score matching loss and the variance of the
+estimate to infinity; far too much noise is told from data without error, and then nothing is
+learned either.
+
+Gaussian noise acts on the unconstrained coordinates of a constrained support, with their Jacobian.
+
+Ceylan and Gutmann, Conditional noise-contrastive estimation of unnormalised models, ICML 2018,
+arXiv:1806.03664.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform
+from torch.nn.functional import softplus
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer.contrast import Contrast, contrast_law, elementwise
+from pyro_ebm.infer.objective import Objective
+from pyro_ebm.ops.constraints import base_measure
+from pyro_ebm.ops.spaces import bijection
+
+CLOSE = 0.75  # of log 2: below it an estimate's variance is near its least, in any dimension
+FEWEST_ROWS_PER_COORDINATE = 4
+SCALES = 2.0 ** torch.arange(-12.0, 5.0)
+
+
+class ConditionalNCE(Objective):
+    r"""Conditional NCE.
+
+    Where neither ``noise`` nor a guide's site says otherwise, noise is Gaussian with standard
+    deviation ``scale * unit`` in every coordinate. A guide site of the same name is the law of
+    :math:`\xi` in :math:`x' = x + \xi - \xi'`, two independent draws (same event shape,
+    unconstrained).
+
+    Args:
+        num_noise: Noisy copies per datum, over which the loss is averaged.
+        noise: ``x -> distribution``: the law of a copy of every row of ``x``, row by row, with a
+            density on the EBM's support, discrete ones included. It is never trained.
+        scale: :math:`\varepsilon`, the Gaussian noise's range as a fraction of ``unit``. ``None``
+            doubles it, from far below, until the loss of a Gaussian with the moments of the first
+            batch is under three quarters of log 2, its value at no noise. (Ceylan and Gutmann
+            double it until the fitted model's loss is; here nothing is fitted yet.)
+        unit: What the scale multiplies, in units of the (unconstrained) coordinates; ``None`` takes
+            the standard deviations of the first batch.
+        **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
+
+    Raises:
+        ValueError: If an argument is not positive, or the first batch has no spread to measure.
+        NotImplementedError: On a discrete support without ``noise``.
+
+    Example:
+        >>> import pyro
+        >>> from pyro.infer import SVI
+        >>> def model(data):
+        ...     precision = pyro.param("precision", torch.tensor(2.0))
+        ...     with pyro.plate("data", len(data)):
+        ...         ebm = EnergyDistribution(lambda x: 0.5 * precision * x**2, event_shape=())
+        ...         pyro.sample("x", ebm, obs=data)
+        >>> optimizer = pyro.optim.Adam({"lr": 0.05})
+        >>> svi = SVI(model, lambda data: None, optimizer, loss=ConditionalNCE())
+        >>> data = torch.randn(1000)
+        >>> losses = [svi.step(data) for _ in range(200)]
+        >>> abs(pyro.param("precision").item() - 1 / data.var().item()) < 0.2
+        True
+    """
+
+    is_held_out_criterion = True  # the noise is that of the first batch
+
+    def __init__(
+        self,
+        num_noise: int = 10,
+        noise: Callable[[Tensor], Any] | None = None,
+        *,
+        scale: float | None = None,
+        unit: float | Tensor | None = None,
+        **elbo: Any,
+    ) -> None:
+        super().__init__(**elbo)
+        if num_noise < 1 or num_noise != int(num_noise):
+            raise ValueError(f"num_noise must be a positive whole number, got {num_noise!r}")
+        if noise is not None and (scale is not None or unit is not None):
+            raise ValueError("scale and unit are of Gaussian noise; give them or noise, not both")
+        for name, value in {"scale": scale, "unit": unit}.items():
+            if value is not None and not bool((torch.as_tensor(value) > 0).all()):
+                raise ValueError(f"{name} must be positive, got {value!r}")
+        self.num_noise = int(num_noise)
+        self.noise = noise
+        self.scale = scale
+        self.unit = unit
+
+    def get_extra_state(self) -> Any:
+        """Returns the noise's scale and unit, which may have been measured."""
+        return (self.scale, self.unit)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restores them."""
+        self.scale, self.unit = state
+
+    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
+        """Draws noisy copies, and the log ratio of their density to that of the way back."""
+        if noise is None and self.noise is not None:
+            return self._from_law(self.noise, p, x)
+        space = _space(p)
+        u = space.inv(x)
+        copies = u + (self._gaussian(p, u) if noise is None else self._differences(noise, p, u))
+        points = space(copies)
+        forth = -space.log_abs_det_jacobian(copies, points)
+        return Contrast(points, forth + space.log_abs_det_jacobian(u, x))
+
+    def _from_law(
+        self, noise: Callable[[Tensor], Any], p: EnergyDistribution, x: Tensor
+    ) -> Contrast:
+        who = type(self).__name__
+        there = contrast_law(noise(x), p, x, needs_density=True, who=who)
+        points = there.sample(torch.Size((self.num_noise,)))
+        back = contrast_law(noise(points), p, points, needs_density=True, who=who)
+        return Contrast(points, there.log_prob(points) - back.log_prob(x.expand(points.shape)))
+
+    def _differences(self, noise: Any, p: EnergyDistribution, u: Tensor) -> Tensor:
+        law = elementwise(noise, len(p.event_shape))
+        rows, event = _split(p, u)
+        if law.event_shape != event:
+            raise ValueError(
+                f"the guide's law of the perturbation has event_shape {tuple(law.event_shape)}; "
+                f"the unconstrained coordinates of an event have {tuple(event)}"
+            )
+        law, draws = law.expand(rows), torch.Size((self.num_noise,))
+        return law.sample(draws) - law.sample(draws)
+
+    def _gaussian(self, p: EnergyDistribution, u: Tensor) -> Tensor:
+        if self.unit is None or self.scale is None:
+            rows, event = _split(p, u)
+            self._measure(self.evaluation.rows(u, len(rows)), event)
+        unit = torch.as_tensor(self.unit, dtype=u.dtype, device=u.device)
+        normal = torch.randn((self.num_noise, *u.shape), dtype=u.dtype, device=u.device)
+        return self.scale * unit * normal  # type: ignore[operator]
+
+    def _measure(self, rows: Tensor, event: torch.Size) -> None:
+        """Sets what is not set, from the rows that count, ``(R,) + event``."""
+        rows = rows.reshape(len(rows), -1)
+        if self.unit is None:
+            if len(rows) < 2 or not bool((rows.std(0) != 0).all()):
+                raise ValueError(
+                    f"ConditionalNCE measures the data's spread in its first batch, but its "
+                    f"{len(rows)} row(s) do not vary in every coordinate: give unit="
+                )
+            self.unit = rows.std(0).reshape(event)
+        if self.scale is None:
+            unit = torch.as_tensor(self.unit, dtype=rows.dtype, device=rows.device)
+            self.scale = doubled_scale(rows, unit.expand(event).reshape(-1))
+
+    def per_datum(
+        self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
+    ) -> Tensor:
+        """Returns the logistic loss of telling a datum from its noisy copies, in nats."""
+        potential = p.potential(torch.cat([x.unsqueeze(0), contrast.points]))
+        logits = potential[1:] - potential[:1] + contrast.log_noise  # type: ignore[operator]
+        self.evaluation.note(accuracy=(logits > 0).double())
+        return softplus(-logits).mean(0)
+
+
+@torch.no_grad()
+def doubled_scale(rows: Tensor, unit: Tensor) -> float:
+    r"""Returns the least power of two at which noise is clearly told from Gaussian data.
+
+    With :math:`w` the whitened datum and :math:`v` the whitened noise at scale one,
+    :math:`G(\varepsilon) = \varepsilon\, w \cdot v + \tfrac12 \varepsilon^2 |v|^2`.
+
+    Args:
+        rows: Data, ``(R, D)``.
+        unit: The noise's standard deviations at scale one, ``(D,)``.
+
+    Example:
+        >>> doubled_scale(torch.randn(10_000, 32), torch.ones(32))
+        0.25
+    """
+    noise = torch.randn_like(rows) * unit
+    data, noise = _whitened(rows, rows - rows.mean(0)), _whitened(rows, noise)
+    linear, square = (data * noise).sum(-1), 0.5 * noise.square().sum(-1)
+    scales = SCALES.to(rows)
+    logits = scales[:, None] * linear + scales[:, None] ** 2 * square
+    is_close = softplus(-logits).mean(-1) > CLOSE * math.log(2)
+    return float(scales[is_close.sum().clamp_max(len(scales) - 1)])
+
+
+def _whitened(rows: Tensor, values: Tensor) -> Tensor:
+    """Returns ``values`` in units of the rows' covariance, or of its diagonal with few rows."""
+    num, dim = rows.shape
+    factor, failed = torch.linalg.cholesky_ex(torch.cov(rows.T).reshape(dim, dim))
+    if failed or num < FEWEST_ROWS_PER_COORDINATE * dim:
+        return values / rows.std(0)
+    return torch.linalg.solve_triangular(factor, values.T, upper=False).T
+
+
+def _split(p: EnergyDistribution, u: Tensor) -> tuple[torch.Size, torch.Size]:
+    """Splits the shape of unconstrained coordinates into rows and event."""
+    at = u.dim() - len(p.event_shape)
+    return u.shape[:at], u.shape[at:]
+
+
+def _space(p: EnergyDistribution) -> Transform:
+    if base_measure(p.support) != "lebesgue":
+        raise NotImplementedError(
+            f"ConditionalNCE adds Gaussian noise to continuous data, but the support is "
+            f"{p.support}: give noise=, a function from x to the law of a noisy copy, or use NCE"
+        )
+    return bijection(p.support, len(p.event_shape))

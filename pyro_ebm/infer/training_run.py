@@ -1,0 +1,345 @@
+"""A training in progress: parameters as they turn up, one optimizer, the growing result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from tqdm.auto import tqdm
+
+from pyro_ebm.infer import divergence
+from pyro_ebm.infer.captured_step import CapturedStep
+from pyro_ebm.infer.checkpoint import modules_of, save_checkpoint
+from pyro_ebm.infer.early_stopping import EarlyStopping, State, checked_value
+from pyro_ebm.infer.fit_result import FitResult
+from pyro_ebm.infer.held_out import criterion_of, held_out
+from pyro_ebm.infer.minibatch import Batches
+from pyro_ebm.infer.objective import Objective
+
+_OWN = "log_normalizer of "
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``fit`` was asked for; its docstring says what these are."""
+
+    optim: type[torch.optim.Optimizer]
+    lr: float
+    lr_schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None
+    ema: float | None
+    grad_clip: float | None
+    validation: tuple[Tensor, ...] | None
+    criterion: Callable[[], Any] | None
+    validate_every: int
+    patience: int | None
+    checkpoint: Path | None
+    checkpoint_every: int
+    disable_progbar: bool
+    capture: bool = False
+    compile: bool = False
+
+
+class TrainingRun:
+    """The state of a fit.
+
+    Args:
+        model: The model.
+        guide: Its guide.
+        objective: The loss.
+        batches: Mini-batches.
+        options: How to train.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        objective: Any,
+        batches: Batches,
+        options: Options,
+    ) -> None:
+        self.model, self.guide, self.objective, self.batches = model, guide, objective, batches
+        self.options = options
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.scheduler: LRScheduler | None = None
+        self.stopping = None if options.patience is None else EarlyStopping(options.patience)
+        self.parameters: dict[str, Tensor] = {}
+        self.result = FitResult()
+        self._criterion = criterion_of(
+            options.criterion, objective, model, guide, options.validation
+        )
+        self._recorded: dict[tuple[str, str], Tensor] = {}
+        self._seen: set[str] = set()
+        self._captured = self._new_capture()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the patience is exhausted."""
+        return self.stopping is not None and self.stopping.is_over
+
+    def loop(self, num_steps: int) -> None:
+        """Trains until so many steps are done in all, or patience is exhausted."""
+        todo = range(self.result.num_steps, num_steps)
+        hidden = self.options.disable_progbar
+        with tqdm(todo, desc=f"fit {type(self.objective).__name__}", disable=hidden) as bar:
+            for step in bar:
+                if self.is_over:
+                    break
+                loss = self.step()
+                self._after_step(step + 1)
+                if not hidden and step % 10 == 0:
+                    bar.set_postfix_str(self._describe(loss), refresh=False)
+
+    # --- one step
+
+    def step(self) -> float:
+        """Draws a batch, moves the parameters, and returns the loss per datum.
+
+        Raises:
+            NonFiniteEnergyError: If the loss or a gradient is not finite; nothing has moved then.
+        """
+        self.batches.identify_plates(self.model, self.guide)
+        loss = float(self._loss_and_grads(*next(self.batches)))
+        self._move(loss)
+        self._record(loss)
+        return loss
+
+    def _loss_and_grads(self, batch: tuple[Tensor, ...], scaling: Any) -> Tensor:
+        """Deposits gradients, those of a resting player as ``None``, and returns the loss."""
+        if self._captured is None:
+            return self._backward(batch, scaling)
+        replayed = self._captured.replay(batch, self.parameters)
+        if replayed is not None:
+            for p, grad in zip(self.parameters.values(), replayed.grads, strict=True):
+                p.grad = grad
+            return replayed.loss
+        with self._captured.compared(batch, scaling, self.parameters, modules_of(self)):
+            return self._backward(batch, scaling)
+
+    def _backward(self, batch: tuple[Tensor, ...], scaling: Any) -> Tensor:
+        loss = self._loss(batch, scaling)
+        for p in self.parameters.values():
+            p.grad = None
+        if loss.requires_grad:
+            loss.backward()
+        return loss.detach()
+
+    def _loss(self, batch: tuple[Tensor, ...], scaling: Any) -> Tensor:
+        """The loss per datum on a batch; parameters met for the first time are taken in."""
+        with poutine.trace(param_only=True) as capture, scaling:
+            own = self._announce_modules()
+            loss = self.objective.differentiable_loss(self.model, self.guide, *batch)
+        self._collect(capture.trace, own)
+        return loss / self.batches.num_rows
+
+    def _move(self, loss: float) -> None:
+        step = self.result.num_steps + 1
+        divergence.check_loss(loss, step, self.objective)
+        divergence.check_gradients(self.parameters, step, self.objective)
+        if self.options.grad_clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.options.grad_clip)
+        if self.optimizer is not None:
+            self.optimizer.step()
+        if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step()
+
+    @torch.no_grad()
+    def materialize(self) -> None:
+        """Runs the model once so that every parameter exists and has its place in the optimizer."""
+        self._loss(*next(self.batches))
+
+    def _new_capture(self) -> CapturedStep | None:
+        options, objective = self.options, self.objective
+        if not (options.capture or options.compile):
+            return None
+        if not isinstance(objective, Objective):
+            who = type(objective).__name__
+            raise TypeError(f"fit(capture=True) replays the steps of an Objective, got {who}")
+        if not objective.is_replayable:
+            raise ValueError(
+                f"fit(capture=True) replays one step over and over, and {type(objective).__name__} "
+                "as it was made decides from step to step what to do (refit_every, throttle, "
+                "chains that persist): leave capture and compile out"
+            )
+        num_rows, compiled = self.batches.num_rows, options.compile
+        return CapturedStep(objective, self.model, self.guide, num_rows, compile=compiled)
+
+    def _announce_modules(self) -> dict[str, Tensor]:
+        """Tells the objective of parameters optimized although no ``pyro.module`` names them."""
+        modules = {"model": self.model, "guide": self.guide}
+        own: dict[str, Tensor] = {
+            f"{prefix}.{name}": p
+            for prefix, module in modules.items()
+            if isinstance(module, nn.Module)
+            for name, p in module.named_parameters()
+        }
+        if isinstance(self.objective, Objective):
+            self.objective._optimized = frozenset(map(id, own.values()))
+        return own
+
+    # --- parameters
+
+    def _collect(self, trace: Any, own: dict[str, Tensor]) -> None:
+        """Adds parameters that turned up for the first time to the optimizer."""
+        if self._seen.issuperset(trace.nodes) and self._seen.issuperset(own):
+            return
+        self._seen.update(trace.nodes, own)
+        found = {
+            self._local(name): site["value"].unconstrained() for name, site in trace.nodes.items()
+        }
+        known = {id(p) for p in found.values()}
+        found |= {n: p for n, p in own.items() if p.requires_grad and id(p) not in known}
+        new = {name: p for name, p in found.items() if name not in self.parameters}
+        if new:
+            self.parameters |= new
+            self.result._parameters = self.parameters
+            self._optimize(new)
+
+    def _optimize(self, new: dict[str, Tensor]) -> None:
+        options = self.options
+        groups = [{"params": [p], "lr": options.lr * self._boost(name)} for name, p in new.items()]
+        if self.scheduler is not None:
+            raise ValueError(
+                f"parameters {sorted(new)} turned up at step {self.result.num_steps + 1}, when the "
+                "learning-rate schedule had been made for the others: let the model use all of "
+                "them from the first step, or leave lr_schedule out"
+            )
+        if self.optimizer is not None:
+            for group in groups:
+                self.optimizer.add_param_group(group)
+            return
+        self.optimizer = options.optim(groups, lr=options.lr)  # type: ignore[call-arg]
+        if options.lr_schedule is not None:
+            self.scheduler = options.lr_schedule(self.optimizer)
+
+    def _local(self, name: str) -> str:
+        """A parameter's name, without the count of objectives where it is this objective's own."""
+        for prefix in getattr(self.objective, "parameter_prefixes", ()):
+            if name.startswith(prefix):
+                return _OWN + name.removeprefix(prefix)
+        return name
+
+    def _boost(self, name: str) -> float:
+        return 10.0 if name.startswith(_OWN) else 1.0
+
+    # --- after a step
+
+    def _after_step(self, step: int) -> None:
+        options, losses = self.options, self.result.losses
+        if self.result.diverged is None and divergence.is_running_away(losses):
+            self.result.diverged = step
+            divergence.warn_running_away(losses, self.objective)
+        if self._criterion is not None and step % options.validate_every == 0:
+            self._validate(step)
+        if options.checkpoint is not None and step % options.checkpoint_every == 0:
+            self.save()
+
+    def _validate(self, step: int) -> None:
+        with held_out(modules_of(self).values()):
+            value = checked_value(self._criterion(), step)  # type: ignore[misc]
+        self.result.validation.append((step, value))
+        if self.stopping is not None:
+            self.stopping.see(step, value, self._state)
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(value)
+
+    def save(self) -> None:
+        """Writes the checkpoint; parameters that are not finite do not replace good ones."""
+        path = self.options.checkpoint
+        if path is None or not self.result.num_steps:
+            return
+        if not path.exists() or divergence.are_finite(self.parameters):
+            save_checkpoint(path, self)
+
+    @torch.no_grad()
+    def _record(self, loss: float) -> None:
+        result = self.result
+        result.num_steps += 1
+        result.losses.append(loss)
+        for site, values in getattr(self.objective, "diagnostics", {}).items():
+            for name, value in values.items():
+                if value is not self._recorded.get((site, name)):  # not of another player's step
+                    curve = f"{site}/{name}"
+                    result.diagnostics.setdefault(curve, []).append(float(value))
+                    result.diagnostic_steps.setdefault(curve, []).append(result.num_steps)
+                    self._recorded[site, name] = value
+        if self.options.ema is not None:
+            self._average(1 - self.options.ema)
+
+    def _average(self, weight: float) -> None:
+        averaged = self.result.averaged
+        for name, p in self.parameters.items():
+            if name in averaged:
+                averaged[name].lerp_(p, weight)
+            else:
+                averaged[name] = p.detach().clone()
+
+    def _describe(self, loss: float) -> str:
+        found = getattr(self.objective, "diagnostics", {})
+        parts = [
+            f"{name} {float(value):.3g}" for site in found.values() for name, value in site.items()
+        ]
+        if self.result.validation:
+            parts.insert(0, f"held out {self.result.validation[-1][1]:.4g}")
+        return ", ".join([f"loss {loss:.4g}", *parts[:5]])
+
+    # --- the best point
+
+    def _state(self) -> State:
+        """Copies all that a point of the training consists of, but for the optimizer."""
+        objective = self.objective
+        return {
+            "parameters": _copied(self.parameters),
+            "buffers": {n: _copied(dict(m.named_buffers())) for n, m in modules_of(self).items()},
+            "objective": deepcopy(objective.state_dict())
+            if isinstance(objective, nn.Module)
+            else {},
+            "averaged": _copied(self.result.averaged),
+        }
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Goes back to the best point, if one was kept."""
+        if self.stopping is None or self.stopping.best is None:
+            return
+        state = self.stopping.state
+        for name, value in state["parameters"].items():
+            self.parameters[name].copy_(value)
+        for name, module in modules_of(self).items():
+            for key, buffer in module.named_buffers():
+                buffer.copy_(state["buffers"][name][key])
+        if isinstance(self.objective, nn.Module):
+            self.objective.load_state_dict(state["objective"])
+        self.result.averaged = _copied(state["averaged"])
+        self.result.best, self.result.stopped_early = self.stopping.best, self.is_over
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def check_numbers(options: Options) -> None:
+    """Raises ``ValueError`` for options out of range."""
+    if not (options.lr > 0 and math.isfinite(options.lr)):
+        raise ValueError(f"lr must be a positive number, got {options.lr!r}")
+    if options.ema is not None and not 0 <= options.ema < 1:
+        raise ValueError(
+            f"ema must be in [0, 1), the weight of the average so far, got {options.ema!r}"
+        )
+    if options.grad_clip is not None and not options.grad_clip > 0:
+        raise ValueError(
+            f"grad_clip must be positive, the largest gradient norm, got {options.grad_clip!r}"
+        )
+    for name in ("validate_every", "checkpoint_every"):
+        if getattr(options, name) < 1:
+            raise ValueError(
+                f"{name} must be a positive number of steps, got {getattr(options, name)!r}"
+            )

@@ -1,0 +1,237 @@
+"""One training step of a network energy, written by hand, by this package, and by two others.
+
+Every builder returns a function that takes one step of Adam on one batch and returns the loss.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from pyro_ebm import EnergyDistribution, infer
+from pyro_ebm.energies import MLPEnergy
+from pyro_ebm.infer.minibatch import Batches
+from pyro_ebm.infer.training_run import Options, TrainingRun
+
+DIM, BATCH, RATE = 16, 256, 1e-3
+NUM_NOISE, NUM_NEGATIVES = 10, 16
+Step = Callable[[], object]
+Loss = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
+
+
+def new_energy() -> MLPEnergy:
+    """Returns the network 16-128-128-1."""
+    return MLPEnergy(DIM, (128, 128))
+
+
+def standard() -> Any:
+    """Returns the base of a tilt, and the noise."""
+    return dist.Normal(torch.zeros(DIM), 1.0).to_event(1)
+
+
+# --- by hand
+
+
+def nce(energy: Callable[[Tensor], Tensor], log_z: Tensor, x: Tensor) -> Tensor:
+    """Noise-contrastive estimation with standard Gaussian noise and a learned log Z."""
+    points = torch.cat([x, torch.randn(NUM_NOISE * len(x), DIM)])
+    log_noise = -0.5 * points.square().sum(-1) - 0.5 * DIM * math.log(2 * math.pi)
+    logits = -energy(points) - log_noise - log_z - math.log(NUM_NOISE)
+    data, noise = logits[: len(x)], logits[len(x) :]
+    return softplus(-data).mean() + NUM_NOISE * softplus(noise).mean()
+
+
+def energy_discrepancy(energy: Callable[[Tensor], Tensor], log_z: Tensor, x: Tensor) -> Tensor:
+    """Gaussian energy discrepancy at t = 1."""
+    noisy = x + torch.randn_like(x) + torch.randn(NUM_NEGATIVES, *x.shape)
+    values = energy(torch.cat([x.unsqueeze(0), noisy]))
+    differences = torch.cat([values[:1] - values[1:], torch.zeros(1, len(x))])
+    return torch.logsumexp(differences, 0).mean() - math.log(NUM_NEGATIVES)
+
+
+def score_matching(energy: Callable[[Tensor], Tensor], log_z: Tensor, x: Tensor) -> Tensor:
+    """Half the squared score plus its divergence, by one backward pass per coordinate."""
+    at = x.clone().requires_grad_()
+    score = -torch.autograd.grad(energy(at).sum(), at, create_graph=True)[0]
+    trace = torch.zeros(len(x))
+    for i in range(DIM):
+        trace = trace + torch.autograd.grad(score[:, i].sum(), at, create_graph=True)[0][:, i]
+    return (0.5 * score.square().sum(-1) + trace).mean()
+
+
+def kale(energy: Callable[[Tensor], Tensor], log_z: Tensor, x: Tensor) -> Tensor:
+    """KALE with as many base draws as rows and log Z moved a tenth of the way to the batch's."""
+    values = -energy(torch.cat([x, torch.randn_like(x)]))
+    data, base = values[: len(x)], values[len(x) :]
+    with torch.no_grad():
+        log_z += 0.1 * (torch.logsumexp(base, 0) - math.log(len(x)) - log_z)
+    return -data.mean() + log_z + (base - log_z).exp().mean() - 1.0
+
+
+FAMILIES: dict[str, tuple[Loss, Callable[[], Any], bool]] = {
+    "NCE, 10 noise": (nce, lambda: infer.NCE(NUM_NOISE, standard()), False),
+    "energy discrepancy, 16": (
+        energy_discrepancy,
+        lambda: infer.EnergyDiscrepancy(1.0, NUM_NEGATIVES),
+        False,
+    ),
+    "score matching, exact": (score_matching, infer.ScoreMatching, False),
+    "KALE, 256 base": (kale, infer.KALE, True),
+}
+"""Name: the loss by hand, the objective, and whether the energy tilts a base."""
+
+
+def by_hand(name: str, x: Tensor, *, compiled: bool = False) -> Step:
+    """Returns a loop of torch; ``compiled`` hands the energy to ``torch.compile``."""
+    loss_of = FAMILIES[name][0]
+    module = new_energy()
+    energy: Any = torch.compile(module) if compiled else module
+    log_z = torch.zeros((), requires_grad=loss_of is nce)
+    learned = [*module.parameters(), *([log_z] if log_z.requires_grad else [])]
+    optimizer = torch.optim.Adam(learned, lr=RATE)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = loss_of(energy, log_z, x)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+# --- by this package
+
+
+def model_of(name: str) -> tuple[Callable[[Tensor], None], nn.Module]:
+    """Returns a model in Pyro and its network."""
+    energy, tilts = new_energy(), FAMILIES[name][2]
+    label = f"energy {id(energy)}"  # the parameter store is one for all
+
+    def model(x: Tensor) -> None:
+        pyro.module(label, energy)
+        with pyro.plate("data", len(x)):
+            shape = None if tilts else (DIM,)
+            law = EnergyDistribution(
+                energy, base=standard() if tilts else None, event_shape=shape, conditional=False
+            )
+            pyro.sample("x", law, obs=x)
+
+    return model, energy
+
+
+def no_guide(x: Tensor) -> None:
+    """There are no latents."""
+
+
+def by_module(name: str, x: Tensor) -> Step:
+    """Returns the step of ``objective(model, guide)`` in a loop of torch."""
+    model, energy = model_of(name)
+    objective = FAMILIES[name][1]()
+    module = objective(model, no_guide)
+    module(x)
+    learned = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam([*energy.parameters(), *learned], lr=RATE)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = module(x) / len(x)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def by_svi(name: str, x: Tensor, *, validated: bool) -> Step:
+    """Returns the step of stock ``SVI``."""
+    objective = FAMILIES[name][1]()
+    svi = SVI(model_of(name)[0], no_guide, pyro.optim.Adam({"lr": RATE}), loss=objective)
+
+    def step() -> float:
+        with pyro.validation_enabled(validated):
+            return svi.step(x)
+
+    return step
+
+
+def by_fit(name: str, x: Tensor, **options: bool) -> Step:
+    """Returns the step that ``fit`` takes, with ``capture`` or ``compile``."""
+    shared = {"optim": torch.optim.Adam, "lr": RATE, "disable_progbar": True}
+    absent = (
+        "lr_schedule",
+        "ema",
+        "grad_clip",
+        "validation",
+        "criterion",
+        "patience",
+        "checkpoint",
+    )
+    every = {"validate_every": 100, "checkpoint_every": 1000}
+    chosen = Options(**shared, **dict.fromkeys(absent), **every, **options)  # type: ignore[arg-type]
+    model, objective = model_of(name)[0], FAMILIES[name][1]()
+    return TrainingRun(model, no_guide, objective, Batches((x,), None), chosen).step
+
+
+# --- by others
+
+
+def by_ebmkit(name: str, x: Tensor) -> Step | None:
+    """Returns the step with a loss of ebmkit, where it has it."""
+    library: Any = importlib.import_module("ebm")
+    losses = {
+        "NCE, 10 noise": lambda: library.NoiseContrastiveEstimation(noise_ratio=NUM_NOISE),
+        "energy discrepancy, 16": lambda: library.EnergyDiscrepancy(1.0, NUM_NEGATIVES),
+        "score matching, exact": library.ExactScoreMatching,
+    }
+    if name not in losses:
+        return None
+    energy, loss_of = new_energy(), losses[name]()
+    optimizer = torch.optim.Adam([*energy.parameters(), *loss_of.parameters()], lr=RATE)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = loss_of(energy, x).loss
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def by_torchebm(name: str, x: Tensor) -> Step | None:
+    """Returns the step with a loss of torchebm, where it has it."""
+    if name != "score matching, exact":
+        return None
+    core: Any = importlib.import_module("torchebm.core")
+    losses: Any = importlib.import_module("torchebm.losses")
+
+    class Model(core.BaseModel):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.energy = new_energy()
+
+        def forward(self, y: Tensor) -> Tensor:
+            return self.energy(y)
+
+    model = Model()
+    loss_of = losses.ScoreMatching(model, hessian_method="exact")
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = loss_of(x)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step

@@ -1,0 +1,231 @@
+"""Replayed training steps: the numbers of the steps themselves, or a sentence why not."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch._dynamo  # which optimizers import at their first step
+from pyro.infer import Trace_ELBO
+from torch import nn
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.errors import NonFiniteEnergyError, SurrogateWarning
+from pyro_ebm.infer.energy_discrepancy import EnergyDiscrepancy
+from pyro_ebm.infer.fit import fit
+from pyro_ebm.infer.flow_contrastive import FlowContrastive
+from pyro_ebm.infer.kale import KALE, DonskerVaradhan
+from pyro_ebm.infer.nce import NCE, RankingNCE
+from pyro_ebm.infer.per_site import PerSite
+from pyro_ebm.infer.persistent import PersistentContrastiveDivergence
+from pyro_ebm.infer.score_matching import ScoreMatching
+
+QUIET = {"disable_progbar": True}
+BASE = dist.Normal(torch.zeros(2, dtype=torch.float64), 1.5).to_event(1)
+
+
+def new_net():
+    return nn.Sequential(nn.Linear(2, 4), nn.Softplus(), nn.Linear(4, 1), nn.Flatten(-2))
+
+
+def plain_model():
+    torch.manual_seed(0)
+    net = new_net()
+
+    def model(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", EnergyDistribution(net, base=BASE, conditional=False), obs=x)
+
+    return model, (net,)
+
+
+FAMILIES = {
+    "nce": (plain_model, NCE),
+    "nce, closed form": (plain_model, lambda: NCE(c_update="closed_form")),
+    "nce, fitted noise": (plain_model, lambda: NCE(noise="gaussian")),
+    "ranking": (plain_model, RankingNCE),
+    "ed": (plain_model, lambda: EnergyDiscrepancy(time=(0.1, 1.0), num_negatives=3)),
+    "score matching": (plain_model, ScoreMatching),
+    "dv": (plain_model, DonskerVaradhan),
+    "kale": (plain_model, lambda: KALE(gradient_penalty=0.1)),
+    "kale, newton": (plain_model, lambda: KALE(c_update="newton")),
+    "per site": (plain_model, lambda: PerSite({"x": NCE()})),
+}
+
+
+def trained(name, data, **options):
+    pyro.clear_param_store()
+    make_model, make = FAMILIES[name]
+    model, nets = make_model()
+    objective = make()
+    options = {"batch_size": 5, "num_steps": 21, "lr": 0.05, "seed": 3, **options, **QUIET}
+    result = fit(model, data, objective, **options)
+    weights = torch.cat([p.detach().flatten() for net in nets for p in net.parameters()])
+    return result, weights, objective.state_dict()
+
+
+FAST = ("nce", "ed", "score matching", "kale")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
+)
+def test_replayed_steps_are_those_of_the_model_to_the_bit(name):
+    data = torch.randn(22, 2)
+    (result, weights, state), (replayed, same_weights, same_state) = (
+        trained(name, data, capture=capture) for capture in (False, True)
+    )
+    torch.testing.assert_close(same_weights, weights, rtol=0, atol=1e-13)
+    assert replayed.losses == pytest.approx(result.losses, abs=1e-12)
+    assert replayed.diagnostic_steps == result.diagnostic_steps
+    for curve, values in result.diagnostics.items():
+        assert replayed.diagnostics[curve] == pytest.approx(values, abs=1e-12)
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(same_state[key], value, rtol=0, atol=1e-12)
+
+
+def test_few_steps_run_the_model():
+    """Of 40 steps those before step 3 and at powers of two do, and the one that records, twice."""
+    net, runs = new_net(), []
+
+    def model(x):
+        runs.append(None)
+        with pyro.plate("data", len(x)):
+            pyro.module("net", net)
+            pyro.sample("x", EnergyDistribution(net, base=BASE, conditional=False), obs=x)
+
+    fit(model, torch.randn(9, 2), RankingNCE(), num_steps=40, capture=True, **QUIET)
+    eager = {0, 1, 2, 3, 4, 8, 16, 32}
+    assert len(runs) == len(eager) + 1
+
+
+@pytest.mark.parametrize("name", ["kale"])
+def test_a_resumed_run_is_the_same(name, tmp_path):
+    data, path = torch.randn(22, 2), tmp_path / "fit.pt"
+    whole = trained(name, data, capture=True)
+    trained(name, data, capture=True, num_steps=10, checkpoint=path)
+    resumed = trained(name, data, capture=True, checkpoint=path)
+    torch.testing.assert_close(resumed[1], whole[1], rtol=0, atol=1e-13)
+    assert resumed[0].losses == pytest.approx(whole[0].losses, abs=1e-12)
+
+
+# --- what cannot be replayed
+
+
+def slope_model(factor):
+    def model(x):
+        slope = pyro.param("slope", torch.tensor(0.1))
+        with pyro.plate("data", len(x)):
+            ebm = EnergyDistribution(lambda y: factor(y) * slope * y, dist.Normal(0.0, 1.0))
+            pyro.sample("x", ebm, obs=x)
+
+    return model
+
+
+def slopes(factor, *, num_steps=12, make=RankingNCE):
+    """The slope with and without graphs; ``factor`` is made anew for each run."""
+    found, data = [], torch.linspace(-1.0, 3.0, 9)
+    for capture in (False, True):
+        pyro.clear_param_store()
+        model = slope_model(factor())
+        objective = make()
+        common = {"num_steps": num_steps, "seed": 4, "lr": 0.05, **QUIET}
+        fit(model, data, objective, capture=capture, **common)
+        found.append(pyro.param("slope").item())
+    return found
+
+
+def test_a_branch_on_values_is_taken_at_every_step():
+    with pytest.warns(SurrogateWarning, match=r"RankingNCE cannot be replayed .*data-dependent"):
+        eager, same = slopes(lambda: lambda y: 1.0 if y.mean() > 0.5 else 2.0)
+    assert same == eager
+
+
+def test_a_branch_on_draws_is_taken_at_every_step():
+    def branching():
+        return lambda y: 1.0 if torch.randn(()) > 0 else 2.0
+
+    with pytest.warns(SurrogateWarning, match="cannot be replayed"):
+        eager, same = slopes(branching)
+    assert same == eager
+
+
+def test_a_python_number_that_changes_is_noticed():
+    """A factor that depends on the number of evaluations: seen when the graph is compared."""
+
+    def counting():
+        calls = []
+        return lambda y: 1.0 + 0.1 * len(calls.append(None) or calls)
+
+    with pytest.warns(SurrogateWarning, match="its gradients or its state are not those"):
+        slopes(counting)
+
+
+class Remembers(RankingNCE):
+    """Keeps a running mean outside of tensors that a graph could write to."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = torch.zeros(())
+
+    def get_extra_state(self):
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state):
+        self.seen = state["seen"]
+
+    def per_datum(self, p, x, contrast, log_z):
+        self.seen = self.seen + x.mean().detach()
+        return super().per_datum(p, x, contrast, log_z)
+
+
+def test_a_state_that_a_graph_does_not_write_is_noticed():
+    with pytest.warns(SurrogateWarning, match="its gradients or its state are not those"):
+        eager, same = slopes(lambda: lambda y: 1.0, make=Remembers)
+    assert same == eager
+
+
+def test_a_stock_elbo_is_not_replayed():
+    with pytest.raises(TypeError, match="replays the steps of an Objective, got Trace_ELBO"):
+        fit(lambda x: None, torch.ones(3), Trace_ELBO(), capture=True, num_steps=1, **QUIET)
+
+
+def test_a_loss_that_is_not_finite_in_a_replayed_step():
+    """The sixth of 22 batches has an infinity in it: no replay hides it."""
+    data = torch.randn(22, 2)
+    data[7] = float("inf")
+    model, _ = plain_model()
+    match = r"EBM site 'x': .*at step"
+    with pyro.validation_enabled(False), pytest.raises(NonFiniteEnergyError, match=match):
+        fit(model, data, RankingNCE(), batch_size=1, num_steps=22, capture=True, seed=5, **QUIET)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nce", "kale", "score matching"])
+def test_compiled_steps_are_those_of_the_model(name):
+    data = torch.randn(22, 2)
+    eager, compiled = (trained(name, data, compile=compiled) for compiled in (False, True))
+    torch.testing.assert_close(compiled[1], eager[1], rtol=0, atol=1e-9)
+    assert compiled[0].losses == pytest.approx(eager[0].losses, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: NCE(noise="gaussian", refit_every=5),
+        lambda: FlowContrastive(throttle=(0.4, 0.8)),
+        lambda: PersistentContrastiveDivergence(1),
+    ],
+)
+def test_steps_that_differ_are_not_replayed(make):
+    def model(x):
+        precision = pyro.param("precision", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            ebm = EnergyDistribution(lambda x: 0.5 * precision * x**2, event_shape=())
+            pyro.sample("x", ebm, obs=x)
+
+    with pytest.raises(ValueError, match="leave capture and compile out"):
+        fit(model, torch.randn(20), make(), num_steps=3, capture=True, disable_progbar=True)
