@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +31,7 @@ EXAMPLES = {
     "karate_club.py": True,
     "conditional_regression.py": True,
 }
+# Those of the folder reproductions.
 REPRODUCTIONS = {
     "contrastive_equalities.py",
     "discrete_toys.py",
@@ -50,7 +52,7 @@ def unlisted(table: dict[str, bool], folder: Path) -> set[str]:
     return set(table) ^ {path.name for path in folder.glob("*.py")}
 
 
-def run_example(script: Path, out: Path) -> subprocess.CompletedProcess[str]:
+def run_example(script: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Runs a script as a user would, in another folder, with warnings shown and no screen."""
     path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)]
     environment = {
@@ -60,7 +62,7 @@ def run_example(script: Path, out: Path) -> subprocess.CompletedProcess[str]:
         "PYTHONPATH": os.pathsep.join(path),
     }
     return subprocess.run(
-        [sys.executable, str(script), "--smoke", "--out", str(out)],
+        [sys.executable, str(script), "--smoke", "--out", str(out), *options],
         cwd=out,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -90,3 +92,22 @@ def test_example_runs(name, tmp_path):
     figures = [path for path in tmp_path.rglob("*") if path.suffix in FIGURES]
     assert bool(figures) >= EXAMPLES[name]
     assert all(path.stat().st_size > 1000 for path in figures)
+
+
+def test_table_lists_exactly_the_reproductions():
+    folder = EXAMPLES_FOLDER / "reproductions"
+    assert {path.name for path in folder.glob("*.py")} == REPRODUCTIONS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(REPRODUCTIONS))
+def test_reproduction_runs(name, tmp_path):
+    options = ()
+    if name == "nltcs_likelihoods.py":
+        bits = np.random.default_rng(0).integers(0, 2, (3, 200, 16), dtype=np.uint8)
+        np.savez(tmp_path / "bits.npz", train=bits[0], valid=bits[1], test=bits[2])
+        options = ("--data", str(tmp_path / "bits.npz"))
+    run = run_example(EXAMPLES_FOLDER / "reproductions" / name, tmp_path, *options)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "Traceback" not in run.stderr
+    assert run.stdout.strip()

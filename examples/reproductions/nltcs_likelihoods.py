@@ -14,8 +14,7 @@ Energies: a pairwise Boltzmann machine, and the free energies of restricted Bolt
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -217,12 +216,62 @@ def evaluate(energy: nn.Module, rows: dict[str, Tensor], states: Tensor) -> floa
         return float(log_likelihood(energy, rows["test"], states))
 
 
-def references(rows: dict[str, Tensor]) -> None:
-    """Prints what normalized models reach."""
+class Table:
+    """Lines that are printed as they come and saved at the end."""
+
+    def __init__(self) -> None:
+        self.lines = ["energy,learned_by,test_nats,behind"]
+        print(f"{'energy':10s} {'learned by':26s} {'test nats':>9s}  behind exact, seed by seed")
+
+    def add(self, energy: str, name: str, nats: float, behind: Sequence[float] = ()) -> None:
+        """Prints a line."""
+        print(f"{energy:10s} {name:26s} {nats:9.4f}", *(f"{b:7.4f}" for b in behind), flush=True)
+        self.lines.append(f"{energy},{name},{nats},{' '.join(map(str, behind))}")
+
+    def save(self, folder: Path) -> None:
+        """Writes all lines."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "nltcs_likelihoods.csv").write_text("\n".join(self.lines) + "\n")
+
+
+def references(rows: dict[str, Tensor], table: Table) -> None:
+    """Adds what normalized models reach."""
     independent = dist.Bernoulli(rows["train"].mean(0)).to_event(1)
     mixture = mixture_of_products(rows["train"], 12)
     for name, law in {"independent": independent, "mixture of 12": mixture}.items():
-        print(f"{'':10s} {name:26s} {float(law.log_prob(rows['test']).mean()):9.4f}")
+        table.add("", name, float(law.log_prob(rows["test"]).mean()))
+
+
+def compare(
+    energy_name: str,
+    rows: dict[str, Tensor],
+    states: Tensor,
+    options: argparse.Namespace,
+    table: Table,
+) -> None:
+    """Adds the exact likelihood of one energy, and what every objective reaches with it."""
+    marginals = rows["train"].mean(0).clamp(0.01, 0.99)
+
+    def new() -> nn.Module:
+        return ENERGIES[energy_name](marginals).to(options.device)
+
+    pyro.set_rng_seed(0)
+    exact = new()
+    maximize(exact, rows, states, options.rounds)
+    best = evaluate(exact, rows, states)
+    table.add(energy_name, "exact likelihood", best)
+    settings = Settings(options.steps, options.scale_lr, options.flip_rate)
+    for name in objectives(exact, rows["train"], options.flip_rate):
+        if not any(part in name for part in options.objectives.split(",")):
+            continue
+        found = []
+        for seed in range(options.seed_from, options.seed_from + options.seeds):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(seed)
+            energy = new()
+            learn(energy, rows, name, settings)
+            found.append(evaluate(energy, rows, states))
+        table.add(energy_name, name, float(np.mean(found)), [best - value for value in found])
 
 
 def main() -> None:
@@ -232,45 +281,27 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--seed-from", type=int, default=0)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--flip-rate", type=float, default=0.2, help="of energy discrepancy")
+    parser.add_argument("--rounds", type=int, default=30, help="of 20 L-BFGS steps")
+    parser.add_argument("--flip-rate", type=float, default=0.1, help="of energy discrepancy")
     parser.add_argument("--scale-lr", type=float, default=3.0, help="factor of all learning rates")
     parser.add_argument("--energy", default="", help="only energies with this in their name")
     parser.add_argument("--objectives", default="", help="only those with one of these, by commas")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="also write the table to this folder")
     parser.add_argument("--smoke", action="store_true", help="8 questions, 1000 rows, few steps")
     options = parser.parse_args()
+    if options.smoke:
+        options.steps, options.rounds, options.seeds = 20, 3, 1
     rows = load(options.data, options.device, smoke=options.smoke)
-    steps, rounds, num_seeds = (20, 3, 1) if options.smoke else (options.steps, 30, options.seeds)
-    settings = Settings(steps, options.scale_lr, options.flip_rate)
     states = all_states(rows["train"].shape[1]).to(options.device)
-    marginals = rows["train"].mean(0).clamp(0.01, 0.99)
     pyro.set_rng_seed(0)
-    print(f"{'energy':10s} {'learned by':26s} {'test nats':>9s}  behind exact, seeds 0, 1, ...")
-    references(rows)
-    for energy_name, make in ENERGIES.items():
-        if options.energy not in energy_name:
-            continue
-        pyro.set_rng_seed(0)
-        exact = make(marginals).to(options.device)
-        maximize(exact, rows, states, rounds)
-        best = evaluate(exact, rows, states)
-        print(f"{energy_name:10s} {'exact likelihood':26s} {best:9.4f}", flush=True)
-        for name in objectives(exact, rows["train"], options.flip_rate):
-            if not any(part in name for part in options.objectives.split(",")):
-                continue
-            found, started = [], time.perf_counter()
-            for seed in range(options.seed_from, options.seed_from + num_seeds):
-                pyro.clear_param_store()
-                pyro.set_rng_seed(seed)
-                energy = make(marginals).to(options.device)
-                learn(energy, rows, name, settings)
-                found.append(evaluate(energy, rows, states))
-            behind = " ".join(f"{best - value:7.4f}" for value in found)
-            took = (time.perf_counter() - started) / len(found)
-            print(
-                f"{energy_name:10s} {name:26s} {np.mean(found):9.4f}  {behind}  ({took:.0f} s)",
-                flush=True,
-            )
+    table = Table()
+    references(rows, table)
+    for name in ENERGIES:
+        if options.energy in name:
+            compare(name, rows, states, options, table)
+    if options.out is not None:
+        table.save(options.out)
 
 
 if __name__ == "__main__":

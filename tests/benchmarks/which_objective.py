@@ -10,7 +10,7 @@ bias      the largest error of the minimizer over all rows of all repeats, in it
           below 4 where an objective is consistent
 variance  of the estimate, relative to maximum likelihood: the mean over parameters
 weight    the same for the weight of a mode: of N(-4, 1) and N(4, 1), mixed .3 to .7 (Gaussian
-          objectives) - "blind" beyond 10 000
+          objectives); "blind" beyond 100
 energies  evaluations of the energy per datum and step, those along derivatives counted once
 slopes    backward passes in x per datum and step
 """
@@ -290,7 +290,7 @@ def weight_of_modes(make: Callable[[], Any], rows: int, repeats: int) -> str:
         relative = judged(two_modes(), make, rows, repeats)[1]
     except (ValueError, RuntimeError, torch.linalg.LinAlgError):
         return "n/a"
-    return f"{relative:8.2f}" if relative < 1e4 else "   blind"
+    return f"{relative:8.2f}" if relative < 100 else "   blind"
 
 
 def main() -> None:

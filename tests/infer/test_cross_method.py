@@ -16,10 +16,20 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from estimates import frozen, largest_z, minimize
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
-from pyro_ebm.infer import KALE, NCE, DonskerVaradhan, EnergyDiscrepancy, RankingNCE
+from pyro_ebm.infer import (
+    KALE,
+    NCE,
+    ConditionalNCE,
+    DonskerVaradhan,
+    EnergyDiscrepancy,
+    RankingNCE,
+    ScoreMatching,
+    SlicedScoreMatching,
+)
 
 NUM_ROWS = 20_000
 PRECISION = torch.tensor([[1.4, -0.5], [-0.5, 0.8]], dtype=torch.float64)
@@ -56,46 +66,9 @@ def likelihood(x):
     return lambda theta: potential(theta, x) + exact_log_z(theta)
 
 
-def frozen(objective, x):
-    """The rows' losses as a function of theta, with log Z as its sixth entry where the objective
-    learns one.
-    """
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", ebm(TRUTH), obs=x)
-
-    contrast = objective.freeze(model, x).contrasts["x"]
-
-    def rows(theta):
-        c = theta[..., 5] if theta.shape[-1] > 5 else torch.zeros(())
-        return objective.per_datum(ebm(theta).expand([len(x)]), x, contrast, c)
-
-    return rows
-
-
 def start(objective):
     known = objective is not None and objective.learns_log_normalizer
     return torch.cat([TRUTH, exact_log_z(TRUTH)[None]]) if known else TRUTH.clone()
-
-
-def minimize(rows, theta, max_steps=20):
-    """Returns the minimizer of the mean and the influence of every row on it."""
-
-    def mean(theta):
-        return rows(theta).mean()
-
-    for _ in range(max_steps):
-        at = theta.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(mean(at), at)
-        hessian = torch.autograd.functional.hessian(mean, at)
-        if gradient.abs().max() < 1e-9:
-            break
-        theta = (at - torch.linalg.solve(hessian, gradient)).detach()
-    assert gradient.abs().max() < 1e-9
-    apart = theta.expand(NUM_ROWS, -1).clone().requires_grad_()
-    (scores,) = torch.autograd.grad(rows(apart).sum(), apart)
-    return theta[:5], -(scores @ torch.linalg.inv(hessian))[:, :5]
 
 
 OBJECTIVES = {
@@ -103,19 +76,17 @@ OBJECTIVES = {
     "nce": lambda: NCE(num_noise=3),
     "ranking": lambda: RankingNCE(num_noise=3),
     "kale": lambda: KALE(num_base=4 * NUM_ROWS),
+    "conditional nce": lambda: ConditionalNCE(num_noise=3),
     "ed": lambda: EnergyDiscrepancy(time=1.0, num_negatives=4),
+    "score matching": ScoreMatching,
+    "sliced score matching": SlicedScoreMatching,
 }
 
 
 def estimate(objective, x):
     pyro.set_rng_seed(21)
-    rows = likelihood(x) if objective is None else frozen(objective, x)
-    return minimize(rows, start(objective))
-
-
-def largest_z(difference, influence):
-    stderr = influence.std(0) / math.sqrt(NUM_ROWS)
-    return float((difference / stderr).abs().max())
+    rows = likelihood(x) if objective is None else frozen(objective, ebm, TRUTH, x)
+    return minimize(rows, start(objective), len(TRUTH), NUM_ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +106,11 @@ def test_estimate_is_the_truth(name, estimates):
     assert influence.std(0).max() / math.sqrt(NUM_ROWS) < 0.06
 
 
-@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(OBJECTIVES, 2)))
+SAME = ("likelihood", "score matching")  # on Gaussians: no error to compare with
+PAIRS = [pair for pair in itertools.combinations(OBJECTIVES, 2) if pair != SAME]
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_estimates_agree(one, other, estimates):
     """Within four standard errors of their difference."""
     (first, influence), (second, others) = estimates[one], estimates[other]
@@ -154,9 +129,15 @@ def test_donsker_varadhan_is_kale_at_its_best_log_z(estimates):
     """
     x = data()
     pyro.set_rng_seed(21)
-    rows = frozen(DonskerVaradhan(num_base=4 * NUM_ROWS), x)
-    theta, _ = minimize(rows, TRUTH.clone())
+    rows = frozen(DonskerVaradhan(num_base=4 * NUM_ROWS), ebm, TRUTH, x)
+    theta, _ = minimize(rows, TRUTH.clone(), len(TRUTH), NUM_ROWS)
     torch.testing.assert_close(theta, estimates["kale"][0], rtol=0, atol=1e-6)
+
+
+def test_score_matching_is_the_likelihood_on_gaussians(estimates):
+    """Hyvarinen (2005): both are solved by the sample's mean and covariance, row for row."""
+    for one, other in zip(*(estimates[name] for name in SAME), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
 
 
 def without_noise_density(x):

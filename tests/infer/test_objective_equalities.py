@@ -22,7 +22,17 @@ from torch import nn
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
-from pyro_ebm.infer import KALE, NCE, DonskerVaradhan, EnergyDiscrepancy, RankingNCE, fit
+from pyro_ebm.infer import (
+    KALE,
+    NCE,
+    ConditionalNCE,
+    DonskerVaradhan,
+    EnergyDiscrepancy,
+    RankingNCE,
+    SelfNormalized,
+    TelescopingNCE,
+    fit,
+)
 from pyro_ebm.poutine import surrogate
 
 NUM_ROWS = 6
@@ -35,7 +45,23 @@ class Net(nn.Module):
         self.layers = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
 
     def forward(self, x):
-        return self.layers(x).squeeze(-1) + 0.1 * x.square().sum(-1)
+        return self.bridges(x).sum(0)
+
+    def bridges(self, x):
+        return torch.stack([self.layers(x).squeeze(-1), 0.1 * x.square().sum(-1)])
+
+
+class Shifted:
+    """A net's energy plus a value, which each of its two bridges shares."""
+
+    def __init__(self, net, by):
+        self.net, self.by = net, by
+
+    def __call__(self, x):
+        return self.net(x) + self.by
+
+    def bridges(self, x):
+        return self.net.bridges(x) + self.by / 2
 
 
 def no_guide(*args, **kwargs):
@@ -90,10 +116,19 @@ def stabilized():
         return EnergyDiscrepancy(time=0.7, num_negatives=3, stabilization=0.5)
 
 
+def shrunk(x):
+    """A law of noisy copies that is not symmetric."""
+    return dist.Normal(0.5 * x + 0.2, 1.1).to_event(1)
+
+
 ADDITIVE = {
     "nce": lambda: NCE(num_noise=3),
     "nce, fractional": lambda: NCE(num_noise=1.5),
     "ranking": lambda: RankingNCE(num_noise=3),
+    "conditional nce": lambda: ConditionalNCE(num_noise=3, unit=1.5),
+    "conditional nce, law": lambda: ConditionalNCE(num_noise=3, noise=shrunk),
+    "telescoping": lambda: TelescopingNCE(num_bridges=2),
+    "self-normalized": lambda: SelfNormalized(num_noise=3, c_update="gradient"),
     "ed": lambda: EnergyDiscrepancy(time=0.7, num_negatives=3),
     "ed, times": lambda: EnergyDiscrepancy(time=(0.1, 2.0), num_negatives=2),
     "ed, stabilized": stabilized,
@@ -137,6 +172,18 @@ def by_hand(name, setup):
             logit = [-net(z) - c - math.log(nu) for z in (x[i], *draws)]  # the base is the noise
             noise = sum(-torch.log1p(-torch.sigmoid(s)) for s in logit[1:]) / len(draws)
             total = total - torch.log(torch.sigmoid(logit[0])) + nu * noise
+        elif name.startswith("conditional nce"):
+            for z in draws:
+                logit = potential(z) - potential(x[i])
+                if name.endswith("law"):
+                    logit = logit + shrunk(x[i]).log_prob(z) - shrunk(z).log_prob(x[i])
+                total = total - torch.log(torch.sigmoid(logit)) / len(draws)
+        elif name == "telescoping":
+            for k, (before, after) in enumerate(itertools.pairwise([x[i], *draws])):
+                near, far = (-net.bridges(z)[k] - c / 2 for z in (before, after))
+                total = total - 0.5 * torch.log(torch.sigmoid(near) * torch.sigmoid(-far))
+        elif name == "self-normalized":
+            total = total + potential(x[i])
         elif name == "ranking":
             weights = torch.stack([torch.exp(-net(z)) for z in (x[i], *draws)])
             total = total - torch.log(weights[0] / weights.sum())
@@ -150,8 +197,8 @@ def by_hand(name, setup):
             z = contrast.between[i].clone().requires_grad_()
             (slope,) = torch.autograd.grad(net(z), z, create_graph=True)
             total = total + 0.5 * (slope**2).sum()
-    masses = torch.exp(-net(contrast.points)).mean()
-    if name.startswith("kale"):
+    masses = torch.exp(-net(contrast.points)).mean()  # the base is the proposal
+    if name.startswith("kale") or name == "self-normalized":
         total = total + NUM_ROWS * (c + masses * torch.exp(-c) - 1)
     if name.startswith("dv"):
         total = total + NUM_ROWS * torch.log(masses)
@@ -319,7 +366,7 @@ def test_global_latent_keeps_its_elbo_terms(setup):
         pyro.module("net", setup.net)
         z = pyro.sample("z", dist.Normal(0.0, 2.0))
         with pyro.plate("data", len(x)):
-            ebm = EnergyDistribution(lambda y: setup.net(y) + z - shift, base=setup.ebm().base)
+            ebm = EnergyDistribution(Shifted(setup.net, z - shift), base=setup.ebm().base)
             pyro.sample("x", ebm, obs=x)
 
     def guide(x):
@@ -429,7 +476,10 @@ def test_one_pool_for_every_subsample(name, size, attach):
 # --- the contrast that a guide holds
 
 
-@pytest.mark.parametrize("make", [NCE, RankingNCE, KALE, DonskerVaradhan, EnergyDiscrepancy])
+SHIFTED = [EnergyDiscrepancy, ConditionalNCE]  # by the guide's law, from the data
+
+
+@pytest.mark.parametrize("make", [NCE, RankingNCE, KALE, DonskerVaradhan, SelfNormalized, *SHIFTED])
 def test_contrast_of_the_guide_follows_the_subsample(make):
     """Rows of the mini-batch meet the guide's parameters of the same rows, not others'."""
     centres = torch.arange(20.0) * 100.0
@@ -457,11 +507,11 @@ def test_contrast_of_the_guide_follows_the_subsample(make):
     loss = objective.differentiable_loss(model, guide, data)
     assert loss.isfinite()
     (contrast,), rows = contrasts, seen[-1]
-    want = data[rows] if make is EnergyDiscrepancy else centres[rows]
+    want = data[rows] if make in SHIFTED else centres[rows]
     torch.testing.assert_close(
         contrast.points, want.expand(contrast.points.shape), rtol=0, atol=0.02
     )
-    if make is not EnergyDiscrepancy:
+    if make not in SHIFTED:
         log_q = dist.Normal(centres[rows], 1e-3).log_prob(contrast.points)
         torch.testing.assert_close(contrast.log_noise, log_q, rtol=0, atol=1e-10)
 
