@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from pyro_ebm.infer.contrast import Contrast
-
-sys.path.append(str(Path(__file__).parent))  # for estimates.py, which two files of tests import
 
 
 @pytest.fixture(autouse=True)
