@@ -155,6 +155,15 @@ def not_degenerate(name: str, evaluation: Evaluation, who: str, step: int) -> No
             SurrogateWarning,
             stacklevel=2,
         )
+    elif float(notes.get("noise_ess", 1.0)) < 0.01:
+        warnings.warn(
+            f"{who} at EBM site {name!r}, step {step}: the noise does not cover the model, its "
+            f"draws are worth {float(notes['noise_ess']):.1%} of their number, and log Z rests on "
+            "a handful of them. Choose noise with the data's place and spread and tails no lighter "
+            "(a fitted Gaussian or a flow), or an objective without noise",
+            SurrogateWarning,
+            stacklevel=2,
+        )
 
 
 def full_data(name: str, site: Any) -> None:

@@ -57,6 +57,13 @@ def test_noise_far_from_the_data_is_told():
         train(objective, located(STANDARD), torch.randn(50), 140)
 
 
+def test_noise_that_does_not_cover_the_data_is_told():
+    """At the edge of the data and narrow: some are taken for noise, but log Z hangs on its tail."""
+    objective = NCE(noise=dist.Normal(2.0, 0.2))
+    with pytest.warns(SurrogateWarning, match="noise does not cover the model"):
+        train(objective, located(STANDARD), torch.randn(2000), 140)
+
+
 def test_weights_that_are_worth_few_draws_are_told():
     """Data where the base has no mass: the weights fall on the draw that is nearest to it."""
     data = 9.0 + 0.01 * torch.randn(400)
