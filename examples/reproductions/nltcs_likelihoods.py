@@ -150,10 +150,11 @@ class Settings(NamedTuple):
     num_steps: int
     scale_lr: float
     flip_rate: float
+    num_sweeps: int
 
 
 def objectives(
-    energy: nn.Module, x: Tensor, flip_rate: float
+    energy: nn.Module, x: Tensor, settings: Settings
 ) -> dict[str, tuple[Callable[[], object], float]]:
     """Returns makers of objectives with a learning rate each."""
     independent = dist.Bernoulli(x.mean(0), validate_args=False).to_event(1)
@@ -164,18 +165,18 @@ def objectives(
         "discrete Fisher": (DiscreteFisher, 0.003),
         "minimum probability flow": (MinimumProbabilityFlow, 0.01),
         "energy discrepancy": (
-            partial(DiscreteEnergyDiscrepancy, BernoulliFlips(flip_rate), 32),
+            partial(DiscreteEnergyDiscrepancy, BernoulliFlips(settings.flip_rate), 32),
             0.01,
         ),
         "NCE, independent noise": (partial(NCE, num_noise=32, noise=independent), 0.01),
         "NCE, mixture noise": (lambda: NCE(num_noise=32, noise=mixture_of_products(x, 12)), 0.01),
-        "PCD": (partial(PersistentContrastiveDivergence, num_steps=5, **sweep), 0.01),
+        "PCD": (partial(PersistentContrastiveDivergence, settings.num_sweeps, **sweep), 0.01),
     }
 
 
 def learn(energy: nn.Module, rows: dict[str, Tensor], name: str, settings: Settings) -> None:
     """Trains an energy with an objective, the learning rate falling to nothing."""
-    make, lr = objectives(energy, rows["train"], settings.flip_rate)[name]
+    make, lr = objectives(energy, rows["train"], settings)[name]
 
     def model(x: Tensor) -> None:
         pyro.module("energy", energy)
@@ -190,7 +191,7 @@ def learn(energy: nn.Module, rows: dict[str, Tensor], name: str, settings: Setti
         make(),
         lr=lr * settings.scale_lr,
         lr_schedule=falling,
-        batch_size=500,
+        batch_size=min(500, len(rows["train"])),
         num_steps=settings.num_steps,
         disable_progbar=True,
     )
@@ -260,8 +261,8 @@ def compare(
     maximize(exact, rows, states, options.rounds)
     best = evaluate(exact, rows, states)
     table.add(energy_name, "exact likelihood", best)
-    settings = Settings(options.steps, options.scale_lr, options.flip_rate)
-    for name in objectives(exact, rows["train"], options.flip_rate):
+    settings = Settings(options.steps, options.scale_lr, options.flip_rate, options.sweeps)
+    for name in objectives(exact, rows["train"], settings):
         if not any(part in name for part in options.objectives.split(",")):
             continue
         found = []
@@ -283,6 +284,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=30, help="of 20 L-BFGS steps")
     parser.add_argument("--flip-rate", type=float, default=0.1, help="of energy discrepancy")
+    parser.add_argument("--sweeps", type=int, default=5, help="of persistent chains, every step")
     parser.add_argument("--scale-lr", type=float, default=3.0, help="factor of all learning rates")
     parser.add_argument("--energy", default="", help="only energies with this in their name")
     parser.add_argument("--objectives", default="", help="only those with one of these, by commas")
