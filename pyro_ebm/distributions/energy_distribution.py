@@ -252,7 +252,7 @@ class EnergyDistribution(TorchDistribution):
             )
         rows, batch = x.shape[:lead], self.batch_shape
         if len(rows) >= len(batch) and rows[len(rows) - len(batch) :] == batch:
-            return x  # the usual case: torch's own answer costs as much as a small matrix product
+            return x  # the usual case, at every call of an energy
         need = torch.broadcast_shapes(rows, batch)
         return x if rows == need else x.expand(need + self.event_shape)
 

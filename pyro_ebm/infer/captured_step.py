@@ -1,7 +1,7 @@
 """A training step's loss and gradients as a graph: recorded once, replayed without Python.
 
-A step through Pyro costs about a millisecond of handlers and checks, which is as much as a small
-network's forward and backward pass. ``make_fx`` records the tensor operations of one step, random
+A step through Pyro goes through handlers and checks in Python, which a small network's forward and
+backward pass does not outweigh. ``make_fx`` records the tensor operations of one step, random
 draws and gradients included; replaying them gives the same numbers and uses the random generator
 alike. Parameters and buffers are live in the graph, Python numbers are frozen in it.
 

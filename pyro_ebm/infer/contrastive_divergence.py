@@ -73,14 +73,14 @@ class NegativePhase(Objective):
 
     def __init__(
         self,
-        num_steps: int,
+        num_steps: int = 1,
         *,
-        kernel: KernelFactory | None,
-        transition: Transition | None,
-        start: Start | Distribution,
-        num_negatives: int,
-        energy_penalty: float,
-        max_gap: float,
+        kernel: KernelFactory | None = None,
+        transition: Transition | None = None,
+        start: Start | Distribution = "data",
+        num_negatives: int = 1,
+        energy_penalty: float = 0.0,
+        max_gap: float = 1e4,
         **elbo: Any,
     ) -> None:
         super().__init__(**elbo)
@@ -259,29 +259,6 @@ class ContrastiveDivergence(NegativePhase):
         >>> abs(pyro.param("precision").item() - 1 / data.var().item()) < 0.2
         True
     """
-
-    def __init__(
-        self,
-        num_steps: int = 1,
-        *,
-        kernel: KernelFactory | None = None,
-        transition: Transition | None = None,
-        start: Start | Distribution = "data",
-        num_negatives: int = 1,
-        energy_penalty: float = 0.0,
-        max_gap: float = 1e4,
-        **elbo: Any,
-    ) -> None:
-        super().__init__(
-            num_steps,
-            kernel=kernel,
-            transition=transition,
-            start=start,
-            num_negatives=num_negatives,
-            energy_penalty=energy_penalty,
-            max_gap=max_gap,
-            **elbo,
-        )
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
         """Moves M chains beside every datum from where they start."""

@@ -67,6 +67,8 @@ class Objective(EnumeratingELBO, nn.Module):
 
     Attributes:
         diagnostics: ``{site: {name: detached 0-d tensor}}`` of the last evaluation, per datum.
+        trains_energy: Whether the energy is what is learned, rather than the law that draws.
+        is_replayable: Whether every training step does the same operations.
         log_normalizers: Learned log Z by site, in nats.
         is_frozen: Whether the contrast is fixed, so that the surrogate is one function.
         is_held_out_criterion: Whether the loss on held-out data, with the contrast drawn alike, may
@@ -81,7 +83,7 @@ class Objective(EnumeratingELBO, nn.Module):
     trains_energy = True
     has_second_player = False
     is_frozen = False
-    is_replayable = True  # whether every training step does the same operations
+    is_replayable = True
 
     def __init__(self, *, schedule: tuple[int, int] | None = None, **elbo: Any) -> None:
         nn.Module.__init__(self)

@@ -62,8 +62,11 @@ def bridge(dist: EnergyDistribution, draws: Tensor) -> LogNormalizer:
     half = u.shape[1] // 2
     fitted = _gaussian(u[:, :half].flatten(0, 1))
     kept = u[:, half:]
-    at_draws = _log_ratio(target, fitted, kept.flatten(0, 1)).reshape(kept.shape[:2])
-    at_noise = _log_ratio(target, fitted, fitted.sample(torch.Size((at_draws.numel(),))))
+    noise = fitted.sample(torch.Size((kept.shape[0] * kept.shape[1],)))
+    at_draws, at_noise = (
+        _log_ratio(target, fitted, points, draws.dtype) for points in (kept.flatten(0, 1), noise)
+    )
+    at_draws = at_draws.reshape(kept.shape[:2])
     if not bool(torch.isfinite(at_draws).all()):
         raise NonFiniteEnergyError(f"{law!r}: the energy is not finite at a draw of the law")
     return bridged(at_draws, at_noise, "bridge", start="draws", law=law)
@@ -124,7 +127,10 @@ def _gaussian(u: Tensor) -> MultivariateNormal:
     return MultivariateNormal(u.mean(0), covariance)
 
 
-def _log_ratio(target: DistributionTarget, q: MultivariateNormal, u: Tensor) -> Tensor:
-    with torch.no_grad():  # in the law's own dtype: its parameters may have no other
-        value = -target.potential(u.to(target.draw_start(1).dtype)).double()
+def _log_ratio(
+    target: DistributionTarget, q: MultivariateNormal, u: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Evaluates the energy in the dtype of the law's draws: its parameters may have no other."""
+    with torch.no_grad():
+        value = -target.potential(u.to(dtype)).double()
     return torch.where(value.isnan(), -torch.inf, value) - q.log_prob(u)

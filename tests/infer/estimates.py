@@ -48,6 +48,16 @@ def minimize(rows, theta, size, num_rows, max_steps=20):
     return theta[:size], -(scores @ torch.linalg.inv(hessian))[:, :size]
 
 
+def in_double(estimate, objectives, data):
+    """Estimates by name, all from the same data; for fixtures of a module."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return {name: estimate(make(), data()) for name, make in objectives.items()}
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def largest_z(difference, influence):
     """The largest entry of an error, in its standard errors."""
     stderr = influence.std(0) / math.sqrt(len(influence))

@@ -16,7 +16,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from estimates import frozen, largest_z, minimize
+from estimates import frozen, in_double, largest_z, minimize
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
@@ -91,11 +91,7 @@ def estimate(objective, x):
 
 @pytest.fixture(scope="module")
 def estimates():
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    found = {name: estimate(make(), data()) for name, make in OBJECTIVES.items()}
-    torch.set_default_dtype(dtype)
-    return found
+    return in_double(estimate, OBJECTIVES, data)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
