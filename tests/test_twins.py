@@ -9,7 +9,6 @@ import ast
 import functools
 import os
 import shutil
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from fork_server import ForkServer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -145,27 +145,24 @@ def write_gate(copy: Path, module: str) -> None:
     (copy / "twin_gate.py").write_text(GATE.format(module=module), encoding="utf-8")
 
 
+@functools.cache
+def server() -> ForkServer:
+    """Returns this process's server."""
+    environment = {k: value for k, value in os.environ.items() if not k.startswith("PYTEST_")}
+    return ForkServer(
+        environment | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    )
+
+
 def run_pytest(tests: tuple[str, ...], copy: Path) -> Outcome:
     """Runs pytest in another process that finds the package in ``copy`` first."""
     report = copy / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "", f"--junitxml={report}"]
-    command += ["-p", "twin_gate", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
-    command += [str(ROOT / test) for test in tests]
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")
-    } | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        command,
-        cwd=copy,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    return Outcome(run.returncode, *counts(report), (run.stdout + run.stderr)[-4000:])
+    arguments = ["-q", "-x", "-m", "", f"--junitxml={report}"]
+    arguments += ["-p", "twin_gate", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    arguments += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
+    arguments += [str(ROOT / test) for test in tests]
+    code, output = server().run(arguments, copy, TIMEOUT)
+    return Outcome(code, *counts(report), output[-4000:])
 
 
 def counts(report: Path) -> tuple[int, int]:

@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.objective import Objective
+from pyro_ebm.mcmc.graph_memory import separate_outputs
 from pyro_ebm.mcmc.simplify import simplify
 from pyro_ebm.ops.rng import rng_preserved
 
@@ -171,8 +172,9 @@ class CapturedStep:
 
         graph: GraphModule = make_fx(step)(*batch)
         simplify(graph)
+        separate_outputs(graph)  # gradients are scaled and clipped in place
         if not self.compile:
-            return graph, structure[-1]
+            return graph.forward, structure[-1]
         return torch.compile(graph, options={"fallback_random": True}), structure[-1]
 
     def _pass(self, batch: Batch, parameters: list[Tensor]) -> Pass:

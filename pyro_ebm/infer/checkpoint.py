@@ -22,10 +22,14 @@ class Run(Protocol):
     scheduler: Any
     stopping: Any
     parameters: dict[str, Tensor]
+    groups: list[list[str]]
     result: Any
 
     def materialize(self) -> None:
         """Runs the model once so that every parameter exists."""
+
+    def regroup(self, groups: list[list[str]]) -> None:
+        """Makes the optimizer anew for these groups of parameters."""
 
 
 def save_checkpoint(path: Path, run: Run) -> None:
@@ -38,6 +42,7 @@ def save_checkpoint(path: Path, run: Run) -> None:
         "parameters": {name: p.detach() for name, p in run.parameters.items()},
         "buffers": {name: dict(m.named_buffers()) for name, m in modules_of(run).items()},
         "objective": _objective_state(run),
+        "groups": run.groups,
         "optimizer": run.optimizer.state_dict() if run.optimizer else None,
         "scheduler": run.scheduler.state_dict() if run.scheduler else None,
         "stopping": run.stopping.state_dict() if run.stopping else None,
@@ -75,7 +80,9 @@ def load_checkpoint(path: Path, run: Run) -> None:
         run.objective.load_state_dict(state["objective"])
     for name, curve in state["curves"].items():
         setattr(run.result, name, curve)
-    if run.optimizer is not None and state["optimizer"] is not None:
+    if state["optimizer"] is not None:
+        run.regroup(state["groups"])
+        assert run.optimizer is not None
         run.optimizer.load_state_dict(state["optimizer"])
     _load_schedules(state, run)
     run.batches.rows_left = state["rows_left"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,7 @@ class TrainingRun:
         self.scheduler: LRScheduler | None = None
         self.stopping = None if options.patience is None else EarlyStopping(options.patience)
         self.parameters: dict[str, Tensor] = {}
+        self.groups: list[list[str]] = []
         self.result = FitResult()
         self._criterion = criterion_of(
             options.criterion, objective, model, guide, options.validation
@@ -203,22 +204,41 @@ class TrainingRun:
             self.result._parameters = self.parameters
             self._optimize(new)
 
-    def _optimize(self, new: dict[str, Tensor]) -> None:
-        options = self.options
-        groups = [{"params": [p], "lr": options.lr * self._boost(name)} for name, p in new.items()]
+    def _optimize(self, new: Iterable[str]) -> None:
+        """Hands parameters to the optimizer, in one group for each learning rate."""
+        by_rate: dict[float, list[str]] = {}
+        for name in new:
+            by_rate.setdefault(self._boost(name), []).append(name)
         if self.scheduler is not None:
             raise ValueError(
                 f"parameters {sorted(new)} turned up at step {self.result.num_steps + 1}, when the "
                 "learning-rate schedule had been made for the others: let the model use all of "
                 "them from the first step, or leave lr_schedule out"
             )
+        self._add_groups([*by_rate.values()])
+
+    def _add_groups(self, groups: list[list[str]]) -> None:
+        options = self.options
+        made = [
+            {
+                "params": [self.parameters[name] for name in names],
+                "lr": options.lr * self._boost(names[0]),
+            }
+            for names in groups
+        ]
+        self.groups += groups
         if self.optimizer is not None:
-            for group in groups:
+            for group in made:
                 self.optimizer.add_param_group(group)
             return
-        self.optimizer = options.optim(groups, lr=options.lr)  # type: ignore[call-arg]
+        self.optimizer = options.optim(made, lr=options.lr)  # type: ignore[call-arg]
         if options.lr_schedule is not None:
             self.scheduler = options.lr_schedule(self.optimizer)
+
+    def regroup(self, groups: list[list[str]]) -> None:
+        """Makes the optimizer anew for groups in the order in which they once turned up."""
+        self.optimizer, self.scheduler, self.groups = None, None, []
+        self._add_groups(groups)
 
     def _local(self, name: str) -> str:
         """A parameter's name, without the count of objectives where it is this objective's own."""

@@ -69,6 +69,25 @@ def trained(name, data, **options):
 FAST = ("nce", "ed", "score matching", "kale")
 
 
+def test_gradients_that_agree_are_clipped_once_each():
+    """Two parameters of which only the sum matters have one gradient, in two places."""
+
+    def model(x):
+        tilts = [pyro.param(name, torch.tensor(0.0)) for name in ("a", "b")]
+        with pyro.plate("data", len(x)):
+            law = EnergyDistribution(lambda y: 0.5 * y**2 - sum(tilts) * y, event_shape=())
+            pyro.sample("x", law, obs=x)
+
+    found = []
+    for capture in (False, True):
+        pyro.clear_param_store()
+        options = {"optim": torch.optim.SGD, "lr": 0.01, "num_steps": 12, "grad_clip": 0.5, **QUIET}
+        fit(model, torch.full((9,), 3.0), ScoreMatching(), capture=capture, **options)
+        found.append([pyro.param(name).item() for name in ("a", "b")])
+    assert found[0] == pytest.approx([12 * 0.01 * 0.5 / 2**0.5] * 2, rel=1e-5)
+    assert found[1] == found[0]
+
+
 @pytest.mark.parametrize(
     "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 )

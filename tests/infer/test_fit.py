@@ -4,8 +4,10 @@ to the bit.
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import ExitStack
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -416,6 +418,38 @@ RESUMED = {
 }
 
 
+def test_a_run_whose_parameters_turned_up_one_after_the_other_is_resumed(tmp_path):
+    """By then the model has all of them at its first step; Adam's moments find their owners."""
+    data = torch.randn(50) + 1.0
+
+    def run(path, *parts):
+        pyro.clear_param_store()
+        calls = itertools.count()
+
+        def model(x):
+            slope = pyro.param("slope", torch.tensor(0.3))
+            tilt = (
+                pyro.param("tilt", torch.tensor([0.1, 0.2])) if next(calls) > 2 else torch.zeros(2)
+            )
+            with pyro.plate("data", len(x)):
+                energy = partial(
+                    lambda x, s, t: 0.5 * (1 + s**2) * x**2 - t.sum() * x, s=slope, t=tilt
+                )
+                law = EnergyDistribution(energy, event_shape=(), conditional=False)
+                pyro.sample("x", law, obs=x)
+
+        noise = dist.Normal(0.5, 1.5)
+        for number, steps in enumerate(parts):
+            options = {"lr": 0.05, "checkpoint": path, "seed": number, **QUIET}
+            fit(model, data, NCE(noise=noise), num_steps=steps, **options)
+        return [pyro.param(name).detach() for name in ("slope", "tilt")]
+
+    whole = run(None, 11)
+    parts = run(tmp_path / "fit.pt", 6, 11)
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_run_is_bit_equal(name, tmp_path):
     """6 + 7 steps in two processes, as it were, are the 13 steps of one: weights, curves, averages
@@ -631,7 +665,7 @@ def test_log_z_learns_ten_times_faster():
 
     class Watched(torch.optim.SGD):
         def step(self, *args):
-            seen.extend(group["lr"] for group in self.param_groups)
+            seen.extend(group["lr"] for group in self.param_groups for _ in group["params"])
             super().step(*args)
 
     fit(model_of(new_net()), torch.randn(9, 2), NCE(), optim=Watched, lr=0.01, num_steps=1, **QUIET)
@@ -644,7 +678,7 @@ def test_log_z_of_a_member_learns_faster_too():
 
     class Watched(torch.optim.SGD):
         def step(self, *args):
-            seen.extend(group["lr"] for group in self.param_groups)
+            seen.extend(group["lr"] for group in self.param_groups for _ in group["params"])
             super().step(*args)
 
     objective = PerSite({"x": NCE()})

@@ -6,6 +6,7 @@ from small_cases import F64
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ebm.mcmc import MCMC, RandomWalk
+from pyro_ebm.mcmc.graph_memory import separate_outputs
 from pyro_ebm.mcmc.simplify import let_factorizations_fail, simplify
 
 
@@ -57,6 +58,92 @@ def test_written_operands_are_not_merged():
     graph = captured(fn, x)
     simplify(graph)
     assert torch.equal(graph(x), fn(x))
+
+
+def test_what_reads_memory_before_and_after_a_write_is_read_twice():
+    """As log Z that moves within a training step, also under another name, and as views do."""
+    log_z = torch.zeros(3, dtype=F64)
+    alias = log_z.view(3)
+
+    def fn(x):
+        fresh = x.exp()
+        view = fresh[1:]
+        before = (x - alias).sum() + view.sum()
+        log_z.add_(x.mean())
+        fresh.add_(1.0)
+        return before, (x - alias).sum() + view.sum()
+
+    x = torch.randn(3, dtype=F64)
+    graph = captured(fn, x)
+    simplify(graph)
+    found = []
+    for step in (fn, graph):
+        log_z.zero_()
+        found.append([torch.stack(step(x)) for _ in range(2)])
+    assert torch.equal(torch.stack(found[0]), torch.stack(found[1]))
+    assert not torch.equal(*found[0])
+
+
+def test_the_rest_of_a_graph_that_writes_or_draws_is_simplified():
+    count = torch.zeros((), dtype=F64)
+
+    def fn(x):
+        count.add_(1.0)
+        return (x.exp() + x.exp()).detach() + torch.randn_like(x) * count
+
+    x = torch.randn(5, dtype=F64)
+    graph = captured(fn, x)
+    simplify(graph)
+    assert num_calls(graph) == 6  # exp, add, randn, mul, add, and the count
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ours = graph(x)
+        count.sub_(1.0)
+        torch.manual_seed(0)
+        assert torch.equal(ours, fn(x))
+
+
+def test_what_follows_from_shapes_alone_is_computed_once():
+    def fn(x):
+        steps = torch.arange(4.0) + torch.tensor(2.0)
+        return x * torch.ones_like(x).mul(2.0).sum() - torch.full((4,), 3.0).log() * steps
+
+    graph = captured(fn, torch.ones(4))
+    simplify(graph)
+    assert num_calls(graph) == 2  # one product, one difference
+    x = torch.randn(4)
+    assert torch.equal(graph(x), fn(x))
+
+
+def test_neutral_numbers_are_dropped_where_nothing_else_changes():
+    x = torch.arange(4)
+    graph = captured(lambda x: (x + 0.0, x + 0, x.double() / 1 - 0.0, x * 1, x - 1), x)
+    simplify(graph)
+    assert num_calls(graph) == 3  # to floats, to doubles, and the difference
+    for ours, wanted in zip(graph(x), (x.float(), x, x.double(), x, x - 1), strict=True):
+        assert ours.dtype == wanted.dtype
+        assert torch.equal(ours, wanted)
+
+
+def test_outputs_can_be_made_to_share_no_memory():
+    weight = torch.ones(3)
+
+    def fn(x):
+        both = x.exp() + weight
+        return [both, both, both[:2], x, weight, x.sin()]
+
+    x = torch.randn(3)
+    wanted, before = [part.clone() for part in fn(x)], x.clone()
+    graph = captured(fn, x)
+    simplify(graph)
+    separate_outputs(graph)
+    found = graph(x)
+    for position, part in enumerate(found):
+        part.mul_(position + 2.0)
+    for position, (part, value) in enumerate(zip(found, wanted, strict=True)):
+        assert torch.equal(part, value * (position + 2.0))
+    assert torch.equal(x, before)
+    assert torch.equal(weight, torch.ones(3))
 
 
 def test_constants_stay_live():
