@@ -274,10 +274,17 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 
 class _Reads(TorchDispatchMode):
-    """Answers reads of values that follow neither from the batch nor from a random draw."""
+    """Answers reads of values that follow neither from the batch nor from a random draw.
+
+    Whether values lie in a distribution's support is taken for granted: a distribution made with
+    validation on asks it, and every step that is not replayed answers.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten._is_all_true.default:
+            with disable_proxy_modes_tracing():
+                return torch.ones((), dtype=torch.bool, device=args[0].device)
         if func not in _READS or any(_varies(a) for a in args if isinstance(a, Tensor)):
             return func(*args, **kwargs)
         with disable_proxy_modes_tracing():

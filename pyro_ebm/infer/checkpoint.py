@@ -47,6 +47,7 @@ def save_checkpoint(path: Path, run: Run) -> None:
         "scheduler": run.scheduler.state_dict() if run.scheduler else None,
         "stopping": run.stopping.state_dict() if run.stopping else None,
         "curves": {name: getattr(result, name) for name in _CURVES},
+        "num_rows": run.batches.num_rows,
         "rows_left": run.batches.rows_left,
         "rng": _rng_state(),
     }
@@ -63,9 +64,15 @@ def load_checkpoint(path: Path, run: Run) -> None:
     The model is run once so that every parameter exists; values are then copied in place.
 
     Raises:
-        ValueError: If the file is no checkpoint, or its parameters are not those of this model.
+        ValueError: If the file is no checkpoint, or its parameters or its number of rows are not
+            those of this model and data.
     """
     state = _read(path)
+    if state["num_rows"] != run.batches.num_rows:
+        raise ValueError(
+            f"{path} is a checkpoint of a fit to {state['num_rows']} rows, and data have "
+            f"{run.batches.num_rows}: losses and epochs would not continue. Delete it to start anew"
+        )
     run.materialize()
     saved = state["parameters"]
     if saved.keys() != run.parameters.keys():

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro.infer import Trace_ELBO
@@ -99,8 +100,10 @@ def fit(
         Curves, averages and timings.
 
     Raises:
-        ValueError: If arguments are out of range, the tensors of ``data`` differ in length, or
-            ``patience`` is given where the loss does not tell better from worse.
+        TypeError: If ``data`` are no tensors, ``objective`` is none or ``optim`` is no class.
+        ValueError: If arguments are out of range, ``data`` have no rows or differ in length, a
+            checkpoint is of other data, or ``patience`` is given where the loss does not
+            distinguish better from worse.
         NonFiniteEnergyError: If a surrogate, the loss or a gradient is not finite; names site and
             step. The parameters of the last good step are in the checkpoint, if any.
 
@@ -122,13 +125,14 @@ def fit(
         >>> abs(pyro.param("precision").item() - 1.0) < 0.3
         True
     """
+    _check_objective(objective, optim)
     options = Options(
         optim=optim,
         lr=lr,
         lr_schedule=lr_schedule,
         ema=ema,
         grad_clip=grad_clip,
-        validation=None if validation is None else _as_tuple(validation),
+        validation=None if validation is None else _as_tuple(validation, "validation"),
         criterion=criterion,
         validate_every=validate_every,
         patience=patience,
@@ -139,9 +143,11 @@ def fit(
         compile=compile,
     )
     check_numbers(options)
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be a positive number of steps in all, got {num_steps!r}")
     if seed is not None:
         pyro.set_rng_seed(seed)
-    batches = Batches(_as_tuple(data), batch_size)
+    batches = Batches(_as_tuple(data, "data"), batch_size)
     run = TrainingRun(model, guide or _no_guide, objective, batches, options)
     with _scheduled(objective, schedule):
         if patience is not None:
@@ -184,8 +190,34 @@ def _scheduled(objective: Trace_ELBO, schedule: tuple[int, int] | None) -> Itera
         objective.schedule = own
 
 
-def _as_tuple(data: Data) -> tuple[Tensor, ...]:
-    return (data,) if isinstance(data, Tensor) else tuple(data)
+def _as_tuple(data: Any, name: str) -> tuple[Tensor, ...]:
+    """Returns data as tensors; arrays of NumPy become tensors of their own dtype."""
+    parts = (data,) if isinstance(data, (Tensor, np.ndarray)) else data
+    if not isinstance(parts, Sequence) or not all(
+        isinstance(part, (Tensor, np.ndarray)) for part in parts
+    ):
+        raise TypeError(
+            f"{name} must be a tensor or a sequence of tensors with one row per datum, got "
+            f"{type(data).__name__}: hand over what the model takes, in its order"
+        )
+    tensors = tuple(torch.as_tensor(part) for part in parts)
+    if not tensors or any(not t.dim() or not len(t) for t in tensors):
+        shapes = [tuple(t.shape) for t in tensors]
+        raise ValueError(f"{name} must have at least one row, got shapes {shapes}")
+    return tensors
+
+
+def _check_objective(objective: Any, optim: Any) -> None:
+    """Raises ``TypeError`` for a class in place of an objective, or no optimizer class."""
+    if not isinstance(objective, Trace_ELBO):
+        got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
+        hint = f": make one, {got}()" if isinstance(objective, type) else ""
+        raise TypeError(f"objective must be an Objective or a Trace_ELBO, got {got}{hint}")
+    if not (isinstance(optim, type) and issubclass(optim, torch.optim.Optimizer)):
+        raise TypeError(
+            "optim must be a class of torch optimizers, such as torch.optim.Adam, which fit makes "
+            f"with the rate lr once the parameters are known. Got {type(optim).__name__}"
+        )
 
 
 def _no_guide(*args: Any, **kwargs: Any) -> None:

@@ -41,7 +41,22 @@ def plain_model():
     return model, (net,)
 
 
+def checked_model():
+    """A base made before the fit keeps its own validation, and is copied by ``expand``."""
+    torch.manual_seed(0)
+    net = new_net()
+    base = dist.Normal(torch.zeros((), dtype=torch.float64), 1.5).expand([2]).to_event(1)
+
+    def model(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", EnergyDistribution(net, base=base), obs=x)
+
+    return model, (net,)
+
+
 FAMILIES = {
+    "nce, values checked": (checked_model, NCE),
     "nce": (plain_model, NCE),
     "nce, closed form": (plain_model, lambda: NCE(c_update="closed_form")),
     "nce, fitted noise": (plain_model, lambda: NCE(noise="gaussian")),
@@ -66,7 +81,7 @@ def trained(name, data, **options):
     return result, weights, objective.state_dict()
 
 
-FAST = ("nce", "ed", "score matching", "kale")
+FAST = ("nce", "nce, values checked", "ed", "score matching", "kale")
 
 
 def test_gradients_that_agree_are_clipped_once_each():

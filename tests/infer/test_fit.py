@@ -407,6 +407,38 @@ def two_site_model(seed):
     return model, nets
 
 
+def test_arrays_are_data_and_what_is_not_is_refused():
+    rows = torch.randn(20, 2)
+    losses = []
+    for data in (rows, rows.numpy(), [rows], (rows.numpy(),)):
+        pyro.clear_param_store()
+        losses.append(fit(model_of(new_net(0)), data, NCE(), num_steps=2, seed=0, **QUIET).losses)
+    assert all(found == losses[0] for found in losses)
+    run = partial(fit, model_of(new_net(0)), num_steps=2, **QUIET)
+    with pytest.raises(TypeError, match="data must be a tensor or a sequence .* got dict"):
+        run({"x": rows}, NCE())
+    with pytest.raises(TypeError, match="validation must be a tensor .* got float"):
+        run(rows, NCE(), validation=1.0)
+    with pytest.raises(
+        ValueError, match=r"data must have at least one row, got shapes \[\(0, 2\)\]"
+    ):
+        run(rows[:0], NCE())
+    with pytest.raises(TypeError, match=r"got NCE: make one, NCE\(\)"):
+        run(rows, NCE)
+    with pytest.raises(TypeError, match="optim must be a class of torch optimizers.*Got Adam"):
+        run(rows, NCE(), optim=torch.optim.Adam(new_net(0).parameters()))
+    with pytest.raises(ValueError, match="num_steps must be a positive number .* got 0"):
+        run(rows, NCE(), num_steps=0)
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    options = {"num_steps": 2, "checkpoint": tmp_path / "fit.pt", **QUIET}
+    fit(model_of(new_net(0)), torch.randn(20, 2), NCE(), **options)
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match="a fit to 20 rows, and data have 9"):
+        fit(model_of(new_net(0)), torch.randn(9, 2), NCE(), **options)
+
+
 RESUMED = {
     "nce": (plain_model, NCE),
     "nce, closed form": (plain_model, lambda: NCE(c_update="closed_form")),
