@@ -28,6 +28,7 @@ from pyro_ebm.distributions import (
 )
 from pyro_ebm.errors import (
     ApproximateSampleWarning,
+    DivergedTrainingError,
     MissingNormalizerError,
     NonFiniteEnergyError,
 )
@@ -40,6 +41,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "ApproximateSampleWarning",
+    "DivergedTrainingError",
     "EnergyDistribution",
     "GeneralizedEBM",
     "LatentReparam",

@@ -19,6 +19,10 @@ class NonFiniteEnergyError(RuntimeError):
     """An energy or a surrogate returned NaN or an infinity where a finite number is needed."""
 
 
+class DivergedTrainingError(RuntimeError):
+    """Data and contrast are further apart in energy than training can make good again."""
+
+
 class EnergyShapeError(RuntimeError):
     """An energy returned a tensor whose shape is not one value per event."""
 

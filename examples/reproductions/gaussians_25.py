@@ -21,7 +21,8 @@ the test points, their mean log density (the law's own is in the heading), the d
 KL(law || model) summed over the grid, and milliseconds per step::
 
     python examples/reproductions/gaussians_25.py                       # five seeds, hours on a CPU
-    python examples/reproductions/gaussians_25.py --steps 5000 --seeds 1 --objective "energy"
+    python examples/reproductions/gaussians_25.py --objective energy --steps 50000
+    python examples/reproductions/gaussians_25.py --objective score --steps 5000
     python examples/reproductions/gaussians_25.py --smoke               # seconds
 """
 
@@ -105,6 +106,8 @@ def learn(
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     energy = MLPEnergy(2, hidden=(128,) * 4, activation="softplus").to(args.device)
+    if num_steps == 0:
+        return energy, 0.0
 
     def model(x: Tensor) -> None:
         pyro.module("energy", energy)
@@ -113,7 +116,7 @@ def learn(
 
     result = fit(
         model,
-        draw(max(1, num_steps) * BATCH, args.device),
+        draw(num_steps * BATCH, args.device),
         make(),
         lr=1e-3,
         batch_size=BATCH,
@@ -122,9 +125,8 @@ def learn(
         capture=args.capture and can_capture,
         disable_progbar=True,
     )
-    if num_steps:
-        result.use_average()
-    return energy, result.seconds / max(1, num_steps)
+    result.use_average()
+    return energy, result.seconds / num_steps
 
 
 # --- the comparison
@@ -189,11 +191,15 @@ def formatted(line: dict[str, str]) -> str:
     return "".join(f"{line[key]:>{width}}" for key, width in WIDTHS.items())
 
 
-def averages(lines: list[dict[str, str]]) -> str:
-    """Returns the means over seeds as a line."""
-    numbers = ("MSE", "log p", "KL", "rim", "ms")
-    mean = {key: sum(float(line[key]) for line in lines) / len(lines) for key in numbers}
-    return formatted(lines[0] | {"seed": "mean"} | {k: f"{v:.4f}" for k, v in mean.items()})
+def summaries(lines: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Returns means over seeds and standard deviations."""
+    keys = ("MSE", "log p", "KL", "rim", "ms")
+    values = torch.tensor([[float(line[key]) for key in keys] for line in lines]).double()
+    found = {"mean": values.mean(0), "sd": values.std(0)}
+    return [
+        lines[0] | {"seed": name} | {k: f"{float(x):.4f}" for k, x in zip(keys, row, strict=True)}
+        for name, row in found.items()
+    ]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -226,7 +232,8 @@ def main() -> None:
     for name in (name for name in OBJECTIVES if args.objective in name):
         for num_steps in args.steps:
             found = row(name, num_steps, args)
-            print(averages(found), flush=True)
+            if args.seeds > 1:
+                print("\n".join(map(formatted, summaries(found))), flush=True)
             lines += found
     args.out.mkdir(parents=True, exist_ok=True)
     first = f"{args.objective or 'all'}_{args.seed_from}".replace(" ", "_").replace(",", "")

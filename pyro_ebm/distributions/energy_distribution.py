@@ -58,7 +58,8 @@ class EnergyDistribution(TorchDistribution):
             :class:`LogNormalizer`, or a function without arguments. A function is taken at its word
             to hold for every parameter of the energy; anything else holds for the parameters that
             its own graph contains.
-        sampler: ``(distribution, sample_shape) -> draws``, used by :meth:`sample`.
+        sampler: ``(distribution, sample_shape) -> draws``, used by :meth:`sample`. Its draws count
+            as approximate unless it has an attribute ``draws_are_exact`` that is true.
         conditional: Whether the energy depends on row-wise values other than ``x``; ``None`` lets
             objectives test.
         validate_args: As everywhere in torch.
@@ -99,6 +100,7 @@ class EnergyDistribution(TorchDistribution):
         self._energy = energy
         self.base = base
         self.sampler = sampler
+        self._sampler_is_exact = bool(getattr(sampler, "draws_are_exact", False))
         self.conditional = conditional
         self._log_normalizer = known_normalizer.checked(log_normalizer)
         self._weights = draw_weights(energy, getattr(base, "generator", None))
@@ -280,8 +282,17 @@ class EnergyDistribution(TorchDistribution):
 
     @property
     def has_exact_sample(self) -> bool:
-        """Whether :meth:`sample` draws from the distribution itself, not from a short chain."""
-        return self.sampler is None and self._draws_exactly
+        """Whether :meth:`sample` draws from the distribution itself: the one word on that.
+
+        The energy can, or the sampler says that it does by ``draws_are_exact``, which holds for the
+        distribution that it was given to: one with another energy draws by it approximately.
+        """
+        return self._draws_exactly if self.sampler is None else self._sampler_is_exact
+
+    @property
+    def energy_draws_exactly(self) -> bool:
+        """Whether the energy's own ``sample`` draws from this distribution, sampler or not."""
+        return self._draws_exactly
 
     @property
     def has_enumerate_support(self) -> bool:
@@ -364,7 +375,7 @@ class EnergyDistribution(TorchDistribution):
         new._energy = energy
         new._weights = self._weights | draw_weights(*added)
         new._log_normalizer = None
-        new._is_exact = new._draws_exactly = False
+        new._is_exact = new._draws_exactly = new._sampler_is_exact = False
         return new
 
     def _copy(self) -> EnergyDistribution:

@@ -157,6 +157,7 @@ class GeneralizedEBM(EnergyDistribution):
         if not (isinstance(inverse_temperature, Number) and inverse_temperature == 1):
             off = isinstance(inverse_temperature, Number) and inverse_temperature == 0
             new._log_normalizer = 0.0 if off else None
+            new._sampler_is_exact = False
         return new
 
     def tilt(self, energy: EnergyFn) -> EnergyDistribution:

@@ -1,4 +1,4 @@
-r"""What a user may say of log Z, and the tensor that it comes to.
+r"""What a user may say of log Z, the tensor that it comes to, and what it was made at.
 
 A number, a tensor or a :class:`LogNormalizer` is a value at one set of parameters; a function
 without arguments is an assertion for all of them.
@@ -13,10 +13,12 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_ebm.errors import EnergyShapeError
+from pyro_ebm.ops.autograd_graph import leaves_of
 from pyro_ebm.ops.log_normalizer import LogNormalizer
+from pyro_ebm.ops.rng import rng_preserved
 
 LogNormalizerLike = float | Tensor | LogNormalizer | Callable[[], Tensor]
 
@@ -89,6 +91,26 @@ def check_broadcasts(shape: torch.Size, energies: torch.Size) -> None:
         f"log_normalizer has shape {tuple(shape)} where the energy has {tuple(energies)}; expected "
         "one value per batch element or a shape that broadcasts to it. Did you forget .squeeze(-1)?"
     )
+
+
+def parameters_of(p: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Returns the tensors whose change makes a log Z stale, frozen ones of modules included.
+
+    Args:
+        p: An ``EnergyDistribution``.
+        x: Values of it; the energy is evaluated there once more, with its graph.
+    """
+    with torch.enable_grad(), rng_preserved():
+        reached = leaves_of(p.unnormalized_log_prob(x))
+        if hasattr(p, "generator") and p.base.has_rsample:
+            reached += leaves_of(p.base.rsample())
+    return tuple({id(t): t for t in (*parameters_of_modules(p), *reached)}.values())
+
+
+def parameters_of_modules(p: Any) -> list[Tensor]:
+    """Returns the parameters of an energy and a generator that are modules."""
+    parts = (p.energy_function, getattr(p, "generator", None))
+    return [t for part in parts if isinstance(part, nn.Module) for t in part.parameters()]
 
 
 def _call(function: Any) -> Any:

@@ -16,15 +16,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_ebm.chains import Record
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import ExponentialFamily
+from pyro_ebm.infer.data_structure import check_model
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget, exchange_target
-from pyro_ebm.normalizers.anchor_error import mcse_logz
+from pyro_ebm.normalizers.anchor_error import AnchorError, mcse_logz
 from pyro_ebm.normalizers.anchored import Anchored
 from pyro_ebm.normalizers.anchoring import anchored_to
 from pyro_ebm.ops.rng import rng_preserved
@@ -85,9 +88,11 @@ def anchored_posterior(
         **kwargs: Keyword arguments of the model.
 
     Returns:
-        A :class:`Posterior`, whose summary has a column ``mcse_logz``.
+        A :class:`Posterior`, whose summary has a column ``mcse_logz``; printed, it tells the
+        largest of them in posterior sds.
 
     Raises:
+        TypeError: If the model is none.
         ValueError: If there is not exactly one such site.
         RuntimeError: If the anchors do not find the posterior, or would need more draws.
 
@@ -100,6 +105,7 @@ def anchored_posterior(
         ...     pyro.sample("image", law, obs=image)
         >>> # found = anchored_posterior(model, image); found.summary()
     """
+    check_model(model, "an anchored posterior")
     target = exchange_target(model, args, kwargs)
     family, name = _family_of(target)
     laws = _Laws.of(target, name)
@@ -132,8 +138,21 @@ def anchored_posterior(
     )
     mcmc.run(*args, **kwargs)
     error = mcse_logz(mcmc.record, log_z, natural, laws.counts)
-    return Posterior(
-        error.attached_to(mcmc.record), "anchored log Z", _reasons(log_z), error.doubts
+    record = error.attached_to(mcmc.record)
+    remarks = (_displacement(record, error), *error.doubts)
+    return Posterior(record, "anchored log Z", _reasons(log_z), remarks)
+
+
+def _displacement(record: Record, error: AnchorError) -> str:
+    """A sentence on the mean that the error of log Z displaces most, in posterior sds."""
+    shifts = {
+        name: float(np.max(by["mean"] / record.draws[name].std((0, 1))))
+        for name, by in error.mcse.items()
+    }
+    worst = max(shifts, key=lambda name: shifts[name])
+    return (
+        f"the error of log Z displaces means by {shifts[worst]:.2f} posterior sds at most, that of "
+        f"{worst!r}: column mcse_logz of the summary."
     )
 
 

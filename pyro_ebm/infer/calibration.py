@@ -18,7 +18,8 @@ are wider than the posterior by Bayes' rule.
 
 J comes from independent rows (*sandwich*), or from data sets drawn at the mode (*simulation*): of
 one lattice or network there are no rows to take a covariance over, and neighbours that depend on
-each other are no rows.
+each other are no rows. Rows of several sites count by the unit that they share
+(:mod:`pyro_ebm.infer.independent_units`).
 
 References:
     Ribatet, Cooley, Davison, Bayesian inference from composite likelihoods, Statistica Sinica 22,
@@ -39,6 +40,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.errors import ApproximateSampleWarning
+from pyro_ebm.infer.independent_units import Units
 from pyro_ebm.infer.loss_of_model import ModelLoss, law_of
 
 Choice = Literal["auto", "sandwich", "simulation", "none"]
@@ -153,7 +155,7 @@ def calibration_of(
     Raises:
         ValueError: If there are too few rows or simulations, or no mode.
     """
-    kind, reason = _chosen(choice, loss.num_rows, loss.target.dim)
+    kind, reason = _chosen(choice, loss.units, loss.target.dim)
     if kind == "none":
         return Calibration(kind, (reason,), _UNCALIBRATED)
     if kind == "simulation":
@@ -165,7 +167,18 @@ def calibration_of(
         j, remarks = _from_simulation(loss, mode, num_simulations, num_sweeps)
     hessian, of_loss = loss.hessians(mode)
     factor = affine_factor(hessian, sandwich(hessian, j, hessian - of_loss))
+    remarks += _on_scales(loss.scaled_sites(mode))
     return Calibration(kind, (reason,), remarks, mode, hessian, factor)
+
+
+def _on_scales(names: list[str]) -> tuple[str, ...]:
+    """A sentence on sites under poutine.scale: :math:`H^{-1} J H^{-1}` does not change with it."""
+    if not names:
+        return ()
+    return (
+        f"EBM sites {names} are under poutine.scale, which calibrated widths do not follow: they "
+        "are those of the rows that there are, and do not shrink as if there were more.",
+    )
 
 
 _UNCALIBRATED = (
@@ -174,21 +187,36 @@ _UNCALIBRATED = (
 )
 
 
-def _chosen(choice: Choice, num_rows: int, dim: int) -> tuple[str, str]:
+def _chosen(choice: Choice, units: Units | None, dim: int) -> tuple[str, str]:
     """The kind of calibration, and a sentence that says why."""
-    least = FEWEST_ROWS if choice == "sandwich" else ENOUGH_ROWS
-    enough = num_rows >= least * dim
     if choice == "none":
         return "none", "Calibration was switched off."
     if choice == "simulation":
         return "simulation", "Calibration by data sets simulated at the mode was asked for."
+    if units is None and choice == "sandwich":
+        raise ValueError(
+            "calibration='sandwich' takes a covariance over independent units, and EBM sites share "
+            "plates crosswise, so that no rows are independent of all others: use "
+            "calibration='simulation'"
+        )
+    if units is None:
+        return "simulation", "EBM sites share plates crosswise: J is from simulated data."
+    return _by_number(choice, units.num_independent, dim)
+
+
+def _by_number(choice: Choice, num_rows: int, dim: int) -> tuple[str, str]:
+    """The kind of calibration that so many independent units allow for, and why."""
+    least = FEWEST_ROWS if choice == "sandwich" else ENOUGH_ROWS
+    enough = num_rows >= least * dim
     if choice == "sandwich" and num_rows == 1:
         raise ValueError(
-            "calibration='sandwich' takes a covariance over independent rows, and the data are one "
-            "dependent observation: use calibration='simulation'"
+            "calibration='sandwich' takes a covariance over independent rows, and the data, or "
+            "those of a site, are one dependent observation: use calibration='simulation'"
         )
     if num_rows == 1:
-        return "simulation", "The data are one dependent observation: J is from simulated data."
+        return "simulation", (
+            "The data, or those of a site, are one dependent observation: J is from simulated data."
+        )
     if choice == "sandwich" and not enough:
         raise ValueError(
             f"calibration='sandwich' needs at least {FEWEST_ROWS} rows for each of {dim} "
@@ -203,7 +231,10 @@ def _chosen(choice: Choice, num_rows: int, dim: int) -> tuple[str, str]:
 
 
 def _from_rows(loss: ModelLoss, mode: Tensor) -> tuple[Tensor, tuple[str, ...]]:
-    num_rows, gradients = loss.num_rows, loss.row_gradients(mode)
+    units = loss.units
+    assert units is not None
+    gradients = units.sums(loss.row_gradients(mode))
+    num_rows = len(gradients)
     touched = int((gradients != 0).sum(0).min())
     if touched < FEWEST_ROWS:
         raise ValueError(
@@ -216,7 +247,8 @@ def _from_rows(loss: ModelLoss, mode: Tensor) -> tuple[Tensor, tuple[str, ...]]:
             f"There are {num_rows} rows for {len(mode)} coordinates, and {touched} that move the "
             "least known of them: the calibrated widths are rough.",
         )
-    return covariance_of_sum(loss.degree * gradients), remarks
+    parts = [covariance_of_sum(loss.degree * part) for part in units.components(gradients)]
+    return torch.stack(parts).sum(0), remarks
 
 
 def _check_simulations(num_simulations: int, dim: int) -> None:
@@ -251,8 +283,8 @@ def simulate(
 ) -> tuple[Tensor, str]:
     """Returns data sets of a law, ``(R,) + batch + event``, and what is wrong with them, if so.
 
-    Exact where the energy can, by its own kernel from the data where it has one, else by the short
-    chains of ``law.sample``.
+    Exact where the energy can, by the distribution's sampler if there is one, by the energy's own
+    kernel from the data if there is one, else by the short chains of ``law.sample``.
 
     Args:
         law: The EBM.
@@ -261,8 +293,13 @@ def simulate(
         num_sweeps: Sweeps of the energy's own kernel.
     """
     shape, energy = torch.Size((num_simulations,)), law.energy_function
-    if law.has_exact_sample or law.sampler is not None:
+    if law.has_exact_sample:
         return law.sample(shape).to(x.dtype), ""
+    if law.sampler is not None:
+        return law.sample(shape).to(x.dtype), (
+            "simulated data are by the distribution's sampler, which does not say that its draws "
+            "are exact (draws_are_exact)."
+        )
     start = x.expand(shape + law.batch_shape + law.event_shape)
     if law.base is None and isinstance(energy, ExponentialFamily) and energy.has_sweep:
         natural = energy.natural()

@@ -146,11 +146,8 @@ def modules_of(run: Any) -> dict[str, nn.Module]:
     """Returns the modules with a state: model, guide, the sites' energies and generators."""
     sites = getattr(run.objective, "_sites", {})
     energies = {f"energy of {name}": p.energy_function for name, p in sites.items()}
-    generators = {f"generator of {name}": _generator_of(p) for name, p in sites.items()}
+    generators = {
+        f"generator of {name}": getattr(p, "generator", None) for name, p in sites.items()
+    }
     candidates = {"model": run.model, "guide": run.guide} | energies | generators
     return {name: m for name, m in candidates.items() if isinstance(m, nn.Module)}
-
-
-def _generator_of(p: Any) -> Any:
-    """The network behind a site's base, if its base is a law of generated points."""
-    return getattr(p, "generator", getattr(p.base, "generator", None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from pyro import poutine
@@ -13,6 +13,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.util import check_site_shape
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
 from pyro_ebm.distributions.captured import capture_in_progress, captured_only
@@ -24,6 +25,8 @@ from pyro_ebm.infer.evaluation import Evaluation
 from pyro_ebm.ops.autograd import grad_of
 from pyro_ebm.ops.autograd_graph import children, graph, leaves_of, node_of
 
+MOST_OUTSIDE = 0.1  # share of data beyond all noise that still counts as covered
+FEWEST_TO_COVER = 100  # draws that show how far the noise reaches
 SETTLED = 128  # in the first steps every comparison may be degenerate
 FEWEST_BASE_DRAWS = 32
 
@@ -93,6 +96,12 @@ def site(name: str, p: EnergyDistribution, x: Tensor, *, observed: bool, objecti
             f"{who} needs a density, and GeneralizedEBM site {name!r} has none: use KALE or "
             "DonskerVaradhan"
         )
+    if objective.trains_energy and p.base_measure == "lebesgue" and not x.is_floating_point():
+        raise ValueError(
+            f"{who} takes the data of EBM site {name!r} as points of {p.support}, so x must be "
+            f"floating point, got {x.dtype}: call x.double() if the data are measurements, or give "
+            "the distribution a discrete support and use NCE or PseudoLikelihood"
+        )
     _log_normalizer_is_learned(name, p, x, objective)
     if objective.trains_energy and x.is_floating_point() and p.base_measure != "counting":
         try:
@@ -126,24 +135,46 @@ def _log_normalizer_is_learned(
         )
 
 
-def not_degenerate(name: str, evaluation: Evaluation, who: str, step: int) -> None:
+class _Draws(NamedTuple):
+    """What an objective calls the draws that it weights, and how to have more or better ones."""
+
+    name: str
+    more: str
+    better: str
+
+
+_BASE = _Draws(
+    "base draws",
+    "Give num_base=256 or a larger batch",
+    "Raise gradient_penalty, lower the learning rate, or improve the base",
+)
+_NOISE = _Draws(
+    "noise draws",
+    "Raise num_noise or the batch size",
+    "Choose noise with tails no lighter than the model's, or lower the learning rate",
+)
+
+
+def not_degenerate(name: str, evaluation: Evaluation, objective: Traits, step: int) -> None:
     """Warns if a comparison has nothing left to compare: its gradients then mean little."""
-    notes = evaluation.notes
+    notes, who = evaluation.notes, type(objective).__name__
+    draws = _NOISE if hasattr(objective, "num_noise") else _BASE
+    _noise_covers_data(name, evaluation, who)
     if step < SETTLED:
         return
     if "weight_ess" in notes and evaluation.num_weights < FEWEST_BASE_DRAWS:
         warnings.warn(
-            f"{who} at EBM site {name!r}: {evaluation.num_weights} base draws a step are few for "
-            "the log of their mean weight, which is biased by about their relative variance over "
-            "twice their number. Give num_base=256 or a larger batch",
+            f"{who} at EBM site {name!r}: {evaluation.num_weights} {draws.name} a step are few "
+            "for the log of their mean weight, which is biased by about their relative variance "
+            f"over twice their number. {draws.more}",
             SurrogateWarning,
             stacklevel=2,
         )
     if float(notes.get("weight_ess", 1.0)) < 0.01:
         warnings.warn(
-            f"{who} at EBM site {name!r}, step {step}: the effective sample size of the base draws "
-            f"is {float(notes['weight_ess']):.1%} of their number, so that gradients come from a "
-            "handful of them. Raise gradient_penalty, lower the learning rate, or improve the base",
+            f"{who} at EBM site {name!r}, step {step}: the effective sample size of the "
+            f"{draws.name} is {float(notes['weight_ess']):.1%} of their number, so that gradients "
+            f"come from a handful of them. {draws.better}",
             SurrogateWarning,
             stacklevel=2,
         )
@@ -161,6 +192,30 @@ def not_degenerate(name: str, evaluation: Evaluation, who: str, step: int) -> No
             f"draws are worth {float(notes['noise_ess']):.1%} of their number, and log Z rests on "
             "a handful of them. Choose noise with the data's place and spread and tails no lighter "
             "(a fitted Gaussian or a flow), or an objective without noise",
+            SurrogateWarning,
+            stacklevel=2,
+        )
+
+
+def _noise_covers_data(name: str, evaluation: Evaluation, who: str) -> None:
+    """Warns if many data lie where no noise does.
+
+    Where noise is distributed as the data, a datum is less likely under it than all N of its draws
+    with probability 1 / (N + 1).
+    """
+    if evaluation.noise is None or get_proxy_mode() is not None:
+        return
+    on_data, on_draws = evaluation.noise
+    if on_draws.numel() < FEWEST_TO_COVER:
+        return
+    data = evaluation.rows(on_data, on_data.dim())
+    outside = float((data < on_draws.amin()).double().mean())
+    if outside > MOST_OUTSIDE:
+        warnings.warn(
+            f"{who} at EBM site {name!r}: the noise does not cover the data: {outside:.0%} of them "
+            "are less likely under it than all of its draws, so that the energy may come out in "
+            "any shape there. Choose noise with the data's place and spread and tails no lighter "
+            "(noise='gaussian', a flow), or an objective without noise",
             SurrogateWarning,
             stacklevel=2,
         )
@@ -216,10 +271,11 @@ def shapes(model_trace: Any, guide_trace: Any, max_plate_nesting: float) -> None
                 check_site_shape(node, max_plate_nesting)
 
 
-def free_of_latents(name: str, model_trace: Any, guide_trace: Any, who: str) -> None:
-    """Raises ``ValueError`` if a learned log Z is one number while the energy moves with a latent.
+def free_of_latents(name: str, model_trace: Any, guide_trace: Any, objective: Traits) -> None:
+    """Raises ``ValueError`` if an objective knows one law of a site that moves with a latent.
 
-    Latents with a point estimate (``Delta``) are parameters: log Z is learned along with them.
+    It learns one number for log Z, or keeps the chains of one law. Latents with a point estimate
+    (``Delta``) are parameters: log Z is learned along with them.
     """
     if not torch.is_grad_enabled():  # nothing is inferred, and there is no graph
         return
@@ -237,11 +293,23 @@ def free_of_latents(name: str, model_trace: Any, guide_trace: Any, who: str) -> 
     if random:
         latents = ", ".join(repr(n) for n in behind(model_trace) or random)
         raise ValueError(
-            f"the energy of EBM site {name!r} depends on latent {latents}, so log Z does, but "
-            f"{who} learns one number for it, which would bend the posterior. Use RankingNCE "
-            "or EnergyDiscrepancy, give log_normalizer= as a function of the latent, or freeze "
-            "the objective and run MCMC over poutine.surrogate(model, frozen)"
+            f"the energy of EBM site {name!r} depends on latent {latents}, "
+            f"{_bent_by_latents(objective)}"
         )
+
+
+def _bent_by_latents(objective: Traits) -> str:
+    who = type(objective).__name__
+    if not objective.learns_log_normalizer:
+        return (
+            f"but {who} keeps the chains of one law, which would bend the posterior. Use "
+            "ContrastiveDivergence, RankingNCE or EnergyDiscrepancy"
+        )
+    return (
+        f"so log Z does, but {who} learns one number for it, which would bend the posterior. Use "
+        "RankingNCE or EnergyDiscrepancy, give log_normalizer= as a function of the latent, or "
+        "freeze the objective and run MCMC over poutine.surrogate(model, frozen)"
+    )
 
 
 def _is_point(fn: Any) -> bool:

@@ -82,8 +82,6 @@ class ConditionalNCE(Objective):
         True
     """
 
-    is_held_out_criterion = True  # the noise is that of the first batch
-
     def __init__(
         self,
         num_noise: int = 10,
@@ -105,14 +103,6 @@ class ConditionalNCE(Objective):
         self.noise = noise
         self.scale = scale
         self.unit = unit
-
-    def get_extra_state(self) -> Any:
-        """Returns the noise's scale and unit, which may have been measured."""
-        return (self.scale, self.unit)
-
-    def set_extra_state(self, state: Any) -> None:
-        """Restores them."""
-        self.scale, self.unit = state
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
         """Draws noisy copies, and the log ratio of their density to that of the way back."""
@@ -146,32 +136,34 @@ class ConditionalNCE(Objective):
         return law.sample(draws) - law.sample(draws)
 
     def _gaussian(self, p: EnergyDistribution, u: Tensor) -> Tensor:
-        if self.unit is None or self.scale is None:
-            rows, event = _split(p, u)
-            self._measure(self.evaluation.rows(u, len(rows)), event)
-        unit = torch.as_tensor(self.unit, dtype=u.dtype, device=u.device)
+        site, (rows, event) = self.evaluation.site, _split(p, u)
+        if site not in self.fitted:
+            self.fitted[site] = self._measured(self.evaluation.rows(u, len(rows)), event)
+        scale, given = self.fitted[site]
+        unit = torch.as_tensor(given, dtype=u.dtype, device=u.device)
         normal = torch.randn((self.num_noise, *u.shape), dtype=u.dtype, device=u.device)
-        return self.scale * unit * normal  # type: ignore[operator]
+        return scale * unit * normal
 
-    def _measure(self, rows: Tensor, event: torch.Size) -> None:
-        """Sets what is not set, from the rows that count, ``(R,) + event``."""
-        rows = rows.reshape(len(rows), -1)
-        if self.unit is None:
+    def _measured(self, rows: Tensor, event: torch.Size) -> tuple[float, float | Tensor]:
+        """Scale and unit, from the rows that count, ``(R,) + event``, where they are not given."""
+        rows, unit, scale = rows.reshape(len(rows), -1), self.unit, self.scale
+        if unit is None:
             if len(rows) < 2 or not bool((rows.std(0) != 0).all()):
                 raise ValueError(
                     f"ConditionalNCE measures the data's spread in its first batch, but its "
                     f"{len(rows)} row(s) do not vary in every coordinate: give unit="
                 )
-            self.unit = rows.std(0).reshape(event)
-        if self.scale is None:
-            unit = torch.as_tensor(self.unit, dtype=rows.dtype, device=rows.device)
-            self.scale = doubled_scale(rows, unit.expand(event).reshape(-1))
+            unit = rows.std(0).reshape(event)
+        if scale is None:
+            at = torch.as_tensor(unit, dtype=rows.dtype, device=rows.device)
+            scale = doubled_scale(rows, at.expand(event).reshape(-1))
+        return scale, unit
 
     def per_datum(
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
     ) -> Tensor:
         """Returns the logistic loss of telling a datum from its noisy copies, in nats."""
-        potential = p.potential(torch.cat([x.unsqueeze(0), contrast.points]))
+        potential = p.potential(contrast.with_data(x))
         logits = potential[1:] - potential[:1] + contrast.log_noise  # type: ignore[operator]
         self.evaluation.note(accuracy=(logits > 0).double())
         return softplus(-logits).mean(0)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from pyro.contrib.zuko import ZukoToPyro
 from pyro.distributions import MaskedDistribution, MultivariateNormal, Normal
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Distribution, Independent
+from torch.distributions.constraints import Constraint
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import is_normalized
+from pyro_ebm.distributions.supports import same_support
 
 
 class Contrast(NamedTuple):
@@ -29,6 +32,27 @@ class Contrast(NamedTuple):
     log_noise: Tensor | None = None
     log_noise_data: Tensor | None = None
     between: Tensor | None = None
+
+    def with_data(self, x: Tensor) -> Tensor:
+        """Returns data and draws for one call of the energy, ``(1 + M,) + sample + batch + event``.
+
+        Args:
+            x: The data, in the coordinates of the points.
+        """
+        return torch.cat([x.unsqueeze(0), self.points])
+
+
+def gap(values: Tensor) -> Tensor:
+    """Returns the data's values less the mean of their contrast's.
+
+    Args:
+        values: As energies of ``Contrast.with_data`` come, ``(1 + M,) + sample + batch``.
+
+    Example:
+        >>> gap(torch.tensor([[5.0], [1.0], [3.0]]))
+        tensor([3.])
+    """
+    return values[0] - values[1:].mean(0)
 
 
 def rows_of(p: EnergyDistribution, x: Tensor) -> torch.Size:
@@ -49,6 +73,7 @@ def contrast_law(
         who: The objective, for messages.
 
     Raises:
+        TypeError: If it is no distribution.
         ValueError: If there is no contrast, or its events or support are not those of the EBM.
     """
     law = p.base if noise is None else noise
@@ -56,6 +81,11 @@ def contrast_law(
         raise ValueError(
             f"{who} has no contrast for {p!r}: give the distribution a base=, let the guide hold "
             "one (a sample site of the same name), or pass it to the objective"
+        )
+    if not isinstance(law, Distribution):
+        raise TypeError(
+            f"the contrast of {who} must be a distribution, got {type(law).__name__}; a flow that "
+            "is a module is called to make one: flow()"
         )
     law = elementwise(law, len(p.event_shape))
     _check_events(law, p, who)
@@ -68,11 +98,14 @@ def contrast_law(
 
 
 def elementwise(law: Any, event_dim: int) -> Any:
-    """Strips masks, and what ``to_event`` puts around an EBM and its contrast alike."""
-    while isinstance(law, MaskedDistribution) or (
+    """Strips masks, and what ``to_event`` puts around an EBM and its contrast alike.
+
+    Also Pyro's wrapper of a flow of zuko, which can be called but not drawn from.
+    """
+    while isinstance(law, (MaskedDistribution, ZukoToPyro)) or (
         isinstance(law, Independent) and len(law.event_shape) > event_dim
     ):
-        law = law.base_dist
+        law = law.dist if isinstance(law, ZukoToPyro) else law.base_dist
     return law
 
 
@@ -82,11 +115,26 @@ def _check_events(law: Any, p: EnergyDistribution, who: str) -> None:
             f"the contrast of {who} has event_shape {tuple(law.event_shape)}, the EBM "
             f"{tuple(p.event_shape)}; use to_event(n) to make them agree"
         )
-    if not p.shares_support_with(law):
+    support = _support_of(law, who)
+    if not same_support(p.support, support):
         raise ValueError(
-            f"the contrast of {who} lives on {law.support}, the EBM on {p.support}: their supports "
+            f"the contrast of {who} lives on {support}, the EBM on {p.support}: their supports "
             "must be the same, or the log ratio is not defined where only one of them has mass"
         )
+
+
+def _support_of(law: Any, who: str) -> Constraint:
+    """Its support; a flow of zuko has none, but its transform from x to z says where x lives."""
+    try:
+        return law.support
+    except NotImplementedError as error:
+        transform = getattr(law, "transform", None)
+        if transform is None or not same_support(law.base.support, transform.codomain):
+            raise ValueError(
+                f"the contrast of {who}, {type(law).__name__}, has no support to compare with the "
+                "EBM's: give its class a property support"
+            ) from error
+        return transform.domain
 
 
 def fitted_gaussian(x: Tensor, event_dim: int) -> Any:
@@ -109,6 +157,18 @@ def fitted_gaussian(x: Tensor, event_dim: int) -> Any:
             f"{tuple(rows.shape)}"
         )
     return gaussian_of(rows.mean(0), torch.cov(rows.T))
+
+
+def location_and_scale(law: Any) -> tuple[Tensor, Tensor]:
+    """Returns what makes a Gaussian anew by ``gaussian_at``, bit for bit."""
+    return law.loc, law.scale if isinstance(law, Normal) else law.scale_tril
+
+
+def gaussian_at(loc: Tensor, scale: Tensor) -> Any:
+    """Returns a Gaussian by its mean and its standard deviation or Cholesky factor."""
+    if loc.dim() == 0:
+        return Normal(loc, scale)
+    return MultivariateNormal(loc, scale_tril=scale)
 
 
 def gaussian_of(mean: Tensor, covariance: Tensor) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
 from pyro_ebm.chains.observations import is_subsample
 from pyro_ebm.distributions import EnergyDistribution, unwrap
@@ -25,29 +25,35 @@ from pyro_ebm.distributions.supports import check_observed
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.infer.conditional import depends_on_rows
 from pyro_ebm.normalizers.exact import States
+from pyro_ebm.normalizers.quadrature import MAX_DIM
 from pyro_ebm.ops.constraints import base_measure, plain
 from pyro_ebm.ops.rng import rng_preserved
 
 
 @dataclass(frozen=True)
 class SiteStructure:
-    """An observed EBM site whose log Z is missing.
+    """An observed EBM site.
 
     Args:
         name: The site.
         value: Its data.
         law: Its distribution in one run of the model, without plates.
-        num_rows: How many values of the event it holds that count.
-        is_conditional: Whether rows have laws of their own.
+        counts: Which of its rows count, of the law's batch shape.
+        is_conditional: Whether rows have laws of their own; not looked at where log Z is known.
         plates: Names of its plates that hold latents too, innermost first.
     """
 
     name: str
     value: Tensor
     law: EnergyDistribution
-    num_rows: int
+    counts: Tensor
     is_conditional: bool
     plates: tuple[str, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """How many values of the event it holds that count."""
+        return int(self.counts.sum())
 
     @property
     def family(self) -> ExponentialFamily | None:
@@ -59,7 +65,7 @@ class SiteStructure:
     def can_be_exchanged(self) -> bool:
         """Whether auxiliary data can be drawn: the energy is a family with a sampler or kernel."""
         family = self.family
-        return family is not None and (family.is_sampleable or family.has_sweep)
+        return family is not None and (self.law.energy_draws_exactly or family.has_sweep)
 
     @property
     def has_noise(self) -> bool:
@@ -82,6 +88,16 @@ class SiteStructure:
         return inf if states is None else states.number * self.law.batch_shape.numel()
 
     @property
+    def shares_law(self) -> bool:
+        """Whether one log Z is that of all rows."""
+        return not self.is_conditional
+
+    @property
+    def can_be_integrated(self) -> bool:
+        """Whether log Z could be an integral: the event is continuous and of few dims."""
+        return self.is_continuous and self.law.event_shape.numel() <= MAX_DIM
+
+    @property
     def is_continuous(self) -> bool:
         """Whether the site has a density, of which slopes can be taken."""
         return base_measure(self.law.support) == "lebesgue"
@@ -89,19 +105,31 @@ class SiteStructure:
 
 @dataclass(frozen=True)
 class DataStructure:
-    """All observed EBM sites of a model whose log Z is missing.
+    """The observed EBM sites of a model, those whose log Z is missing first.
 
     Args:
         sites: The sites; none where every log Z is known.
+        known: The other observed EBM sites.
     """
 
     sites: tuple[SiteStructure, ...]
+    known: tuple[SiteStructure, ...] = ()
+
+    @property
+    def observed(self) -> tuple[SiteStructure, ...]:
+        """All observed EBM sites."""
+        return self.sites + self.known
 
     @property
     def groups(self) -> str | None:
         """The plate of groups that have latents of their own, if all sites stand in one."""
         shared = [p for p in self.sites[0].plates if all(p in s.plates for s in self.sites)]
         return shared[0] if shared else None
+
+    @property
+    def is_integral(self) -> bool:
+        """Whether log Z of a site could be an integral, of a few dims."""
+        return any(site.can_be_integrated for site in self.sites)
 
     @property
     def kind(self) -> str:
@@ -120,7 +148,8 @@ def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Data
         **kwargs: Its keyword arguments.
 
     Raises:
-        ValueError: If it observes no EBM.
+        TypeError: If it is no model, or data on a continuous support are whole numbers.
+        ValueError: If it observes no EBM, or data lie outside of their support.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -133,20 +162,61 @@ def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Data
         >>> data_structure(model, torch.zeros(120)).kind
         'one observation'
     """
+    check_model(model, "a posterior")
     with rng_preserved(), torch.no_grad(), poutine.block():
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not is_subsample(s)]
     ebms = [s for s in sites if s["is_observed"] and unwrap(s["fn"]) is not None]
     if not ebms:
-        raise ValueError(
-            "the model observes no EBM: any kernel samples it, as pyro.infer.NUTS or mcmc.HMC"
-        )
+        raise ValueError(_without_observed(sites))
     of_latents = {f.name for s in sites if not s["is_observed"] for f in s["cond_indep_stack"]}
     for site in ebms:
         mask = mask_of(site["fn"], site["mask"])
         check_observed(site["name"], _law_of(site).support, site["value"], mask)
-    missing = [s for s in ebms if not _law_of(s).is_normalized]
-    return DataStructure(tuple(_structure(site, of_latents) for site in missing))
+        _check_floating(site)
+    missing, known = (
+        tuple(_structure(s, of_latents) for s in ebms if _law_of(s).is_normalized is is_known)
+        for is_known in (False, True)
+    )
+    return DataStructure(missing, known)
+
+
+def check_model(model: Any, what: str) -> None:
+    """Raises ``TypeError`` if this is no Pyro model.
+
+    Args:
+        model: What was given for it.
+        what: What needs it, as the beginning of a sentence.
+    """
+    if not callable(model) or isinstance(model, Distribution):
+        raise TypeError(
+            f"{what} is over the latents of a Pyro model, got {type(model).__name__}: put the "
+            "distribution at an observed site of a function that draws its parameters, def "
+            "model(x): a = pyro.sample(...); pyro.sample('x', EnergyDistribution(...), obs=x)"
+        )
+
+
+def _without_observed(sites: list[Any]) -> str:
+    """A sentence on a model that observes no EBM."""
+    laws = {s["name"]: unwrap(s["fn"]) for s in sites}
+    latent = [name for name, law in laws.items() if law is not None and not law.is_normalized]
+    if not latent:
+        return "the model observes no EBM: any kernel samples it, as pyro.infer.NUTS or mcmc.HMC"
+    return (
+        f"the model observes no EBM, and its EBM sites {latent} are latent with log Z unknown: if "
+        "their energies depend on no other latent, mcmc.HMC samples them as they are; else log Z "
+        "is part of the density of those latents, give the distribution a log_normalizer"
+    )
+
+
+def _check_floating(site: Any) -> None:
+    support, x = _law_of(site).support, site["value"]
+    if base_measure(support) == "lebesgue" and not x.is_floating_point():
+        raise TypeError(
+            f"EBM site {site['name']!r} has a density on {plain(support)}, so that its data must "
+            f"be floating point, got {x.dtype}: call x.double() if they are measurements, or give "
+            "the distribution a discrete support"
+        )
 
 
 def _structure(site: Any, of_latents: set[str]) -> SiteStructure:
@@ -155,12 +225,14 @@ def _structure(site: Any, of_latents: set[str]) -> SiteStructure:
     mask = mask_of(site["fn"], site["mask"])
     frames = sorted(site["cond_indep_stack"], key=lambda f: -(f.dim or 0))
     with torch.no_grad():
-        is_conditional = law.conditional is True or _has_own_laws(law, x)
+        is_conditional = law.conditional is True or (
+            not law.is_normalized and _has_own_laws(law, x)
+        )
     return SiteStructure(
         name=site["name"],
         value=x,
         law=law,
-        num_rows=int(torch.as_tensor(mask).expand(law.batch_shape).sum()),
+        counts=torch.as_tensor(mask, device=x.device).expand(law.batch_shape),
         is_conditional=is_conditional,
         plates=tuple(f.name for f in frames if f.name in of_latents),
     )

@@ -135,8 +135,6 @@ class DenoisingScoreMatching(Objective):
         True
     """
 
-    is_held_out_criterion = True
-
     def __init__(
         self,
         noise_std: float | Sequence[float],

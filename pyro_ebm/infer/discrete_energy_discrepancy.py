@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer.energy_discrepancy import PerturbationContrast
+from pyro_ebm.infer.perturbation_contrast import PerturbationContrast
 from pyro_ebm.infer.perturbations import Perturbation
 from pyro_ebm.infer.perturbed_space import PerturbedSpace
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer.contrast import rows_of
 from pyro_ebm.normalizers.exact import States, log_sum
 
 
@@ -28,15 +30,27 @@ class Enumerated:
     """
 
     is_frozen = True
+    is_likelihood = True  # latents may be summed out of it
 
     def __init__(self, max_states: int = 2**16) -> None:
         self.max_states = max_states
 
     def site_log_prob(self, name: str, p: EnergyDistribution, x: Tensor, **context: Any) -> Tensor:
-        """Returns the log density in nats, ``sample + batch``."""
+        """Returns the log density in nats, ``sample + batch``.
+
+        Raises:
+            ValueError: If energies have dims that the distribution does not declare: the states
+                that are summed stand in front of those it does.
+        """
         if p.is_normalized:
             return p.log_prob(x)
-        return p.unnormalized_log_prob(x) - log_sum(p, States.of(p, self.max_states))
+        log_p = p.unnormalized_log_prob(x)
+        if log_p.shape != torch.broadcast_shapes(p.batch_shape, rows_of(p, x)):
+            raise ValueError(
+                f"EBM site {name!r} has energies of shape {tuple(log_p.shape)} and batch_shape "
+                f"{tuple(p.batch_shape)}: give batch_shape= all dims of what its energy depends on"
+            )
+        return log_p - log_sum(p, States.of(p, self.max_states))
 
     def free_log_normalizers(self) -> dict[str, Any]:
         """Returns nothing: no log Z is inferred."""

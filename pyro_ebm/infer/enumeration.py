@@ -12,8 +12,9 @@ L is a plain term: it is evaluated once, however many values k has, and its grad
 the model without k. This is exact only while the EBM site does not depend on k. If it does, L
 would stand inside the logarithm of a sum, as :math:`\log \sum_k p(k) e^{-L_k(x)}`, though
 :math:`e^{-L_k}` is no likelihood. Summing out k in the guide is no way around: the best guide gives
-that same logarithm. Such a site is refused, and with it every k on which it depends by way of other
-sites. The mixture belongs into the energy,
+that same logarithm. Such a site is refused, here and by ``poutine.surrogate`` under any other
+inference that sums out, and with it every k on which it depends by way of other sites. The mixture
+belongs into the energy,
 
 .. math:: U(x) = -\log \sum_k e^{a_k - U_k(x)}, \qquad a_k = \log p(k) - \log Z_k,
 
@@ -37,7 +38,7 @@ from pyro.util import check_traceenum_requirements
 from torch import Tensor
 
 from pyro_ebm.distributions.layers import layers, num_reinterpreted
-from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.poutine.summed_out import refuse_mixture
 from pyro_ebm.poutine.surrogate import SurrogateDistribution
 
 
@@ -153,23 +154,7 @@ def _marked_sites(trace: Any) -> dict[str, Any]:
 
 
 def _check_independent(name: str, site: Any, enumerated: dict[str, int]) -> None:
-    """Looks at the shape of an EBM site's energy: every latent has a dim of its own."""
-    shape = _batch_shape(site)
-    found = [k for k, dim in enumerated.items() if len(shape) >= -dim and shape[dim] > 1]
-    if found:
-        names = ", ".join(map(repr, found))
-        raise NotImplementedError(
-            f"site {names} is enumerated and EBM site {name!r} depends on it: summing it out would "
-            "put an objective's loss, which is no likelihood, into the logarithm of a sum. Sum it "
-            "out in the energy, U(x) = -log sum_k exp(a_k - U_k(x)), where a_k = log p(k) - log Z_k"
-            " may be a learned parameter for every k"
-        )
-
-
-def _batch_shape(site: Any) -> torch.Size:
-    """The shape that an EBM site's log density would have at its value."""
     fn = site["fn"]
     scored = next(layer for layer in layers(fn) if isinstance(layer, SurrogateDistribution))
-    with torch.no_grad(), rng_preserved():
-        log_p = scored.p.unnormalized_log_prob(scored.without_padding(site["value"]))
-    return log_p.shape[: log_p.dim() - num_reinterpreted(fn)]
+    x = scored.without_padding(site["value"])
+    refuse_mixture(name, scored.p, x, enumerated, event_made=num_reinterpreted(fn))

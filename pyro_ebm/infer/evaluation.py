@@ -27,19 +27,24 @@ class Evaluation:
     Args:
         mask: Which rows count, shape that of the rows or one that broadcasts to it; ``None`` for
             all.
+        site: The EBM site's name; empty outside an evaluation.
         shares: Whether results are kept; not outside an evaluation, where anything may change.
 
     Attributes:
         notes: Diagnostics by name, detached 0-d tensors.
         num_weights: How many draws the last effective sample size was of.
+        has_graph: Whether it began with gradients enabled, as a training step does.
+        noise: Log densities of the noise at the data and at its own draws, where there is noise.
     """
 
-    def __init__(self, mask: Tensor | None = None, *, shares: bool = False) -> None:
+    def __init__(self, mask: Tensor | None = None, site: str = "", *, shares: bool = False) -> None:
         self.mask = mask
+        self.site = site
         self._shares = shares
         self.notes: dict[str, Tensor] = {}
         self.num_weights = 0
-        self._has_graph = torch.is_grad_enabled()
+        self.has_graph = torch.is_grad_enabled()
+        self.noise: tuple[Tensor, Tensor] | None = None
         self._results: dict[str, object] = {}
 
     def once(self, name: str, compute: Callable[[], _T]) -> _T:
@@ -50,7 +55,7 @@ class Evaluation:
         if not self._shares:
             return compute()
         if name not in self._results:
-            with torch.set_grad_enabled(self._has_graph):
+            with torch.set_grad_enabled(self.has_graph):
                 self._results[name] = compute()
         return self._results[name]  # type: ignore[return-value]
 
@@ -90,9 +95,9 @@ class Evaluation:
 
 
 @contextmanager
-def evaluating(objective: Evaluates, mask: Tensor | None) -> Iterator[Evaluation]:
+def evaluating(objective: Evaluates, mask: Tensor | None, site: str) -> Iterator[Evaluation]:
     """Surrounds everything that is computed from one batch of one site."""
-    objective.evaluation = Evaluation(mask, shares=True)
+    objective.evaluation = Evaluation(mask, site, shares=True)
     try:
         yield objective.evaluation
     finally:

@@ -18,6 +18,7 @@ import numpy as np
 import pyro
 import torch
 from pyro.infer import Trace_ELBO
+from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -38,7 +39,7 @@ def fit(
     objective: Trace_ELBO,
     *,
     guide: Callable[..., Any] | None = None,
-    optim: type[torch.optim.Optimizer] = torch.optim.Adam,
+    optim: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     lr: float = 1e-3,
     lr_schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
     batch_size: int | None = None,
@@ -66,7 +67,8 @@ def fit(
             guide.
         objective: An :class:`Objective` (or any ``Trace_ELBO``).
         guide: Latents' variational factors and the objective's contrasts.
-        optim: A torch optimizer class.
+        optim: A torch optimizer class, or one with options, such as ``partial(torch.optim.AdamW,
+            weight_decay=0.01)``.
         lr: Learning rate; ten times as much for a log Z learned by gradient.
         lr_schedule: Makes a torch scheduler from the optimizer, for example ``lambda optimizer:
             CosineAnnealingLR(optimizer, 1000)``. It moves at every step, ``ReduceLROnPlateau`` at
@@ -82,8 +84,8 @@ def fit(
         validate_every: Steps between its points.
         criterion: A function without arguments for the curve instead, called without gradients;
             smaller is better.
-        patience: After so many points without a new minimum the training ends. However it ends,
-            parameters, averages and log Z of the best point are restored.
+        patience: After so many points without a new minimum the training ends. Whether it or
+            ``num_steps`` ends it, parameters, averages and log Z of the best point are restored.
         checkpoint: File to save to (every ``checkpoint_every`` steps, at the end and on failure)
             and to resume from, bit for bit.
         checkpoint_every: Steps between saves.
@@ -208,15 +210,16 @@ def _as_tuple(data: Any, name: str) -> tuple[Tensor, ...]:
 
 
 def _check_objective(objective: Any, optim: Any) -> None:
-    """Raises ``TypeError`` for a class in place of an objective, or no optimizer class."""
+    """Raises ``TypeError`` for a class of objectives, or an optimizer in place of its class."""
     if not isinstance(objective, Trace_ELBO):
         got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
         hint = f": make one, {got}()" if isinstance(objective, type) else ""
         raise TypeError(f"objective must be an Objective or a Trace_ELBO, got {got}{hint}")
-    if not (isinstance(optim, type) and issubclass(optim, torch.optim.Optimizer)):
+    if not callable(optim) or isinstance(optim, (torch.optim.Optimizer, PyroOptim)):
         raise TypeError(
-            "optim must be a class of torch optimizers, such as torch.optim.Adam, which fit makes "
-            f"with the rate lr once the parameters are known. Got {type(optim).__name__}"
+            "optim must be a class of torch optimizers, such as torch.optim.Adam, or a partial of "
+            "one: fit makes it with the rate lr once the parameters are known. Got "
+            f"{type(optim).__name__}"
         )
 
 

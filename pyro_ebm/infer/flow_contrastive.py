@@ -41,10 +41,12 @@ MEMORY = 0.9  # of the discriminator's accuracy, per evaluation
 class FlowContrastive(NCE):
     r"""Flow contrastive estimation.
 
-    The guide's site of the same name is the flow: a ``TransformedDistribution``, a flow of zuko
-    through ``pyro.contrib.zuko``, or any density with ``rsample``, its parameters registered there
-    (``pyro.module``). Pre-train it by maximum likelihood: ``schedule=(0, 1)`` with
-    ``adversarial_weight=0`` and ``mle_weight=1`` does.
+    The guide's site of the same name is the flow: a ``TransformedDistribution``, a flow of zuko as
+    ``pyro.contrib.zuko.ZukoToPyro(flow())``, or any density with ``rsample``, its parameters
+    registered there (``pyro.module``). Importing zuko turns off the validation of torch, and with
+    it that of data against supports; ``pyro.enable_validation(True)`` brings it back.
+    Pre-train the flow by maximum likelihood: ``schedule=(0, 1)`` with ``adversarial_weight=0`` and
+    ``mle_weight=1`` does.
 
     Args:
         schedule: ``(energy steps, flow steps)``, taken in turns; ``None`` never moves the flow.
@@ -118,11 +120,7 @@ class FlowContrastive(NCE):
         self.adversarial_weight = adversarial_weight
         self.register_buffer("skill", torch.tensor(float("nan")))
         self._turn = (-1, False)
-
-    @property
-    def is_replayable(self) -> bool:  # type: ignore[override]
-        """Whether turns are taken by count alone."""
-        return self.throttle is None and super().is_replayable
+        self.is_replayable = throttle is None and self.is_replayable
 
     @property
     def is_second_players_turn(self) -> bool:

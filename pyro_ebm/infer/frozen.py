@@ -88,7 +88,7 @@ class FrozenObjective:
         data, contrast = p.broadcast_value(x), self.contrasts[name]
         known = log_normalizer_of_rows(p, data) if log_z is None else log_z
         log_z = torch.zeros(()) if known is None else known
-        with evaluating(self.objective, mask):
+        with evaluating(self.objective, mask, name):
             return -self.objective.per_datum(p, data, contrast, log_z)
 
 
@@ -136,7 +136,7 @@ def freeze(
         checks.site(name, p, x, observed=True, objective=objective)
         own = p.log_normalizer_value() if covers_parameters(p) else None
         objective.check_unconditional(name, p, x, own)
-        with evaluating(objective, mask), torch.no_grad():
+        with evaluating(objective, mask, name), torch.no_grad():
             contrasts[name] = objective.draw(p, x, held[name]["fn"] if name in held else None)
             if objective.learns_log_normalizer and own is None:
                 first = objective.initial_log_normalizer(p, x, contrasts[name])

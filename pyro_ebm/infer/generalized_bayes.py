@@ -22,6 +22,7 @@ from pyro_ebm.chains import Record
 from pyro_ebm.chains.record import to_numpy
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.calibration import Calibration, Choice, calibration_of
+from pyro_ebm.infer.data_structure import check_model
 from pyro_ebm.infer.loss_of_model import ModelLoss
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.mcmc import HMC, MCMC
@@ -103,7 +104,12 @@ def generalized_posterior(
         disable_progbar: Hides the progress bar.
         **kwargs: Keyword arguments of the model.
 
+    Returns:
+        A :class:`Posterior`. A factor of ``poutine.scale`` weighs the loss against the prior, as
+        ``weight`` does; a calibrated width is that of the rows that there are, and a note says so.
+
     Raises:
+        TypeError: If the model is none.
         ValueError: If the rows are too few for a sandwich, or no mode is found.
 
     Example:
@@ -119,6 +125,7 @@ def generalized_posterior(
         >>> posterior.calibration, posterior.record.draws["a"].shape
         ('sandwich', (4, 50))
     """
+    check_model(model, "a generalized posterior")
     one_of("calibration", calibration, ("auto", "sandwich", "simulation", "none"))
     frozen = loss if loss.is_frozen else loss.freeze(model, *args, **kwargs)
     scored = GeneralizedBayes(frozen, weight)

@@ -27,7 +27,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_ebm.infer.mmd import SampleComparison
+from pyro_ebm.infer.sample_comparison import SampleComparison
 from pyro_ebm.ops.kale_dual import kernel_kale, positive
 from pyro_ebm.ops.kernels import RadialKernel
 

@@ -6,10 +6,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
+from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.known_normalizer import check_broadcasts
-from pyro_ebm.ops.autograd_graph import leaves_of
-from pyro_ebm.ops.rng import rng_preserved
 
 
 def covers_parameters(p: EnergyDistribution, *, learned: bool = False) -> bool:
@@ -36,17 +34,6 @@ def log_normalizer_of_rows(p: EnergyDistribution, x: Tensor) -> Tensor | None:
     if value is not None:
         check_broadcasts(value.shape, x.shape[: x.dim() - len(p.event_shape)])
     return value
-
-
-def parameters_of(p: EnergyDistribution, x: Tensor) -> tuple[Tensor, ...]:
-    """Returns the tensors whose change makes a log Z of ``p`` stale, frozen ones included."""
-    parts = [p.energy_function, getattr(p, "generator", None)]
-    own = [t for part in parts if isinstance(part, nn.Module) for t in part.parameters()]
-    with torch.enable_grad(), rng_preserved():
-        reached = leaves_of(p.unnormalized_log_prob(x))
-        if isinstance(p, GeneralizedEBM) and p.base.has_rsample:  # type: ignore[union-attr]
-            reached += leaves_of(p.base.rsample())  # type: ignore[union-attr]
-    return tuple({id(t): t for t in (*own, *reached)}.values())
 
 
 def shared_with_store(name: str, value: nn.Parameter) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import layers, unvalidated
 from pyro_ebm.infer import checks
+from pyro_ebm.infer.independent_units import units_of
 from pyro_ebm.mcmc.model_target import ModelTarget
 from pyro_ebm.mcmc.vmap_safe import vmap_safe_operations
 from pyro_ebm.ops.rng import rng_preserved
@@ -54,6 +55,8 @@ class ModelLoss:
         self.degree = degree_of(objective)
         found = self.sites(target.draw_start(1)[0])
         self.counts = torch.cat([_mask_of(site).reshape(-1) for site in found.values()])
+        units = units_of(found, {name: _surrogate_of(s).batch_shape for name, s in found.items()})
+        self.units = None if units is None else units.counting(self.counts.cpu())
         self._check(found)
 
     def _check(self, found: Mapping[str, Any]) -> None:
@@ -65,11 +68,6 @@ class ModelLoss:
             if look is not None:
                 scored = _surrogate_of(site)
                 look(name, scored.p, scored.without_padding(site["value"]))
-
-    @property
-    def num_rows(self) -> int:
-        """The number of rows that count, over all sites."""
-        return int(self.counts.sum())
 
     def sites(self, q: Tensor, data: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Returns the scored sites of a run of the model at ``q``, ``(D,)``, by name.
@@ -91,6 +89,11 @@ class ModelLoss:
         with vmap_safe_operations():
             losses = [_rows_of(site) for site in self.sites(q, data).values()]
         return torch.cat([loss.reshape(-1) for loss in losses])
+
+    def scaled_sites(self, q: Tensor) -> list[str]:
+        """Returns the names of sites that ``poutine.scale`` multiplies, at ``q``, ``(D,)``."""
+        sites = self.sites(q).items()
+        return [name for name, site in sites if bool((torch.as_tensor(site["scale"]) != 1).any())]
 
     def potential(self, q: Tensor) -> Tensor:
         """Returns the whole potential at ``q``, ``(D,)``, a 0-d tensor in nats."""

@@ -61,8 +61,6 @@ class MinimumProbabilityFlow(DeterministicObjective):
         tensor(9.)
     """
 
-    is_held_out_criterion = True
-
     def __init__(self, *, exclude_data: bool = False, **elbo: Any) -> None:
         super().__init__(**elbo)
         self.exclude_data = exclude_data

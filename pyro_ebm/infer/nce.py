@@ -22,146 +22,19 @@ EMNLP 2018, arXiv:1809.01812.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, Literal
 
 import torch
-from pyro.distributions import Normal
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer import checks
-from pyro_ebm.infer.contrast import (
-    Contrast,
-    contrast_law,
-    fitted_gaussian,
-    gaussian_of,
-    rows_of,
-)
-from pyro_ebm.infer.objective import Objective
-from pyro_ebm.ops.log_space import bennett, effective_sample_size
+from pyro_ebm.infer.contrast import Contrast
+from pyro_ebm.infer.noise_contrast import NoiseContrast
+from pyro_ebm.ops.log_space import bennett
 
 CUpdate = Literal["gradient", "closed_form"]
-Refit = Literal["data", "model"]
-FEWEST_WEIGHTS = 10  # effective draws per entry of the fitted moments
-
-
-class NoiseContrast(Objective):
-    """What objectives share that compare every datum with draws of a noise density."""
-
-    is_held_out_criterion = True
-
-    def __init__(
-        self,
-        num_noise: float,
-        noise: Any,
-        *,
-        refit_every: int | None = None,
-        refit_to: Refit = "data",
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        if not isinstance(num_noise, (int, float)) or not num_noise > 0:
-            raise ValueError(f"num_noise must be positive, got {num_noise!r}")
-        if isinstance(noise, str) and noise != "gaussian":
-            raise ValueError(f"noise must be a distribution, 'gaussian' or None, got {noise!r}")
-        if refit_to not in ("data", "model"):
-            raise ValueError(f"refit_to must be 'data' or 'model', got {refit_to!r}")
-        if refit_every is not None and (refit_every < 1 or not isinstance(noise, str)):
-            raise ValueError(
-                "refit_every must be a positive number of steps, with noise='gaussian' to refit; "
-                f"got refit_every={refit_every!r} and noise={noise!r}"
-            )
-        self.num_noise = num_noise
-        self.noise = noise
-        self.refit_every = refit_every
-        self.refit_to = refit_to
-        self._fits_noise = isinstance(noise, str)
-        self._refitted_at = 0
-        if refit_every is not None:
-            self.is_held_out_criterion = False  # losses against other noise do not compare
-
-    @property
-    def is_replayable(self) -> bool:  # type: ignore[override]
-        """Whether noise stays what it is."""
-        return not self.refit_every
-
-    def get_extra_state(self) -> Any:
-        """Returns the moments of fitted noise, which belong to the state as the parameters do."""
-        fitted = self._fits_noise and not isinstance(self.noise, str)
-        if not fitted:
-            return None
-        of_numbers = isinstance(self.noise, Normal)
-        spread = self.noise.variance if of_numbers else self.noise.covariance_matrix
-        return (self.noise.loc, spread)
-
-    def set_extra_state(self, state: Any) -> None:
-        """Restores fitted noise."""
-        if state is not None:
-            self.noise = gaussian_of(*state)
-
-    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
-        """Draws noise beside every datum: the guide's, this objective's own, or the base's."""
-        if noise is None:
-            noise = self._own_noise(p, x)
-        q = contrast_law(noise, p, x, needs_density=True, who=type(self).__name__)
-        points = q.sample(torch.Size((math.ceil(self.num_noise),)))
-        return Contrast(points, q.log_prob(points), q.log_prob(x))
-
-    def _own_noise(self, p: EnergyDistribution, x: Tensor) -> Any:
-        if isinstance(self.noise, str):
-            self.noise = self._fitted_to_data(p, x)
-        return self.noise
-
-    def _fitted_to_data(self, p: EnergyDistribution, x: Tensor) -> Any:
-        rows = self.evaluation.rows(x, len(rows_of(p, x)))
-        return fitted_gaussian(rows, len(p.event_shape))
-
-    def _loss(
-        self, name: str, p: EnergyDistribution, x: Tensor, noise: Any, log_z: Tensor | None
-    ) -> Tensor:
-        if noise is None and torch.is_grad_enabled() and self._is_refit_due():
-            self._refitted_at = int(self.num_steps_taken)
-            fit = self._fitted_to_data if self.refit_to == "data" else self._fitted_to_model
-            self.noise = fit(p, x)
-        return super()._loss(name, p, x, noise, log_z)
-
-    def _is_refit_due(self) -> bool:
-        step = int(self.num_steps_taken)  # once in a step, whatever the number of sites
-        return bool(self.refit_every and step % self.refit_every == 0 and step > self._refitted_at)
-
-    @torch.no_grad()
-    def _fitted_to_model(self, p: EnergyDistribution, x: Tensor) -> Any:
-        """A Gaussian with the model's moments, by importance sampling from the present noise."""
-        q = contrast_law(self.noise, p, x, needs_density=True, who=type(self).__name__)
-        points = q.sample(torch.Size((math.ceil(self.num_noise),)))
-        log_weights = (p.unnormalized_log_prob(points) - q.log_prob(points)).flatten()
-        rows = points.reshape(len(log_weights), -1)
-        dim = rows.shape[1]
-        if effective_sample_size(log_weights) < FEWEST_WEIGHTS * (1 + dim):
-            warnings.warn(
-                f"{type(self).__name__}(refit_to='model') keeps its noise at step "
-                f"{self._refitted_at}: its draws are worth too few of the model's to fit "
-                f"{dim} coordinate(s). Give more noise per step, or refit_to='data'",
-                SurrogateWarning,
-                stacklevel=2,
-            )
-            return self.noise
-        weights = torch.softmax(log_weights, 0)
-        spread = torch.cov(rows.T, correction=0, aweights=weights)
-        return gaussian_of((weights @ rows).reshape(p.event_shape), spread)
-
-    def log_ratios(self, p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor:
-        """Returns -U - log q at data and contrast, ``(1 + M,) + rows``, in one energy call."""
-        return self.evaluation.once("log_ratios", lambda: _log_ratios(p, x, contrast))
-
-
-def _log_ratios(p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor:
-    points = torch.cat([x.unsqueeze(0), contrast.points])
-    log_noise = torch.cat([contrast.log_noise_data.unsqueeze(0), contrast.log_noise])  # type: ignore[union-attr, list-item]
-    return p.unnormalized_log_prob(points) - log_noise
 
 
 class NCE(NoiseContrast):

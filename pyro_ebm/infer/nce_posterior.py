@@ -42,14 +42,17 @@ from torch import Tensor
 
 from pyro_ebm.chains import Record
 from pyro_ebm.chains.record import to_numpy
-from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.layers import layers
+from pyro_ebm.infer.contrast import rows_of
+from pyro_ebm.infer.data_structure import check_model
 from pyro_ebm.infer.frozen import FrozenObjective
 from pyro_ebm.infer.nce import NCE
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.ops.rank_rhat import rank_rhat
+from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine.surrogate import SurrogateDistribution, surrogate
 
 Arrays = dict[str, NDArray[Any]]
@@ -126,6 +129,7 @@ def nce_posterior(
         sds; the chains' Monte Carlo error is part of both), and ``noise_accuracy_SITE``.
 
     Raises:
+        TypeError: If the model is none.
         ValueError: If there is no EBM site, a site is one observation, or rows need a log Z each.
 
     Example:
@@ -141,14 +145,15 @@ def nce_posterior(
         >>> posterior.record.num_chains
         8
     """
+    check_model(model, "an NCE posterior")
     call = _Call(model, args, kwargs)
+    _check_rows(call, noise)
     size = whole("num_samples", num_samples, least=4)
     ratio = whole("num_noise", num_noise, least=1)
     sets = []
     for _ in range(whole("num_sets", num_sets, least=1)):
         objective = NCE(ratio, noise)
         frozen = objective.freeze(model, *args, guide=guide, **kwargs)
-        _check_rows(frozen, noise)
         kernel = HMC(surrogate(model, frozen))
         mcmc = MCMC(
             kernel, size, warmup_steps, num_chains=num_chains, disable_progbar=disable_progbar
@@ -167,14 +172,20 @@ class _Call(NamedTuple):
 # --- one noise set
 
 
-def _check_rows(frozen: FrozenObjective, noise: Any) -> None:
-    if noise == "gaussian" and len(frozen.contrasts) > 1:
+def _check_rows(call: _Call, noise: Any) -> None:
+    """Looks at one run of the model, before any noise is asked whether it suits the data."""
+    with rng_preserved(), torch.no_grad(), poutine.block():
+        nodes = poutine.trace(call.model).get_trace(*call.args, **call.kwargs).nodes
+    observed = {n: s for n, s in nodes.items() if s["type"] == "sample" and s["is_observed"]}
+    laws = {name: unwrap(site["fn"]) for name, site in observed.items()}
+    found = {name: law for name, law in laws.items() if law is not None}
+    if noise == "gaussian" and len(found) > 1:
         raise ValueError(
             f"nce_posterior: noise='gaussian' is fitted to one site, and there are "
-            f"{sorted(frozen.contrasts)}: give guide= with a noise for each"
+            f"{sorted(found)}: give guide= with a noise for each"
         )
-    for name, contrast in frozen.contrasts.items():
-        rows = contrast.log_noise_data.shape
+    for name, law in found.items():
+        rows = rows_of(law, law.broadcast_value(observed[name]["value"]))
         if rows.numel() <= 1:
             raise ValueError(
                 f"nce_posterior: site {name!r} has batch_shape {tuple(rows)}: it is one "

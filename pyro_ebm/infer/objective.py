@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.distributions.known_normalizer import parameters_of
 from pyro_ebm.infer import checks, conditional
 from pyro_ebm.infer.contrast import Contrast
 from pyro_ebm.infer.enumeration import EnumeratingELBO
@@ -46,7 +47,6 @@ from pyro_ebm.infer.held import hold_parameters
 from pyro_ebm.infer.known import (
     covers_parameters,
     log_normalizer_of_rows,
-    parameters_of,
     shared_with_store,
 )
 from pyro_ebm.infer.objective_module import ObjectiveModule
@@ -70,7 +70,9 @@ class Objective(EnumeratingELBO, nn.Module):
         trains_energy: Whether the energy is what is learned, rather than the law that draws.
         is_replayable: Whether every training step does the same operations.
         log_normalizers: Learned log Z by site, in nats.
+        fitted: What was fitted to the first batch of every site, by its name; part of the state.
         is_frozen: Whether the contrast is fixed, so that the surrogate is one function.
+        why_not_frozen: What speaks against fixing it and what to do instead, or ``None``.
         is_held_out_criterion: Whether the loss on held-out data, with the contrast drawn alike, may
             be compared between steps: false where it says nothing of the model, as for contrastive
             divergence and adversaries.
@@ -83,6 +85,7 @@ class Objective(EnumeratingELBO, nn.Module):
     trains_energy = True
     has_second_player = False
     is_frozen = False
+    why_not_frozen: str | None = None
     is_replayable = True
 
     def __init__(self, *, schedule: tuple[int, int] | None = None, **elbo: Any) -> None:
@@ -90,6 +93,7 @@ class Objective(EnumeratingELBO, nn.Module):
         EnumeratingELBO.__init__(self, **elbo)
         self.schedule = checks.schedule(schedule, self)
         self.log_normalizers = nn.ParameterDict()
+        self.fitted: dict[str, Any] = {}
         self.diagnostics: dict[str, dict[str, Tensor]] = {}
         self.num_steps_taken: Tensor
         self.register_buffer("num_steps_taken", torch.zeros((), dtype=torch.long))
@@ -267,11 +271,11 @@ class Objective(EnumeratingELBO, nn.Module):
         if name not in self._sites:
             checks.site(name, p, data, observed=observed, objective=self)
         self._sites[name], self._examples[name] = p, data
-        with evaluating(self, mask) as evaluation:
+        with evaluating(self, mask, name) as evaluation:
             loss = self._loss(name, p, data, noise, log_z)
         self.diagnostics[name] = self.diagnostics.get(name, {}) | evaluation.notes
         if self.is_checked_now(name):
-            checks.not_degenerate(name, evaluation, type(self).__name__, self._checked[name])
+            checks.not_degenerate(name, evaluation, self, self._checked[name])
         if observed and not x.requires_grad:
             return -loss
         held = hold_parameters(p.unnormalized_log_prob, p.broadcast_value(x), len(p.event_shape))
@@ -324,8 +328,9 @@ class Objective(EnumeratingELBO, nn.Module):
         if get_proxy_mode() is None:  # a recorded step's loss is checked by its value
             checks.finite(model_trace, handler.used, int(self.num_steps_taken))
         for name in filter(self.keeps_log_normalizer, handler.used):
-            if self.objective_of(name).is_checked_now(name):
-                checks.free_of_latents(name, model_trace, guide_trace, type(self).__name__)
+            member = self.objective_of(name)
+            if member.is_checked_now(name):
+                checks.free_of_latents(name, model_trace, guide_trace, member)
         self._check_contexts(model, model_trace, handler.used, args, kwargs)
         checks.registered(model_trace, handler.used, self._sites, self._optimized)
         return model_trace, guide_trace
@@ -372,10 +377,28 @@ class Objective(EnumeratingELBO, nn.Module):
             *args: Its arguments, with the full data.
             guide: Holds the contrasts, as under SVI.
             **kwargs: Its keyword arguments.
+
+        Raises:
+            NotImplementedError: If ``why_not_frozen`` says so.
         """
+        if self.why_not_frozen is not None:
+            raise NotImplementedError(
+                f"{type(self).__name__} cannot be frozen: {self.why_not_frozen}"
+            )
         return freeze(self, model, guide, args, kwargs)
 
     # --- copies
+
+    def get_extra_state(self) -> Any:
+        """Returns what was fitted, which belongs to the state as the parameters do.
+
+        Tensors, numbers, strings, dicts and tuples alone, which a safe load accepts.
+        """
+        return dict(self.fitted)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restores it."""
+        self.fitted = dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
         """What was seen of the model stays behind: energies may be closures over graphs."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from pyro.infer.elbo import ELBOModule
+from torch import Tensor
 
 from pyro_ebm.errors import SurrogateWarning
 
@@ -38,23 +40,35 @@ class ObjectiveModule(ELBOModule):
     own rows: take ``"gradient"``.
     """
 
+    _listed: frozenset[str] | None = None  # what the last list held of the objective itself
+
     def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        """Yields the parameters of model, guide and objective.
+        """Yields the parameters of model, guide and objective that exist by now."""
+        self._listed = frozenset(name for name, _ in self.elbo.named_parameters())
+        return super().named_parameters(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the loss in nats for the whole data set.
 
         Warns:
-            SurrogateWarning: Before the first call, while log Z does not exist yet and would be
-                left out.
+            SurrogateWarning: If log Z of a site exists only now that training has begun, so that an
+                optimizer made of ``parameters()`` leaves it out.
         """
-        objective = self.elbo
-        if (
-            objective.learns_log_normalizer
-            and objective.learns_by_gradient
-            and not (objective._sites or objective.log_normalizers)
-        ):
+        loss = super().forward(*args, **kwargs)
+        if self._listed is not None and torch.is_grad_enabled():
+            self._warn_of_late(self._listed)
+            self._listed = None
+        return loss
+
+    def _warn_of_late(self, listed: frozenset[str]) -> None:
+        own = self.elbo.named_parameters()
+        late = [name for name, p in own if p.requires_grad and name not in listed]
+        if late:
+            sites = ", ".join(repr(name.rsplit(".", 1)[-1]) for name in late)
             warnings.warn(
-                f"{type(objective).__name__} creates its log Z at the first batch: call it on data "
-                "once before parameters(), or log Z is never optimized",
+                f"{type(self.elbo).__name__} creates its log Z at the first batch, and that of EBM "
+                f"site {sites} was not yet in parameters() when they were asked for: call the "
+                "module on data once before parameters(), or log Z is never optimized",
                 SurrogateWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        return super().named_parameters(*args, **kwargs)

@@ -32,21 +32,19 @@ class PerSite(Objective):
     """
 
     needs_density = False
+    why_not_frozen = "freeze each objective and use surrogate(model, {site: frozen, ...})"
 
     def __init__(self, objectives: Mapping[str, Objective], **elbo: Any) -> None:
         super().__init__(**elbo)
         self.members = dict(objectives)
-        self._modules_of_members = nn.ModuleList(self.members.values())
-
-    @property
-    def learns_log_normalizer(self) -> bool:  # type: ignore[override]
-        """Whether a member has a log Z for the optimizer."""
-        return any(m.learns_log_normalizer and m.learns_by_gradient for m in self.members.values())
-
-    @property
-    def is_held_out_criterion(self) -> bool:  # type: ignore[override]
-        """Whether the losses of all members may be compared between steps."""
-        return all(m.is_held_out_criterion and m.schedule is None for m in self.members.values())
+        each = self.members.values()
+        self._modules_of_members = nn.ModuleList(each)
+        self.learns_log_normalizer = any(
+            m.learns_log_normalizer and m.learns_by_gradient for m in each
+        )
+        self.is_held_out_criterion = all(
+            m.is_held_out_criterion and m.schedule is None for m in each
+        )
 
     @property
     def parameter_prefixes(self) -> tuple[str, ...]:
@@ -88,9 +86,3 @@ class PerSite(Objective):
     def log_normalizer(self, site: str) -> Any:
         """Returns the log Z that the site's own objective has learned."""
         return self.members[site].log_normalizer(site)
-
-    def freeze(self, model: Any, *args: Any, guide: Any = None, **kwargs: Any) -> Any:
-        """Raises: freeze the members and pass them to ``surrogate`` by site."""
-        raise NotImplementedError(
-            "freeze each objective and use surrogate(model, {site: frozen, ...})"
-        )

@@ -30,7 +30,7 @@ from torch.distributions import Distribution
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer import conditional
 from pyro_ebm.infer.contrast import Contrast, rows_of
-from pyro_ebm.infer.contrastive_divergence import NegativePhase, Start
+from pyro_ebm.infer.negative_phase import NegativePhase, Start
 from pyro_ebm.infer.tempered_langevin import TemperedLangevin
 from pyro_ebm.infer.transitions import KernelFactory, Transition, replaced
 from pyro_ebm.mcmc.checks import share, whole
@@ -112,7 +112,6 @@ class PersistentContrastiveDivergence(NegativePhase):
         self.size = None if size is None else whole("size", size, least=1)
         self.restart_prob = share("restart_prob", restart_prob)
         self.chains: dict[str, Slots] = {}
-        self._moves_on = True
 
     @classmethod
     def igebm(
@@ -181,13 +180,8 @@ class PersistentContrastiveDivergence(NegativePhase):
         """Whether a site may have one law only: chains cannot follow a latent that is random."""
         return True
 
-    def site_log_prob(self, name: str, p: EnergyDistribution, x: Tensor, **options: Any) -> Tensor:
-        """Returns minus the loss per datum; chains move on where gradients are asked for."""
-        self._moves_on = torch.is_grad_enabled()
-        return super().site_log_prob(name, p, x, **options)
-
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
-        """Moves chains on, as many as the rows need."""
+        """Moves chains on, as many as the rows need; copies where no gradients are asked for."""
         lead = torch.Size((self.num_negatives,)) + rows_of(p, x)
         fresh = partial(self._fresh_pool, p, x, noise)
         buffer = self._buffer(lead.numel(), fresh, x.device)
@@ -196,7 +190,7 @@ class PersistentContrastiveDivergence(NegativePhase):
         moved = self.move(p, states.reshape(lead + p.event_shape))
         lost = moved.lost.flatten()
         states = _refreshed(moved.x.reshape(states.shape), lost, fresh)
-        if self._moves_on:
+        if self.evaluation.has_graph:
             buffer.ages[which[restarts]] = 0
             buffer.write(which, states, lost=lost)
         self.watch(moved, age=buffer.ages[which].double().reshape(lead))
@@ -204,12 +198,13 @@ class PersistentContrastiveDivergence(NegativePhase):
 
     def _buffer(self, num: int, fresh: Any, device: torch.device) -> Slots:
         """The site's chains; made at the first batch."""
-        buffer = self.chains.get(self._site)
+        site = self.evaluation.site
+        buffer = self.chains.get(site)
         if buffer is None:
             buffer = self._new_buffer(self.size or num)
             buffer.fill(fresh(buffer.size))
-            if self._moves_on:
-                self.chains[self._site] = buffer
+            if self.evaluation.has_graph:
+                self.chains[site] = buffer
         buffer.to(device)
         return buffer
 
@@ -217,7 +212,7 @@ class PersistentContrastiveDivergence(NegativePhase):
         return Slots(size, num_steps=self.num_steps, restart_prob=self.restart_prob)
 
     def _chosen(self, buffer: Slots, num: int) -> tuple[Tensor, Tensor]:
-        if self._moves_on:
+        if self.evaluation.has_graph:
             return buffer.choose(num)
         which = torch.randint(buffer.size, (num,), device=buffer.ages.device)
         return which, torch.zeros_like(which, dtype=torch.bool)

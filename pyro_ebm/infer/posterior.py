@@ -2,7 +2,8 @@ r"""A posterior over the parameters of unnormalized models, by the way that the 
 
 In this order, exact ways first:
 
-1. *log Z known* in closed form, or a sum over few states: Hamiltonian Monte Carlo;
+1. *log Z known* in closed form, a sum over few states, or an integral over at most two dims, or
+   three if ``method="exact"`` asks for it: Hamiltonian Monte Carlo;
 2. *exact draws of the model*: exchange, group by group in a hierarchy;
 3. *a kernel for the model*: exchange with auxiliary draws by sweeps, judged by ACD and AIKS;
 4. *independent rows of few continuous dims*: the NCE posterior;
@@ -24,6 +25,7 @@ from pyro_ebm.infer.anchored_posterior import anchored_posterior
 from pyro_ebm.infer.data_structure import DataStructure, SiteStructure, data_structure
 from pyro_ebm.infer.enumerated import Enumerated
 from pyro_ebm.infer.generalized_bayes import generalized_posterior
+from pyro_ebm.infer.integration import Integrals, integrals_of
 from pyro_ebm.infer.nce_posterior import nce_posterior
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.infer.properness import check_proper
@@ -31,12 +33,16 @@ from pyro_ebm.infer.pseudo_likelihood import PseudoLikelihood
 from pyro_ebm.infer.score_matching import ScoreMatching
 from pyro_ebm.mcmc import HMC, MCMC, Exchange, GroupedExchange, Kernel
 from pyro_ebm.mcmc.exchange_diagnostics import exchange_diagnostics
+from pyro_ebm.normalizers.quadrature import MAX_DIM
 from pyro_ebm.poutine import surrogate
 
 MOST_TERMS = 2**18  # energies in the sums for log Z of one draw
+MOST_NODES = 2**15  # of an integral for log Z that is taken unasked
+MOST_DIM = 2  # of such an integral: in three dims chains take hours
 MOST_DIMS = 10  # of an event that noise is told from
 LARGEST_RHAT = 1.05  # of many short chains: about sqrt(1 + 1 / effective draws of a chain)
 LEAST_ESS = 400
+_KNOWN = "log Z of every EBM site is known: use method='exact'"
 
 
 def posterior(
@@ -68,6 +74,7 @@ def posterior(
         A :class:`Posterior`; printed, it explains itself.
 
     Raises:
+        TypeError: If it is no model, or data on a continuous support are whole numbers.
         ValueError: If the model observes no EBM, an energy is improper, or the method is unknown or
             cannot serve these data; the sentence says which can.
 
@@ -92,10 +99,14 @@ def posterior(
     run = _Run(model, args, kwargs, num_samples, warmup_steps, num_chains, disable_progbar)
     structure = data_structure(model, *args, **kwargs)
     doubts = check_proper(model, args, kwargs)
-    name = route_of(structure) if method == "auto" else method
-    if name not in _ROUTES:
+    if method != "auto" and method not in _ROUTES:
         raise ValueError(f"method must be 'auto' or one of {sorted(_ROUTES)}, got {method!r}")
-    found = _ROUTES[name](run, structure)
+    name = route_of(structure) if method == "auto" else method
+    limits = (MOST_NODES, MOST_DIM) if method == "auto" else (MOST_TERMS, MAX_DIM)
+    integrals = run.integrals(structure, *limits) if name == "exact" else None
+    if method == "auto" and integrals is None and structure.is_integral:
+        name = route_of(structure, can_integrate=False)
+    found = _ROUTES[name](replace(run, nodes=integrals), structure)
     told = tuple(_sentence(site) for site in structure.sites)
     # Of an NCE posterior R-hat contains what the noise sets change, of which it speaks itself.
     mixing = () if name == "nce" else _mixing_remarks(found)
@@ -113,6 +124,7 @@ class _Run:
     warmup_steps: int
     num_chains: int
     disable_progbar: bool
+    nodes: Integrals | None = None
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -124,17 +136,32 @@ class _Run:
 
     def by(self, kernel: Kernel) -> MCMC:
         mcmc = MCMC(kernel, **self.sizes, disable_progbar=self.disable_progbar)
-        mcmc.run(*self.args, **self.kwargs)
+        starts = None if self.nodes is None else self.nodes.begin(self.num_chains)
+        mcmc.run(*self.args, initial_params=starts, **self.kwargs)
         return mcmc
+
+    def integrals(self, structure: DataStructure, nodes: int, dim: int) -> Integrals | None:
+        """Nodes for log Z of the continuous sites, if there are such sites and such nodes."""
+        rest = [s for s in structure.sites if not s.can_be_integrated]
+        if not structure.is_integral or any(s.num_terms > MOST_TERMS for s in rest):
+            return None
+        call = (self.model, self.args, self.kwargs)
+        return integrals_of(*call, structure.sites, max_nodes=nodes, max_dim=dim)
 
 
 # --- which way
 
 
-def route_of(structure: DataStructure) -> str:
-    """Returns the method that ``"auto"`` takes for data of this structure."""
+def route_of(structure: DataStructure, *, can_integrate: bool = True) -> str:
+    """Returns the method that ``"auto"`` takes for data of this structure.
+
+    Args:
+        structure: The structure.
+        can_integrate: Whether there are nodes for log Z of sites of few dims.
+    """
     sites = structure.sites
-    if sum(site.num_terms for site in sites) <= MOST_TERMS:
+    summed = [s for s in sites if not (can_integrate and s.can_be_integrated)]
+    if sum(site.num_terms for site in summed) <= MOST_TERMS:
         return "exact"
     if all(site.can_be_exchanged for site in sites):
         return "exchange"
@@ -182,28 +209,55 @@ def _mixing_remarks(found: Posterior) -> tuple[str, ...]:
 
 
 def _exact(run: _Run, structure: DataStructure) -> Posterior:
+    if not structure.sites:
+        reasons: tuple[str, ...] = ("log Z of every EBM site is known at every draw.",)
+        return Posterior(run.by(HMC(run.model)).record, "exact log Z", reasons)
+    _check_summable(structure, run)
+    objective = Enumerated(MOST_TERMS) if run.nodes is None else run.nodes.objective
+    mcmc = run.by(HMC(surrogate(run.model, objective)))
+    reasons = tuple(_how_summed(site, run) for site in structure.sites)
+    return Posterior(mcmc.record, "exact log Z", reasons, _off_the_nodes(mcmc, run))
+
+
+def _check_summable(structure: DataStructure, run: _Run) -> None:
     for site in structure.sites:
-        if site.num_terms > MOST_TERMS:
+        if site.num_terms > MOST_TERMS and not site.can_be_integrated:
             raise ValueError(
                 f"method 'exact' sums log Z over states, and site {site.name!r} would take "
                 f"{site.num_terms:.3g} terms at every draw, more than {MOST_TERMS}: use 'auto', or "
                 "give the distribution a log_normalizer"
             )
-    if not structure.sites:
-        reasons: tuple[str, ...] = ("log Z of every EBM site is known at every draw.",)
-        return Posterior(run.by(HMC(run.model)).record, "exact log Z", reasons)
-    reasons = tuple(
-        f"log Z of site {s.name!r} is a sum over {s.num_terms / s.law.batch_shape.numel():.0f} "
-        "states."
-        for s in structure.sites
+    if structure.is_integral and run.nodes is None:
+        names = [site.name for site in structure.sites if site.can_be_integrated]
+        raise ValueError(
+            f"method 'exact' integrates log Z of {names} by fixed nodes, and no {MOST_TERMS} hold "
+            "wherever the posterior is (heavy tails, or scales that differ too much): use 'auto', "
+            "or give the distribution a log_normalizer"
+        )
+
+
+def _how_summed(site: SiteStructure, run: _Run) -> str:
+    if run.nodes is not None and site.name in run.nodes.objective.rules:
+        dim, rule = site.law.event_shape.numel(), run.nodes.objective.rules[site.name]
+        dims = "one dim" if dim == 1 else f"{dim} dims"
+        return f"log Z of site {site.name!r} is an integral over {dims}, by {rule}."
+    number = site.num_terms / site.law.batch_shape.numel()
+    return f"log Z of site {site.name!r} is a sum over {number:.0f} states."
+
+
+def _off_the_nodes(mcmc: MCMC, run: _Run) -> tuple[str, ...]:
+    """A sentence if log Z is not held by its nodes a little beyond the draws."""
+    if run.nodes is None or run.nodes.hold_beyond(mcmc.positions()[1][:, -1]):
+        return ()
+    return (
+        "log Z is held by its nodes at all draws, but not half as far out again: tails are cut "
+        "off there; give the distribution a log_normalizer to have them.",
     )
-    mcmc = run.by(HMC(surrogate(run.model, Enumerated(MOST_TERMS))))
-    return Posterior(mcmc.record, "exact log Z", reasons)
 
 
 def _exchange(run: _Run, structure: DataStructure) -> Posterior:
     if not structure.sites:
-        raise ValueError("log Z of every EBM site is known: use method='exact'")
+        raise ValueError(f"method 'exchange' does without log Z, and {_KNOWN}")
     plate = structure.groups
     kernel = Exchange(run.model) if plate is None else GroupedExchange(run.model, plate)
     mcmc = run.by(kernel)
@@ -234,17 +288,19 @@ def _anchored(run: _Run, structure: DataStructure) -> Posterior:
     found = anchored_posterior(
         run.model, *run.args, **run.sizes, disable_progbar=run.disable_progbar, **run.kwargs
     )
-    remark = "the error of log Z is the column mcse_logz of the summary; exchange has none."
+    remark = "exchange has no error of log Z."
     return replace(found, remarks=(*found.remarks, remark))
 
 
 def _nce(run: _Run, structure: DataStructure) -> Posterior:
-    for site in structure.sites:
+    for site in structure.observed:
         if site.num_rows == 1:
             raise ValueError(
                 "method 'nce' tells many independent rows from noise, and the data of site "
                 f"{site.name!r} are one observation: use method='auto'"
             )
+    if not structure.sites:
+        raise ValueError(f"method 'nce' infers log Z from noise, and {_KNOWN}")
     num_sets = 5
     sizes = {**run.sizes, "num_chains": -(-run.num_chains // num_sets), "num_sets": num_sets}
     noise = None if any(site.law.base is not None for site in structure.sites) else "gaussian"
@@ -267,7 +323,7 @@ def _nce(run: _Run, structure: DataStructure) -> Posterior:
 
 
 def _generalized(run: _Run, structure: DataStructure) -> Posterior:
-    continuous = {site.is_continuous for site in structure.sites}
+    continuous = {site.is_continuous for site in structure.observed}
     if len(continuous) > 1:
         raise ValueError(
             "continuous and discrete EBM sites in one model need a loss each, and no calibration "
@@ -282,8 +338,14 @@ def _generalized(run: _Run, structure: DataStructure) -> Posterior:
         disable_progbar=run.disable_progbar,
         **run.kwargs,
     )
-    reason = f"log Z is unknown, and {type(loss).__name__} does without it."
-    return replace(found, reasons=(reason, *found.reasons))
+    does = f"{type(loss).__name__} does without"
+    if not structure.sites:
+        return replace(
+            found,
+            reasons=(f"{does} log Z.", *found.reasons),
+            remarks=(*found.remarks, f"{_KNOWN}, for the posterior by Bayes' rule."),
+        )
+    return replace(found, reasons=(f"log Z is unknown, and {does} it.", *found.reasons))
 
 
 _ROUTES: dict[str, Callable[[_Run, DataStructure], Posterior]] = {

@@ -36,14 +36,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import isfinite
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer.contrast import Contrast
+from pyro_ebm.infer.contrast import Contrast, gap
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.infer.score_matching import number_of, refuse_contrast
 from pyro_ebm.infer.unconstrained import Unconstrained
@@ -90,6 +90,10 @@ class RecoveryLikelihood(Objective):
     """
 
     is_held_out_criterion = False
+    why_not_frozen = (
+        "its negatives are drawn from the model at its present parameters, so that with the draws "
+        "held there is no loss left. Freeze EnergyDiscrepancy(time=noise_std**2)"
+    )
 
     def __init__(
         self,
@@ -107,15 +111,6 @@ class RecoveryLikelihood(Objective):
         self.num_steps = number_of("num_steps", num_steps)
         self.num_negatives = number_of("num_negatives", num_negatives)
         self.sampler = sampler
-
-    def freeze(
-        self, model: Callable[..., Any], *args: Any, guide: Any = None, **kwargs: Any
-    ) -> NoReturn:
-        """Raises ``NotImplementedError``: the negatives depend on the parameters."""
-        raise NotImplementedError(
-            "RecoveryLikelihood draws its negatives from the model at its present parameters, so "
-            "with the draws held there is no loss left: freeze EnergyDiscrepancy(time=noise_std**2)"
-        )
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
         """Draws negatives from the law of the datum given its noised copies."""
@@ -168,9 +163,7 @@ class RecoveryLikelihood(Objective):
     ) -> Tensor:
         """Returns the potential of the datum less that of its negatives, in nats."""
         space = self._space(p)
-        points = torch.cat([space.coordinates(x).unsqueeze(0), contrast.points])
-        potential = space.potential(points)
-        return potential[0] - potential[1:].mean(0)
+        return gap(space.potential(contrast.with_data(space.coordinates(x))))
 
     @staticmethod
     def _space(p: EnergyDistribution) -> Unconstrained:

@@ -71,8 +71,6 @@ class ScoreMatching(DeterministicObjective):
         tensor(-1.5000)
     """
 
-    is_held_out_criterion = True
-
     def __init__(
         self, *, trace: Literal["exact", "hutchinson"] = "exact", num_probes: int = 1, **elbo: Any
     ) -> None:

@@ -61,7 +61,6 @@ class SelfNormalized(KALE):
 
     needs_density = True
     has_second_player = False
-    is_held_out_criterion = True
 
     def __init__(
         self,
@@ -83,4 +82,6 @@ class SelfNormalized(KALE):
         law = self.noise if noise is None else noise
         q = contrast_law(law, p, x, needs_density=True, who=type(self).__name__)
         points = q.sample(torch.Size((self.num_noise,)))
-        return Contrast(points, q.log_prob(points))
+        log_noise = q.log_prob(points)
+        self.evaluation.noise = (q.log_prob(x.to(points.dtype)), log_noise)
+        return Contrast(points, log_noise)

@@ -80,8 +80,6 @@ class SlicedScoreMatching(Objective):
         True
     """
 
-    is_held_out_criterion = True
-
     def __init__(
         self,
         num_projections: int = 1,

@@ -131,7 +131,6 @@ class TelescopingNCE(Objective):
     """
 
     learns_log_normalizer = True
-    is_held_out_criterion = True
 
     def __init__(
         self,
@@ -158,14 +157,6 @@ class TelescopingNCE(Objective):
             )
         return given
 
-    def get_extra_state(self) -> Any:
-        """Returns the waymarks, which may have been fitted."""
-        return self.waymarks
-
-    def set_extra_state(self, state: Any) -> None:
-        """Restores them."""
-        self.waymarks = state
-
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
         """Draws noise beside every datum and makes the waymarks between the two.
 
@@ -187,11 +178,13 @@ class TelescopingNCE(Objective):
         return Contrast(points, q.log_prob(points[-1:]), q.log_prob(before))
 
     def _weights(self, p: EnergyDistribution, x: Tensor, start: Tensor, end: Tensor) -> Tensor:
-        if self.waymarks is None:
-            dims = len(rows_of(p, x))
+        if self.waymarks is not None:
+            return self.waymarks.to(start)
+        site, dims = self.evaluation.site, len(rows_of(p, x))
+        if site not in self.fitted:
             data, noise = (self.evaluation.rows(u, dims) for u in (start, end))
-            self.waymarks = equal_steps(data, noise, self.num_bridges)
-        return self.waymarks.to(start)
+            self.fitted[site] = equal_steps(data, noise, self.num_bridges)
+        return self.fitted[site].to(start)
 
     def log_ratios(
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast
@@ -258,7 +251,7 @@ def bridges_of(p: EnergyDistribution, x: Tensor) -> Tensor:
 
 
 def _log_ratios(p: EnergyDistribution, x: Tensor, contrast: Contrast) -> tuple[Tensor, Tensor]:
-    points = torch.cat([x.unsqueeze(0), contrast.points])
+    points = contrast.with_data(x)
     values = -bridges_of(p, points)
     ends = (values[:, :-1].diagonal(), values[:, 1:].diagonal())  # bridges in the last dim
     base_over_noise = -torch.stack([contrast.log_noise_data, contrast.log_noise[-1]])  # type: ignore[list-item, index]
@@ -288,7 +281,7 @@ def equal_steps(start: Tensor, end: Tensor, num_steps: int) -> Tensor:
         Weights :math:`\alpha_1 < \dots < \alpha_m = 1`, ``(m,)``.
 
     Raises:
-        ValueError: If there are fewer than two rows.
+        ValueError: If there are fewer than two rows, or rows that are not finite.
 
     Example:
         >>> near, far = 0.001 * torch.randn(20_000), torch.randn(20_000)
@@ -307,6 +300,11 @@ def equal_steps(start: Tensor, end: Tensor, num_steps: int) -> Tensor:
     mean, variance = keep.sqrt() * m0 + grid * m1, keep * v0 + grid**2 * v1
     steps = mean.diff(dim=0).square() / variance[1:] + 0.5 * variance.log().diff(dim=0).square()
     length = steps.sum(-1).sqrt().cumsum(0)
+    if not length[-1].isfinite():
+        raise ValueError(
+            "TelescopingNCE spaces its waymarks by means and variances of data and noise in the "
+            "first batch, which are not finite: look for NaN in the data, or give waymarks="
+        )
     wanted = torch.arange(1, num_steps, dtype=length.dtype, device=length.device) / num_steps
     inner = grid[1:, 0][torch.searchsorted(length, wanted * length[-1])]
     return torch.cat([inner, inner.new_ones(1)])

@@ -31,7 +31,7 @@ _OWN = "log_normalizer of "
 class Options:
     """What ``fit`` was asked for; its docstring says what these are."""
 
-    optim: type[torch.optim.Optimizer]
+    optim: Callable[..., torch.optim.Optimizer]
     lr: float
     lr_schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None
     ema: float | None
@@ -231,7 +231,7 @@ class TrainingRun:
             for group in made:
                 self.optimizer.add_param_group(group)
             return
-        self.optimizer = options.optim(made, lr=options.lr)  # type: ignore[call-arg]
+        self.optimizer = options.optim(made, lr=options.lr)
         if options.lr_schedule is not None:
             self.scheduler = options.lr_schedule(self.optimizer)
 

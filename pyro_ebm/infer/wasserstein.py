@@ -25,16 +25,20 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer.contrast import Contrast, rows_of
-from pyro_ebm.infer.kale import BaseContrast
+from pyro_ebm.infer.base_contrast import BaseContrast
+from pyro_ebm.infer.contrast import Contrast, gap, rows_of
 from pyro_ebm.ops.log_normalizer import LogNormalizer
+
+NO_LOG_RATIO = (
+    "a Wasserstein critic is not a log ratio of densities (its scale is set by the penalty)"
+)
+REMEDY = "Learn the energy with KALE, DonskerVaradhan or NCE"
 
 
 class WassersteinCritic(BaseContrast):
@@ -60,6 +64,7 @@ class WassersteinCritic(BaseContrast):
     """
 
     is_held_out_criterion = False
+    why_not_frozen = f"{NO_LOG_RATIO}, and no posterior can be built on it. {REMEDY}"
 
     def __init__(
         self,
@@ -88,9 +93,7 @@ class WassersteinCritic(BaseContrast):
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
     ) -> Tensor:
         """Returns the critic's loss of a datum and its base draws, with its penalty."""
-        points = torch.cat([x.unsqueeze(0), contrast.points])
-        energy = self.evaluation.once("energy", lambda: p.energy(points))
-        loss = energy[0] - energy[1:].mean(0)
+        loss = gap(p.energy(contrast.with_data(x)))
         self.evaluation.note(critic_gap=-loss)
         return loss + self.penalty(p, x, contrast)
 
@@ -109,17 +112,6 @@ class WassersteinCritic(BaseContrast):
 
     def log_normalizer(self, site: str) -> LogNormalizer:
         """Raises: a critic is no log ratio of densities."""
-        _refuse(f"no log Z of site {site!r} can be handed on")
-
-    def freeze(
-        self, model: Callable[..., Any], *args: Any, guide: Any = None, **kwargs: Any
-    ) -> Any:
-        """Raises: no posterior can be built on a critic."""
-        _refuse("there is no generalized posterior to freeze it for")
-
-
-def _refuse(what: str) -> NoReturn:
-    raise NotImplementedError(
-        f"a Wasserstein critic is not a log ratio of densities (its scale is set by the penalty), "
-        f"so {what}: learn the energy with KALE, DonskerVaradhan or NCE"
-    )
+        raise NotImplementedError(
+            f"{NO_LOG_RATIO}, and no log Z of site {site!r} can be handed on. {REMEDY}"
+        )

@@ -20,14 +20,12 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc.auxiliary import Auxiliary, ExactDraws, Sweeps
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.checks import whole
@@ -88,7 +86,7 @@ class Exchange(RandomWalk):
                 "Exchange needs energies that are exponential families without a base, got "
                 f"{', '.join(others)}: derive the energy from ExponentialFamily"
             )
-        self._drawn_by = self.auxiliary or _best_for(families.values())
+        self._drawn_by = self.auxiliary or best_for(target)
         self.adjusted = self._drawn_by.is_exact
         return target
 
@@ -148,5 +146,6 @@ def target_of(potential: CapturedPotential) -> ExchangeTarget:
     return target
 
 
-def _best_for(families: Iterable[ExponentialFamily]) -> Auxiliary:
-    return ExactDraws() if all(family.is_sampleable for family in families) else Sweeps()
+def best_for(target: ExchangeTarget, num_sweeps: int = 20) -> Auxiliary:
+    """Returns how auxiliary draws are best made: exactly where all energies can, else by sweeps."""
+    return ExactDraws() if target.draws_are_exact else Sweeps(num_sweeps)

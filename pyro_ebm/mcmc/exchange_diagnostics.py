@@ -42,10 +42,11 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_ebm.mcmc.auxiliary import Auxiliary, ExactDraws, Sweeps
+from pyro_ebm.mcmc.auxiliary import Auxiliary
 from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.direction_exchange import DirectionExchange
 from pyro_ebm.mcmc.driver import MCMC
+from pyro_ebm.mcmc.exchange import best_for
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget
 from pyro_ebm.mcmc.natural_map import NaturalMap
 from pyro_ebm.mcmc.target import Values
@@ -148,7 +149,7 @@ def exchange_diagnostics(
         >>> import pyro, torch, pyro.distributions as dist
         >>> from pyro_ebm import EnergyDistribution
         >>> from pyro_ebm.energies import Ising
-        >>> from pyro_ebm.mcmc import Exchange
+        >>> from pyro_ebm.mcmc import Exchange, Sweeps
         >>> def model(image):
         ...     coupling = pyro.sample("coupling", dist.Uniform(0.0, 0.4))
         ...     law = EnergyDistribution(Ising(coupling, (13, 13), periodic=False))
@@ -161,7 +162,7 @@ def exchange_diagnostics(
         (80, '4 auxiliary draws each by 8 sweeps from the data')
     """
     target, blocks = _draws(mcmc, whole("max_draws", max_draws, least=LEAST_BLOCKS))
-    auxiliary = auxiliary or _best_for(target)
+    auxiliary = auxiliary or best_for(target, LONG_SWEEPS)
     q = blocks.flatten(0, 1)
     found = bartlett(target, q, auxiliary, whole("num_auxiliary", num_auxiliary, least=2))
     x, score, second = _whitened(q, found)
@@ -212,11 +213,6 @@ def _draws(mcmc: MCMC, most: int) -> tuple[ExchangeTarget, Tensor]:
         )
     kept = draws[:, draws.shape[1] - per_chain * length :]
     return target, kept.reshape(-1, length, draws.shape[-1])
-
-
-def _best_for(target: ExchangeTarget) -> Auxiliary:
-    exact = all(energy.is_sampleable for energy in target.energies.values())
-    return ExactDraws() if exact else Sweeps(LONG_SWEEPS)
 
 
 def _words(auxiliary: Auxiliary, number: int) -> str:

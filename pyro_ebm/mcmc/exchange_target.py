@@ -53,11 +53,13 @@ class ExchangeTarget(ModelTarget):
             where every chain has data of its own.
         energies: Their energies, as the model made them once; parameters are of no account.
         weights: What counts of each site, ``B``: scale times mask.
+        draws_are_exact: Whether the energies of all these sites draw from their laws themselves.
     """
 
     observed: Values
     energies: dict[str, Any]
     weights: Values
+    draws_are_exact: bool
 
     def watch(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -78,6 +80,7 @@ class ExchangeTarget(ModelTarget):
         for name, law in sites.laws.items():
             check_observed(name, law.support, self.observed[name], self.weights[name] > 0)
         self.energies = {name: law.energy_function for name, law in sites.laws.items()}
+        self.draws_are_exact = all(law.energy_draws_exactly for law in sites.laws.values())
         self._has_base = any(law.base is not None for law in sites.laws.values())
         self._captured = CapturedFunction(self._naturals, self.name, compile=False, capture=True)
 

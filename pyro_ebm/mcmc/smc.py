@@ -38,6 +38,7 @@ from pyro_ebm.mcmc.kernel import Kernel, State, check_untempered
 from pyro_ebm.mcmc.metric import MetricEstimate, resolved
 from pyro_ebm.mcmc.target import Values
 from pyro_ebm.ops.log_space import effective_sample_size, log_mean_exp
+from pyro_ebm.ops.nan_energies import NaNCount
 
 MAX_RUNGS = 1000
 _HALVINGS = 50
@@ -76,6 +77,7 @@ class _Rungs:
     acceptance_rate: list[float] = field(default_factory=list)
     log_normalizer: list[float] = field(default_factory=list)
     num_ancestors: list[int] = field(default_factory=list)
+    nan_energies: NaNCount = field(default_factory=NaNCount)
 
 
 class SMC:
@@ -148,7 +150,8 @@ class SMC:
             ValueError: If the energy has noise in it.
 
         Warns:
-            ApproximateSampleWarning: If at a rung less than a tenth of the particles counted.
+            ApproximateSampleWarning: If at a rung less than a tenth of the particles counted, or
+                energies were NaN.
         """
         self._particles = None
         q = self.target.draw_start(self.num_particles)
@@ -175,10 +178,17 @@ class SMC:
                 rungs.num_ancestors.append(len(ancestors.unique()))
                 bar.update(float(beta) - bar.n)
         self._particles = q
+        if rungs.nan_energies.number:
+            warnings.warn(
+                f"{self.dist!r}: energies of some particles are NaN and count as infinite "
+                "(nan_energies says how many): return inf where there is no mass",
+                ApproximateSampleWarning,
+                stacklevel=2,
+            )
 
     def _climb(self, beta: Tensor, energy: Tensor) -> Tensor:
         """Raises beta in place to the next rung; returns the log weights, ``(N,)``."""
-        energy = torch.where(energy.isnan(), torch.inf, energy).double()
+        energy = self._rungs.nan_energies(energy).double()
         if not bool(torch.isfinite(energy).any()):
             raise NonFiniteEnergyError(f"{self.dist!r}: no particle has a finite energy")
         if bool((energy == -torch.inf).any()):
@@ -262,6 +272,11 @@ class SMC:
         """The log of the estimate of Z in nats, with respect to the base, 0-d."""
         self.get_samples()
         return torch.tensor(self._rungs.log_normalizer, dtype=torch.float64).sum()
+
+    @property
+    def nan_energies(self) -> NaNCount:
+        """Which of the energies that were weighed were NaN, and counted as infinite."""
+        return self._rungs.nan_energies
 
     @property
     def plan(self) -> SMCPlan:

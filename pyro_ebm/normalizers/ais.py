@@ -22,7 +22,7 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,9 +35,10 @@ from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.bridge import bridged
 from pyro_ebm.normalizers.importance import from_weights
-from pyro_ebm.normalizers.laws import KernelMaker, based
+from pyro_ebm.normalizers.laws import KernelMaker, based, check_draws
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.log_space import log_mean_exp
+from pyro_ebm.ops.nan_energies import NaNCount
 
 NUM_PILOTS = 256
 
@@ -81,22 +82,14 @@ def ais(
     law = based(dist, "annealed importance sampling")
     path = Path.piloted(law, whole("num_rungs", num_rungs, least=2), kernel)
     forward = path.forward(whole("num_chains", num_chains, least=2))
-    up = from_weights(forward, "ais", start="base", law=law)
+    up = from_weights(forward, "ais", start="base", law=law, seen=path.seen)
     if draws is None:
         return replace(up, lower=up.value)
-    backward = path.backward(_positions(path.target, law, draws))
-    both = bridged(-backward[None], forward, "ais, both ways", start="base and the draws", law=law)
+    backward = path.backward(path.target.position_of(check_draws(law, draws)))
+    start = "base and the draws"
+    both = bridged(-backward[None], forward, "ais, both ways", start=start, law=law, seen=path.seen)
     upper = -log_mean_exp(backward) if draws_are_exact else None
     return replace(both, lower=up.value, upper=upper)
-
-
-def _positions(target: DistributionTarget, law: EnergyDistribution, draws: Tensor) -> Tensor:
-    if draws.dim() != 1 + len(law.event_shape) or draws.shape[1:] != law.event_shape:
-        raise ValueError(
-            f"draws must be (N,) + {tuple(law.event_shape)}, got {tuple(draws.shape)}: join chains "
-            "and draws by flatten(0, 1)"
-        )
-    return target.position_of(draws)
 
 
 @dataclass
@@ -109,6 +102,7 @@ class Path:
         kernel: A kernel bound to the law at ``beta``.
         ladder: Inverse temperatures after each rung, ``(K,)``, the last one 1.
         tunings: The kernel's tuning at each rung.
+        seen: What energies were NaN on the way.
     """
 
     target: DistributionTarget
@@ -116,6 +110,7 @@ class Path:
     kernel: Kernel
     ladder: Tensor
     tunings: list[dict[str, Tensor]]
+    seen: NaNCount = field(default_factory=NaNCount)
 
     def __post_init__(self) -> None:
         self._moving = CapturedPotential(self.kernel.bind())
@@ -157,8 +152,7 @@ class Path:
         return log_weights
 
     def _energy(self, q: Tensor) -> Tensor:
-        energy = self._weighing.energy(q).double()
-        return torch.where(energy.isnan(), torch.inf, energy)
+        return self.seen(self._weighing.energy(q).double())
 
     def _moved(self, q: Tensor, rung: int) -> Tensor:
         """One step of the kernel at a rung."""

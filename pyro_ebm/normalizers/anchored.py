@@ -27,6 +27,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -36,9 +37,10 @@ from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.normalizers.chain_size import effective_size
 
 LEAST_SHARE = 0.05
-LEAST_CHAINS = 20
-_WATCHING: list[list[Anchored]] = []
 """The share of effective draws below which log Z is not told."""
+
+LEAST_CHAINS = 20
+"""Chains at each anchor below which resampling them tells no error."""
 
 LARGEST_DISPLACEMENT = 0.3
 """Posterior standard deviations by which the error of log Z may displace a mean."""
@@ -47,6 +49,8 @@ LEAST_SHARED = 5.0
 """Effective draws that link the anchors, as the curvature counts them."""
 
 _NEWTON_STEPS = 100
+
+_asked: ContextVar[tuple[list[Anchored], ...]] = ContextVar("asked", default=())
 
 
 class Anchored:
@@ -152,7 +156,7 @@ class Anchored:
 
         Differentiable in them; NaN where too few draws count.
         """
-        for seen in _WATCHING:
+        for seen in _asked.get():
             seen.append(self)
         log_weights = self._log_weights(natural)
         value = torch.logsumexp(log_weights, -1)
@@ -276,13 +280,16 @@ def anchored(
 
 @contextmanager
 def asked() -> Iterator[list[Anchored]]:
-    """Inside, the functions that are called are listed."""
+    """Inside, the functions that are called from this thread are listed.
+
+    A model holds such a function in a closure of any depth, which cannot be read off its sites.
+    """
     seen: list[Anchored] = []
-    _WATCHING.append(seen)
+    token = _asked.set((*_asked.get(), seen))
     try:
         yield seen
     finally:
-        _WATCHING.remove(seen)
+        _asked.reset(token)
 
 
 def _by_sweeps(

@@ -17,11 +17,12 @@ from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.normalizers.ais import ais
-from pyro_ebm.normalizers.bridge import bridge
+from pyro_ebm.normalizers.bridge import bridge, least_draws
 from pyro_ebm.normalizers.exact import States, exact
 from pyro_ebm.normalizers.from_uniform import from_uniform
+from pyro_ebm.normalizers.growth import check_grows
 from pyro_ebm.normalizers.importance import importance
-from pyro_ebm.normalizers.laws import law_of, single
+from pyro_ebm.normalizers.laws import law_of, on_reals, single
 from pyro_ebm.normalizers.quadrature import MAX_DIM, quadrature
 from pyro_ebm.normalizers.smc import smc
 from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic
@@ -56,6 +57,7 @@ def estimate_log_normalizer(
             ``"bridge"``, with their defaults.
         draws: Draws of the law for the bridge, ``(chains, draws) + event_shape``, by preference
             from chains that were started at data; drawn by 64 chains of HMC if not given.
+            Quadrature looks for modes there, too, and is compared with the bridge.
 
     Returns:
         ``LogNormalizer`` in nats. Where two routes disagree its value is that of the one with the
@@ -72,6 +74,8 @@ def estimate_log_normalizer(
     """
     if method == "bridge":
         return _bridged(dist, draws)
+    if method == "quadrature":
+        return quadrature(dist, draws=draws)
     if method in METHODS:
         return METHODS[method](dist)
     if method != "auto":
@@ -89,10 +93,19 @@ def _by_the_best_way(dist: EnergyDistribution, draws: Tensor | None) -> LogNorma
     if base_measure(law.support) != "lebesgue":
         return _of_states(dist, states)
     if UnconstrainedSpace.of(law.support, law.event_shape).size <= MAX_DIM:
-        return quadrature(dist)
+        return _on_a_grid(dist, draws)
     single(dist, "estimate_log_normalizer")
+    check_grows(law)
     by_bridge = _bridged(dist, draws)
     return by_bridge if law.base is None else agreed(ais(dist), by_bridge)
+
+
+def _on_a_grid(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer:
+    """Quadrature, beside the bridge where there are draws enough for one."""
+    law, by_grid = law_of(dist), quadrature(dist, draws=draws)
+    if draws is None or law.batch_shape != () or draws.shape[:2].numel() < least_draws(law):
+        return by_grid
+    return agreed(by_grid, bridge(dist, draws))
 
 
 def _of_states(dist: EnergyDistribution, states: States | None) -> LogNormalizer:
@@ -102,7 +115,8 @@ def _of_states(dist: EnergyDistribution, states: States | None) -> LogNormalizer
     if states is None or not by_sweeps:
         raise NotImplementedError(
             f"{dist!r} is discrete with more than {_MOST_STATES} states, and its energy is no "
-            "ExponentialFamily with a kernel: exact(dist, max_states=...) sums more"
+            "ExponentialFamily with sweeps, which from_uniform anneals by: exact(dist, "
+            "max_states=...) sums more"
         )
     return from_uniform(dist)
 
@@ -134,6 +148,7 @@ def _first_start(estimate: LogNormalizer) -> str:
 def _bridged(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer:
     if draws is not None:
         return bridge(dist, draws)
+    on_reals(single(dist, "bridge sampling"), "bridge sampling")
     start = "support" if law_of(dist).base is None else "base"
     return replace(bridge(dist, _drawn(dist)), start=f"{start}{_THROUGH_CHAINS}")
 

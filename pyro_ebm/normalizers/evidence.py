@@ -84,7 +84,8 @@ def evidence(
     Raises:
         MissingNormalizerError: If log Z of an EBM site is not known at every draw, or there is an
             energy factor, which has none.
-        ValueError: If a prior is improper, a plate is subsampled, or latents have no draws.
+        ValueError: If a prior is improper, a plate is subsampled, a site is scaled, or
+            latents have no draws.
 
     Example:
         >>> import pyro.distributions as dist
@@ -167,6 +168,7 @@ def _checked_latents(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
         if is_subsample(site):
             _check_whole(name, site["fn"])
         elif mask_of(site["fn"], site["mask"]) is not False:
+            _check_scale(name, site["scale"])
             _check_density(name, site)
     return {n for n, s in sites.items() if not s["is_observed"] and not is_subsample(s)}
 
@@ -185,6 +187,14 @@ class _OnlyProper(Messenger):
 def _check_whole(name: str, plate: Any) -> None:
     if (plate.subsample_size or plate.size) < plate.size:
         raise ValueError(f"plate {name!r} is subsampled: the evidence is that of all data")
+
+
+def _check_scale(name: str, scale: Any) -> None:
+    if not bool((torch.as_tensor(scale) == 1).all()):
+        raise ValueError(
+            f"site {name!r} is scaled by {float(torch.as_tensor(scale).max()):.6g}: the evidence "
+            "is that of the data as they are, take poutine.scale away"
+        )
 
 
 def _check_density(name: str, site: Any) -> None:

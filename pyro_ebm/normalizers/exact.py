@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.normalizers.laws import law_of, leaves_of
+from pyro_ebm.normalizers.laws import law_of, parameters_behind
 from pyro_ebm.ops.constraints import plain, site_values
 from pyro_ebm.ops.initial_points import like_of
 from pyro_ebm.ops.log_normalizer import LogNormalizer
@@ -51,7 +51,8 @@ def exact(dist: EnergyDistribution, *, max_states: int = 2**24) -> LogNormalizer
     else:
         states = States.of(law, max_states)
         value, method = log_sum(law, states), f"sum over {states.number} states"
-    return LogNormalizer(value, torch.zeros_like(value.detach()), method, parameters=leaves_of(law))
+    parameters = parameters_behind(law, value)
+    return LogNormalizer(value, torch.zeros_like(value.detach()), method, parameters=parameters)
 
 
 class States:

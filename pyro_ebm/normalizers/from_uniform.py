@@ -30,7 +30,7 @@ from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.normalizers.bridge import bridged
 from pyro_ebm.normalizers.exact import States
 from pyro_ebm.normalizers.importance import from_weights
-from pyro_ebm.normalizers.laws import single
+from pyro_ebm.normalizers.laws import check_draws, single
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.log_space import log_mean_exp
 
@@ -77,7 +77,7 @@ def from_uniform(
     up = from_weights(forward, "ais", start="uniform law", law=law)
     if draws is None:
         return _shifted(replace(up, lower=up.value), ladder.log_number)
-    backward = ladder.down(_checked(law, draws))
+    backward = ladder.down(check_draws(law, draws))
     start = "uniform law and the draws"
     both = bridged(-backward[None], forward, "ais, both ways", start=start, law=law)
     upper = -log_mean_exp(backward) if draws_are_exact else None
@@ -144,20 +144,11 @@ def _shifted(found: LogNormalizer, log_number: float) -> LogNormalizer:
     return replace(found, value=found.value + log_number, lower=lower, upper=upper)
 
 
-def _checked(law: EnergyDistribution, draws: Tensor) -> Tensor:
-    if draws.dim() != 1 + len(law.event_shape) or draws.shape[1:] != law.event_shape:
-        raise ValueError(
-            f"draws must be (N,) + {tuple(law.event_shape)}, got {tuple(draws.shape)}: join chains "
-            "and draws by flatten(0, 1)"
-        )
-    return draws
-
-
 def _family_of(law: EnergyDistribution) -> ExponentialFamily:
     family = law.energy_function
     if not isinstance(family, ExponentialFamily) or not family.has_sweep or law.base is not None:
         raise TypeError(
             "annealing from the uniform law moves by the sweeps of an ExponentialFamily without a "
-            f"base, got {type(family).__name__}: with a base use ais"
+            f"base, got {type(family).__name__}: on the reals with a base use ais"
         )
     return family

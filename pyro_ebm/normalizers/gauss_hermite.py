@@ -15,13 +15,15 @@ Reference: Golub, Welsch, Calculation of Gauss quadrature rules, Math. of Comput
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.normalizers.laws import law_of, leaves_of
+from pyro_ebm.normalizers.laws import law_of, parameters_behind, shared_law
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 
 MAX_DIM = 3
@@ -57,7 +59,43 @@ def gauss_hermite(dist: EnergyDistribution, *, num_nodes: int = 32) -> LogNormal
     value = _log_mean(law, base, int(num_nodes))
     with torch.no_grad():
         change = (value - _log_mean(law, base, int(num_nodes) * 3 // 4)).abs()
-    return LogNormalizer(value, change, "gauss_hermite", parameters=leaves_of(law))
+    centre = base.points(base.loc.new_zeros(1, law.event_shape.numel()))
+    parameters = parameters_behind(law, value, centre)
+    return LogNormalizer(value, change, "gauss_hermite", parameters=parameters)
+
+
+def has_gaussian_base(law: EnergyDistribution) -> bool:
+    """Whether the nodes can be those of the base."""
+    return isinstance(_inner(law.base), Normal | MultivariateNormal)
+
+
+def _inner(base: Any) -> Any:
+    """A base without what ``to_event`` puts around it."""
+    while isinstance(base, Independent):
+        base = base.base_dist
+    return base
+
+
+def on_base(dist: EnergyDistribution, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """Returns log Z of a law that all elements of a batch share, and its change from fewer nodes.
+
+    The energy sees every node once, not once for every element. Both are 0-d.
+
+    Args:
+        dist: A distribution as of :func:`gauss_hermite`, whose batch is known to be of one law.
+        num_nodes: Nodes in each dim.
+
+    Example:
+        >>> from torch.distributions import Normal
+        >>> law = EnergyDistribution(lambda x: 0.5 * x**2, Normal(torch.zeros(500), 1.0))
+        >>> on_base(law, 32)[0]  # -log(2) / 2
+        tensor(-0.3466, dtype=torch.float64)
+    """
+    law = law_of(dist)
+    base = _Gaussian.of(law, dist).of_first()
+    one = shared_law(law, base.loc, with_base=False)
+    value, fewer = (_log_mean(one, base, n).flatten()[0] for n in (num_nodes, num_nodes * 3 // 4))
+    return value, (value - fewer).detach().abs()
 
 
 class _Gaussian:
@@ -74,8 +112,7 @@ class _Gaussian:
                 f"gauss_hermite takes up to {MAX_DIM} dimensions, and {dist!r} has {size}: use an "
                 "estimate"
             )
-        while isinstance(base, Independent):
-            base = base.base_dist
+        base = _inner(base)
         flat = law.batch_shape + (size,)
         if isinstance(base, MultivariateNormal):
             return cls(base.loc, base.scale_tril, law.event_shape)
@@ -86,6 +123,13 @@ class _Gaussian:
             f"gauss_hermite integrates against a Gaussian base (Normal or MultivariateNormal), got "
             f"{law.base!r}: use quadrature"
         )
+
+    def of_first(self) -> _Gaussian:
+        """Returns the base of the first element of a batch, as a batch of one."""
+        loc, scale_tril = self.loc, self.scale_tril
+        for dim in range(loc.dim() - 1):
+            loc, scale_tril = (t.narrow(dim, 0, 1) for t in (loc, scale_tril))
+        return _Gaussian(loc, scale_tril, self.event_shape)
 
     def points(self, z: Tensor) -> Tensor:
         """Returns the images of nodes ``(N, D)``, ``(N,) + batch + event``."""

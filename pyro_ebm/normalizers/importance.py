@@ -2,9 +2,10 @@ r"""Log Z by importance sampling.
 
 .. math:: \hat Z = \frac1S \sum_s \frac{e^{-U(x_s)}}{q(x_s)}, \qquad x_s \sim q,
 
-unbiased for Z; its logarithm is low by about half its variance. The standard error is the delta
-method's, :math:`\sqrt{(S / \mathrm{ESS} - 1) / S}`, and the Pareto tail index of the weights says
-whether that means anything. Neither sees a mode that no draw has come near.
+unbiased for Z, if q leaves no part of the law's support out; its logarithm is low by about half its
+variance. The standard error is the delta method's, :math:`\sqrt{(S / \mathrm{ESS} - 1) / S}`, and
+the Pareto tail index of the weights says whether that means anything. Neither sees a mode that no
+draw has come near.
 
 Reference:
     Vehtari, Simpson, Gelman, Yao, Gabry, Pareto smoothed importance sampling, JMLR 25(72), 2024.
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.distributions.layers import is_normalized
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc.checks import whole
-from pyro_ebm.normalizers.laws import leaves_of, single
+from pyro_ebm.normalizers.laws import normalized_on, parameters_at, single, within
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.log_space import effective_sample_size, log_mean_exp
+from pyro_ebm.ops.nan_energies import NaNCount
 from pyro_ebm.ops.pareto import pareto_khat
 
 
@@ -34,15 +35,16 @@ def importance(
 
     Args:
         dist: A distribution with ``batch_shape == ()``.
-        proposal: A normalized distribution on the same support, with tails at least as heavy; the
-            base if not given, which serves for weak tilts only.
+        proposal: A normalized distribution on the same support or a larger one, with tails at least
+            as heavy; the base if not given, which serves for weak tilts only.
         num_samples: S; the standard error falls as ``1 / sqrt(S)``.
 
     Returns:
         ``LogNormalizer`` in nats with ``stderr``, ``ess`` and ``khat``.
 
     Raises:
-        ValueError: If there is neither a proposal nor a base, or the event shapes differ.
+        ValueError: If there is neither a proposal nor a base, the event shapes differ, or the
+            proposal leaves a part of the support out.
         NonFiniteEnergyError: If no draw has a finite energy, or one has minus infinity.
 
     Example:
@@ -54,15 +56,21 @@ def importance(
     """
     law = single(dist, "importance sampling")
     start = "base" if proposal is None else "proposal"
-    q = _checked(law, law.base if proposal is None else proposal)
+    q = normalized_on(law, proposal, "proposal")
     with torch.no_grad():
         x = q.sample(torch.Size((whole("num_samples", num_samples, least=2),)))
         log_weights = -law.energy(x) if proposal is None else -law.potential(x) - q.log_prob(x)
-    return from_weights(log_weights, "importance", start=start, law=law)
+    return from_weights(within(law, q, x, log_weights), "importance", start=start, law=law, at=x)
 
 
 def from_weights(
-    log_weights: Tensor, method: str, *, start: str, law: EnergyDistribution
+    log_weights: Tensor,
+    method: str,
+    *,
+    start: str,
+    law: EnergyDistribution,
+    at: Tensor | None = None,
+    seen: NaNCount | None = None,
 ) -> LogNormalizer:
     """Returns the estimate that independent weights make.
 
@@ -71,11 +79,14 @@ def from_weights(
         method: Name of the estimator.
         start: Where the draws come from.
         law: The law whose Z it is.
+        at: Values of it in the dtype that the energy takes; a draw of the base if not given.
+        seen: NaN energies that were counted before they came into the weights.
 
     Raises:
         NonFiniteEnergyError: If no weight counts, or one is infinite.
     """
-    log_weights = torch.where(log_weights.isnan(), -torch.inf, log_weights.double())
+    seen = seen or NaNCount()
+    log_weights = -seen(-log_weights.double())
     if not bool(log_weights.max() > -torch.inf):
         raise NonFiniteEnergyError(f"{law!r}: none of {len(log_weights)} draws has a finite energy")
     if bool((log_weights == torch.inf).any()):
@@ -89,18 +100,6 @@ def from_weights(
         khat=pareto_khat(log_weights),
         num_samples=num,
         start=start,
-        parameters=leaves_of(law),
+        remarks=seen.remarks,
+        parameters=parameters_at(law, at),
     )
-
-
-def _checked(law: EnergyDistribution, q: Any) -> Any:
-    if q is None:
-        raise ValueError(f"{law!r} has no base to draw from: give a proposal")
-    if q.event_shape != law.event_shape or q.batch_shape != ():
-        raise ValueError(
-            f"the proposal has batch_shape {tuple(q.batch_shape)} and event_shape "
-            f"{tuple(q.event_shape)}, expected () and {tuple(law.event_shape)}"
-        )
-    if not is_normalized(q):
-        raise ValueError("the proposal must be a normalized distribution: its own log Z is missing")
-    return q

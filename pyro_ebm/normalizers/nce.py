@@ -37,13 +37,13 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.distributions.layers import is_normalized
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.normalizers.importance import from_weights
-from pyro_ebm.normalizers.laws import leaves_of, single
+from pyro_ebm.normalizers.laws import check_inside, normalized_on, parameters_at, single, within
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.log_space import bennett
+from pyro_ebm.ops.nan_energies import NaNCount
 
 _FAR = 4.0  # standard errors between two estimates of log Z
 _SINGULAR = 1e-10
@@ -57,12 +57,14 @@ class _Told(NamedTuple):
         data: Probabilities of "data" at the data, ``(N,)``.
         noise: The same at the noise, ``(M,)``.
         log_weights: :math:`-U - \log q` at the noise, ``(M,)``.
+        seen: Energies at the noise that were NaN.
     """
 
     c: Tensor
     data: Tensor
     noise: Tensor
     log_weights: Tensor
+    seen: NaNCount
 
 
 def nce(
@@ -102,7 +104,7 @@ def nce(
         log Z = 0.91... ± 0.00... nats (NCE, from the data, ESS ... of 2000)
     """
     law = single(dist, "NCE")
-    q = _noise(law, noise)
+    q = normalized_on(law, noise, "noise")
     size = len(_rows(law, data)) * whole("num_noise", num_noise, least=1)
     points = q.sample(torch.Size((size,)))
     told = _tell(law, q, data, points)
@@ -113,8 +115,8 @@ def nce(
         ess=min(_effective(1.0 - told.data), _effective(told.noise)),
         num_samples=len(data),
         start="data",
-        remarks=_remarks(law, told, q),
-        parameters=leaves_of(law),
+        remarks=told.seen.remarks + _remarks(law, told, data[:1]),
+        parameters=parameters_at(law, data[:1]),
     )
 
 
@@ -138,7 +140,7 @@ def nce_covariance(
         ValueError: If ``fitted`` is not identified.
     """
     law = single(dist, "NCE")
-    told = _tell(law, _noise(law, noise), _rows(law, data), points)
+    told = _tell(law, normalized_on(law, noise, "noise"), _rows(law, data), points)
     parameters = tuple(fitted)
     at_data, at_noise = _both_slopes(law, told, data, points, parameters)
     inverse = _inverse_information(told, at_data, at_noise)
@@ -161,7 +163,9 @@ def _variance_at_parameters(
 
 
 def _tell(law: EnergyDistribution, q: Any, data: Tensor, points: Tensor) -> _Told:
-    at_data, at_noise = _log_ratio(law, q, data), _log_ratio(law, q, points)
+    seen = NaNCount()
+    at_data = _log_ratio(law, q, data)
+    at_noise = -seen(-within(law, q, points, _log_ratio(law, q, points)))
     if not bool(at_data.isfinite().all()):
         raise NonFiniteEnergyError(f"{law!r}: the energy is not finite at a datum")
     counts = at_noise > -math.inf
@@ -170,13 +174,12 @@ def _tell(law: EnergyDistribution, q: Any, data: Tensor, points: Tensor) -> _Tol
     log_ratio = math.log(len(at_noise) / len(at_data))
     at_data, logits = at_data - log_ratio, at_noise - log_ratio
     c = bennett(at_data, logits[counts], ratio=int(counts.sum()) / len(at_data))
-    return _Told(c, torch.sigmoid(at_data - c), torch.sigmoid(logits - c), at_noise)
+    return _Told(c, torch.sigmoid(at_data - c), torch.sigmoid(logits - c), at_noise, seen)
 
 
 def _log_ratio(law: EnergyDistribution, q: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
-        value = (law.unnormalized_log_prob(x) - q.log_prob(x)).double()
-    return torch.where(value.isnan(), -torch.inf, value)
+        return (law.unnormalized_log_prob(x) - q.log_prob(x)).double()
 
 
 def _both_slopes(
@@ -248,9 +251,9 @@ def _effective(terms: Tensor) -> float:
     return float(terms.sum().square() / terms.square().sum())
 
 
-def _remarks(law: EnergyDistribution, told: _Told, q: Any) -> tuple[str, ...]:
+def _remarks(law: EnergyDistribution, told: _Told, x: Tensor) -> tuple[str, ...]:
     """Whether importance sampling from the same noise, which needs no data, says otherwise."""
-    other = from_weights(told.log_weights, "importance", start="noise", law=law)
+    other = from_weights(told.log_weights, "importance", start="noise", law=law, at=x)
     gap, error = float((told.c - other.value).abs()), float(other.stderr)  # type: ignore[arg-type]
     if not other.is_trusted or gap <= _FAR * max(error, 1e-8):
         return ()
@@ -260,24 +263,10 @@ def _remarks(law: EnergyDistribution, told: _Told, q: Any) -> tuple[str, ...]:
     )
 
 
-def _noise(law: EnergyDistribution, noise: Any) -> Any:
-    q = law.base if noise is None else noise
-    if q is None:
-        raise ValueError(f"{law!r} has no base to take for noise: give noise=")
-    if q.event_shape != law.event_shape or q.batch_shape != ():
-        raise ValueError(
-            f"the noise has batch_shape {tuple(q.batch_shape)} and event_shape "
-            f"{tuple(q.event_shape)}, expected () and {tuple(law.event_shape)}"
-        )
-    if not is_normalized(q):
-        raise ValueError("the noise must be a normalized distribution: its own log Z is missing")
-    return q
-
-
 def _rows(law: EnergyDistribution, data: Tensor) -> Tensor:
     if data.shape[1:] != law.event_shape or data.dim() == 0 or len(data) < 2:
         raise ValueError(
             f"data must be (N,) + {tuple(law.event_shape)} with N of at least 2, got "
             f"{tuple(data.shape)}"
         )
-    return data
+    return check_inside(law, data, "data")

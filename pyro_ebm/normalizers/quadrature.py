@@ -4,9 +4,12 @@ r"""Log Z by the trapezoidal rule in up to three unconstrained dimensions.
     \sum_i e^{-U(T(u_i))} |\det J_T(u_i)|\Big)
 
 On functions that are smooth and die away at both ends the trapezoidal rule converges faster than
-any power of the step, so that no other rule is needed. The box is found first, by growing it until
-nothing is left at its faces; then the steps are halved until log Z stands still, and the last
-change is the error that is stated.
+any power of the step, so that no other rule is needed. The box is found first: around the peaks
+that are reached from some hundred points, grown until nothing is left at its faces, with nodes as
+near to each other as the narrowest peak is wide. Then the steps are halved until log Z stands
+still, and the last change is the error that is stated. It knows nothing of a mode that the search
+did not reach, one that is narrow and far from the others: draws that are known to be of it, such as
+data, say where to search.
 
 Reference:
     Trefethen, Weideman, The exponentially convergent trapezoidal rule, SIAM Review 56, 2014.
@@ -14,6 +17,7 @@ Reference:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,15 +27,18 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import unvalidated
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
-from pyro_ebm.normalizers.laws import law_of, leaves_of
+from pyro_ebm.normalizers.growth import check_grows
+from pyro_ebm.normalizers.laws import check_inside, law_of, on_reals, parameters_behind
+from pyro_ebm.normalizers.peaks import Peaks, find_peaks, scattered
 from pyro_ebm.ops.log_normalizer import LogNormalizer
+from pyro_ebm.ops.nan_energies import NaNCount
 from pyro_ebm.ops.spaces import UnconstrainedSpace
 
 MAX_DIM = 3
 FIRST_NODES = 33  # along every dim; halving a step of n nodes makes 2 n - 1
 MOST_NODES = 2**22
 _NEGLIGIBLE = 36.0  # nats below the highest point: exp(-36) is under the rounding of a double
-_NUM_STARTS = 64
+_NUM_STARTS, _MOST_DRAWS = 64, 4096
 _GROWTH, _MAX_GROWTHS = 1.5, 60
 
 
@@ -63,7 +70,11 @@ class Box:
 
 
 def quadrature(
-    dist: EnergyDistribution, *, box: Box | None = None, tolerance: float = 1e-9
+    dist: EnergyDistribution,
+    *,
+    box: Box | None = None,
+    draws: Tensor | None = None,
+    tolerance: float = 1e-9,
 ) -> LogNormalizer:
     """Returns log Z by the trapezoidal rule.
 
@@ -73,6 +84,8 @@ def quadrature(
             that the sum is differentiable under ``vmap``:
             ``dist.with_log_normalizer(quadrature(dist, box=box))`` inside a model, with the box
             found once by :func:`find_box`.
+        draws: Values of the law, ``lead + event_shape``, such as draws or data: the search for the
+            box begins there, too.
         tolerance: Nats by which log Z may still move when steps are halved; not less than eight
             roundings of the box's dtype, in which the energy is evaluated.
 
@@ -81,7 +94,8 @@ def quadrature(
         no standard error.
 
     Raises:
-        ValueError: If there are more than three dimensions.
+        NotImplementedError: If the support is not continuous.
+        ValueError: If there are more than three dimensions, or draws are NaN or not on the support.
         NonFiniteEnergyError: If the mass does not end, or no point has any.
         RuntimeError: If log Z still moves at the finest grid.
 
@@ -91,53 +105,137 @@ def quadrature(
         tensor(0.9189, dtype=torch.float64)
     """
     integrand = _Integrand(dist)
-    given = box
-    box = find_box(dist) if given is None else given
+    if box is not None:
+        value = integrand.log_sum(box)
+        return integrand.result(value, torch.zeros_like(value.detach()), box)
+    peaks = integrand.peaks(draws)
+    box = _box_around(integrand, peaks, 2 * _NEGLIGIBLE)
     tolerance = max(tolerance, 8 * torch.finfo(box.low.dtype).eps)
-    value = integrand.log_sum(box)
-    if given is not None:
-        return integrand.result(value, torch.zeros_like(value.detach()))
+    value, seen = integrand.counted_sum(box)
     while True:
         box = box.refined()
         if box.num_nodes**integrand.dim > MOST_NODES:
-            raise RuntimeError(
-                f"{dist!r}: log Z still moves with {MOST_NODES} nodes: the density is too rough "
-                "for quadrature"
-            )
-        old, value = value.detach(), integrand.log_sum(box)
+            raise _unresolved(integrand, box, peaks, seen)
+        old = value.detach()
+        value, seen = integrand.counted_sum(box)
         change = (value.detach() - old).abs()
         if bool((change < tolerance).all()):
-            return integrand.result(value, change)
+            return integrand.result(value, change, box, seen.remarks)
 
 
-def find_box(dist: EnergyDistribution) -> Box:
-    """Returns a box of unconstrained coordinates that holds all of the mass.
+def _unresolved(integrand: _Integrand, box: Box, peaks: Peaks, seen: NaNCount) -> Exception:
+    """What to say of log Z that does not stand still at the finest grid."""
+    check_grows(integrand.law)
+    steps, width = (box.high - box.low) / (box.num_nodes - 1), peaks.width.amin(0)
+    reach = f"{float((box.high - box.low).max()):.2g}"
+    if seen.number:
+        why = seen.remarks[0]
+    elif bool((steps > 0.5 * width).any()):
+        why = (
+            f"its mass reaches over {reach} unconstrained units, with parts "
+            f"{float(width.min()):.2g} wide: tails too heavy, or modes too narrow, for a grid. Use "
+            "importance with a proposal whose tails are as heavy, or a base"
+        )
+    else:
+        why = f"the density is too rough for quadrature in {box.low.dtype}: use an estimate"
+    return RuntimeError(f"{integrand.law!r}: log Z still moves with {MOST_NODES} nodes: {why}")
 
-    It is grown face by face until the density on each face, relative to the highest one seen, is
-    below the rounding of a double. A mode far from all starting points and beyond the box is not
-    found.
+
+def on_box(dist: EnergyDistribution, box: Box) -> tuple[Tensor, Tensor]:
+    r"""Returns log Z by the nodes of a box, and about how far it may be off, ``batch_shape`` each.
+
+    With the changes :math:`c_1` when every other node is left out and :math:`c_2` when every other
+    of the rest is, the error of the rule is :math:`c_1 r / (1 - r)`, :math:`r = c_1 / c_2`: right
+    where errors fall as a power of the step, and large where they fall faster. To it is added the
+    share of the mass at the faces, as if it went on for another box. Nothing branches on values, so
+    that both stand under ``vmap``.
+
+    Args:
+        dist: A distribution on a continuous support of at most three dimensions.
+        box: Where the nodes are; along every dim one more than a multiple of four.
 
     Raises:
+        ValueError: If there are more than three dimensions, or nodes cannot be left out.
+
+    Example:
+        >>> law = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=())
+        >>> low, high = torch.tensor([[-9.0], [9.0]], dtype=torch.float64)
+        >>> value, error = on_box(law, Box(low, high, 41))
+        >>> value, bool(error < 1e-9)
+        (tensor(0.9189, dtype=torch.float64), True)
+        >>> bool(on_box(law, Box(low / 4, high / 4, 41))[1] > 0.1)  # mass is left at its faces
+        True
+    """
+    if box.num_nodes % 4 != 1:
+        raise ValueError(
+            f"box.num_nodes must be one more than a multiple of four, got {box.num_nodes}"
+        )
+    integrand = _Integrand(dist)
+    nodes, log_volume = box.nodes()
+    heights = integrand.log_density(nodes)
+    value = torch.logsumexp(heights, 0) + log_volume
+    grid = heights.detach().reshape((box.num_nodes,) * integrand.dim + heights.shape[1:])
+    return value, _of_rule(grid, integrand.dim) + _outside(grid, integrand.dim)
+
+
+def _of_rule(grid: Tensor, dim: int) -> Tensor:
+    """The error of a sum over a grid in nats, by what coarser grids give, of the batch."""
+    logs = []
+    for step in (1, 2, 4):
+        kept = grid[(slice(None, None, step),) * dim]
+        logs.append(kept.flatten(0, dim - 1).logsumexp(0) + dim * math.log(step))
+    fine, coarse = (logs[0] - logs[1]).abs(), (logs[1] - logs[2]).abs()
+    return torch.where(fine < coarse, fine * fine / (coarse - fine), fine)
+
+
+def _outside(grid: Tensor, dim: int) -> Tensor:
+    """The share of the mass beyond the faces if it went on as there, of the batch."""
+    total = grid.flatten(0, dim - 1).logsumexp(0)
+    faces = [grid.select(d, end) for d in range(dim) for end in (0, -1)]
+    logs = torch.stack([f.flatten(0, dim - 2).logsumexp(0) if dim > 1 else f for f in faces])
+    return grid.shape[0] * (logs.logsumexp(0) - total).exp()
+
+
+def find_box(
+    dist: EnergyDistribution, *, depth: float = 2 * _NEGLIGIBLE, draws: Tensor | None = None
+) -> Box:
+    """Returns a box of unconstrained coordinates that holds all of the mass.
+
+    From the peaks that are found it is grown face by face until the density on each face, relative
+    to the highest one seen, is below the rounding of a double. Its nodes are as near to each other
+    as the narrowest peak is wide, as far as :data:`MOST_NODES` allow.
+
+    Args:
+        dist: The distribution.
+        depth: Nats below the highest density at which the box ends.
+        draws: Values of the law, ``lead + event_shape``: the search begins there, too.
+
+    Raises:
+        ValueError: If draws are NaN or not on the support.
         NonFiniteEnergyError: If the mass does not end, or no point has any.
     """
     integrand = _Integrand(dist)
-    start = integrand.start()
-    low, high = start.min(0).values - 1.0, start.max(0).values + 1.0
+    return _box_around(integrand, integrand.peaks(draws), depth)
+
+
+def _box_around(integrand: _Integrand, peaks: Peaks, depth: float) -> Box:
+    inner = (peaks.at - peaks.width).amin(0), (peaks.at + peaks.width).amax(0)
+    low, high = inner
     for _ in range(_MAX_GROWTHS):
         box = Box(low, high, FIRST_NODES)
         heights = integrand.heights(box)
-        top = heights.max()
-        if not bool(torch.isfinite(top)):
-            raise NonFiniteEnergyError(f"{dist!r}: no node has a finite energy")
+        top = torch.maximum(heights.max(), peaks.height.max())
         grows = [_open_faces(heights, dim, top - _NEGLIGIBLE) for dim in range(integrand.dim)]
         if not any(below or above for below, above in grows):
-            return _trimmed(box, heights, top - 2 * _NEGLIGIBLE)
+            return _resolving(_trimmed(box, heights, top - depth, inner), peaks)
         width = (_GROWTH - 1.0) * (high - low)
         low = low - width * torch.tensor([below for below, _ in grows]).to(low)
         high = high + width * torch.tensor([above for _, above in grows]).to(low)
+    check_grows(integrand.law)
+    reach = f"{float((high - low).max()):.2g}"
     raise NonFiniteEnergyError(
-        f"{dist!r}: the mass does not end within {float((high - low).max()):.2g} unconstrained "
-        "units: is the energy proper?"
+        f"{integrand.law!r}: the mass does not end within {reach} unconstrained units: is the "
+        "energy proper?"
     )
 
 
@@ -147,17 +245,29 @@ def _open_faces(heights: Tensor, dim: int, floor: Tensor) -> tuple[bool, bool]:
     return bool((ends[0] >= floor).any()), bool((ends[1] >= floor).any())
 
 
-def _trimmed(box: Box, heights: Tensor, floor: Tensor) -> Box:
-    """The box without its empty margins, one node of margin kept."""
+def _resolving(box: Box, peaks: Peaks) -> Box:
+    """The box with nodes no further from each other than any peak is wide, if so many may be."""
+    narrowest = peaks.width.amin(0)
+    while bool(((box.high - box.low) / (box.num_nodes - 1) > narrowest).any()):
+        if box.refined().num_nodes ** len(box.low) > MOST_NODES:
+            return box
+        box = box.refined()
+    return box
+
+
+def _trimmed(box: Box, heights: Tensor, floor: Tensor, inner: tuple[Tensor, Tensor]) -> Box:
+    """The box without its empty margins, one node of margin kept, and all of an inner one."""
     step = (box.high - box.low) / (box.num_nodes - 1)
     low, high = box.low.clone(), box.high.clone()
     for dim in range(heights.dim()):
         counts = heights > floor
         others = tuple(d for d in range(heights.dim()) if d != dim)
         kept = (counts.any(others) if others else counts).nonzero()[:, 0]
+        if len(kept) == 0:  # all mass lies between nodes
+            continue
         low[dim] = box.low[dim] + step[dim] * max(int(kept[0]) - 1, 0)
         high[dim] = box.low[dim] + step[dim] * min(int(kept[-1]) + 1, box.num_nodes - 1)
-    return Box(low, high, box.num_nodes)
+    return Box(torch.minimum(low, inner[0]), torch.maximum(high, inner[1]), box.num_nodes)
 
 
 class _Integrand:
@@ -167,7 +277,7 @@ class _Integrand:
     """
 
     def __init__(self, dist: EnergyDistribution) -> None:
-        self.law = unvalidated(law_of(dist))
+        self.law = unvalidated(on_reals(law_of(dist), "quadrature"))
         self.space = UnconstrainedSpace.of(self.law.support, self.law.event_shape)
         self.dim = self.space.size
         if self.dim > MAX_DIM:
@@ -176,9 +286,32 @@ class _Integrand:
                 "an estimate"
             )
 
-    def start(self) -> Tensor:
-        """Where to look first: draws of the base, or points spread over the support, ``(N, D)``."""
-        return DistributionTarget(self.law).draw_start(_NUM_STARTS).reshape(-1, self.dim)
+    def peaks(self, draws: Tensor | None) -> Peaks:
+        """Where the density is high, by a search from the base or the support, and from draws."""
+        own = DistributionTarget(self.law).draw_start(_NUM_STARTS).reshape(-1, self.dim)
+        starts = [own, scattered(own)]
+        if draws is not None:
+            u = self._positions(draws).to(own)
+            starts.append(u[:: -(-len(u) // _MOST_DRAWS)])
+            starts.append(scattered(u))
+        found = find_peaks(self._highest, torch.cat(starts))
+        if len(found.at) == 0:
+            raise NonFiniteEnergyError(f"{self.law!r}: no node has a finite energy")
+        return found
+
+    def _positions(self, draws: Tensor) -> Tensor:
+        """Unconstrained coordinates of values, ``(N, D)``, those without finite ones left out."""
+        if draws.shape[draws.dim() - len(self.law.event_shape) :] != self.law.event_shape:
+            raise ValueError(
+                f"draws must end in the event shape {tuple(self.law.event_shape)}, got "
+                f"{tuple(draws.shape)}"
+            )
+        u = self.space.to_unconstrained(check_inside(self.law, draws)).reshape(-1, self.dim)
+        return u[u.isfinite().all(1)]
+
+    def _highest(self, u: Tensor) -> Tensor:
+        """The highest log density over the batch, ``(N,)``."""
+        return self.log_density(u).reshape(len(u), -1).amax(1)
 
     def log_density(self, u: Tensor) -> Tensor:
         """Returns the log of the integrand at ``(N, D)``, ``(N,) + batch``."""
@@ -198,6 +331,17 @@ class _Integrand:
         nodes, log_volume = box.nodes()
         return torch.logsumexp(self.log_density(nodes), 0) + log_volume
 
-    def result(self, value: Tensor, change: Tensor) -> LogNormalizer:
+    def counted_sum(self, box: Box) -> tuple[Tensor, NaNCount]:
+        """Returns the same with NaN counted as nothing, and how often that was."""
+        nodes, log_volume = box.nodes()
+        seen = NaNCount()
+        return torch.logsumexp(-seen(-self.log_density(nodes)), 0) + log_volume, seen
+
+    def result(
+        self, value: Tensor, change: Tensor, box: Box, remarks: tuple[str, ...] = ()
+    ) -> LogNormalizer:
         """Returns the value with its last change."""
-        return LogNormalizer(value, change, "quadrature", parameters=leaves_of(self.law))
+        with torch.no_grad():
+            x = self.space.to_support(box.low[None])
+        parameters = parameters_behind(self.law, value, x)
+        return LogNormalizer(value, change, "quadrature", remarks=remarks, parameters=parameters)

@@ -15,9 +15,10 @@ import torch
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.mcmc import HMC, SMC, SMCPlan
 from pyro_ebm.mcmc.checks import whole
-from pyro_ebm.normalizers.laws import KernelMaker, based, leaves_of
+from pyro_ebm.normalizers.laws import KernelMaker, based, parameters_at
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.log_space import effective_sample_size, log_mean_exp
+from pyro_ebm.ops.nan_energies import NaNCount
 
 SPREAD = 1.0
 """Nats between runs above which their mean rests on one or two of them."""
@@ -57,6 +58,9 @@ def smc(
     plan = _run(law, num_particles, kernel, None).plan
     runs = [_run(law, num_particles, kernel, plan) for _ in range(num_runs)]
     values = torch.stack([run.log_normalizer for run in runs])
+    seen = NaNCount()
+    for run in runs:
+        seen += run.nan_energies
     share = float(effective_sample_size(values)) / num_runs
     spread = float(values.std())
     remark = f"the runs differ by {spread:.2g} nats: use more particles or moves"
@@ -66,8 +70,8 @@ def smc(
         "smc",
         num_samples=num_runs * num_particles,
         start="base",
-        remarks=(remark,) if spread > SPREAD else (),
-        parameters=leaves_of(law),
+        remarks=((remark,) if spread > SPREAD else ()) + seen.remarks,
+        parameters=parameters_at(law),
     )
 
 

@@ -17,7 +17,7 @@ Reference:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.ais import Path
 from pyro_ebm.normalizers.laws import KernelMaker, based
+from pyro_ebm.ops.nan_energies import NaNCount
 
 LEAST_CHAINS = 20
 """Chains below which their spread is no measure of an error."""
@@ -43,6 +44,7 @@ class TemperedRun:
         ladder: Inverse temperatures, rising from 0 to 1, ``(K + 1,)``.
         energies: Energies relative to the base in nats, ``(K + 1, chains, draws)``; infinite where
             the law has no mass.
+        seen: Energies at the base that were NaN, and are infinite here.
 
     Raises:
         ValueError: If the ladder does not lead from 0 to 1, or there are too few chains.
@@ -51,6 +53,7 @@ class TemperedRun:
 
     ladder: Tensor
     energies: Tensor
+    seen: NaNCount = field(default_factory=NaNCount)
 
     def __post_init__(self) -> None:
         ladder, shape = self.ladder, tuple(self.energies.shape)
@@ -116,15 +119,18 @@ def _swapped(
     for _ in range(num_samples):
         state, _ = kernel.step(potential, state)
         rows.append(state.extra["energies"][1:])
-    base = _at_base(potential, num_chains, num_samples)
-    return TemperedRun(state.tuning["ladder"].double(), torch.cat([base, torch.stack(rows, -1)]))
+    seen = NaNCount()
+    base = _at_base(potential, num_chains, num_samples, seen)
+    energies = torch.cat([base, torch.stack(rows, -1)])
+    return TemperedRun(state.tuning["ladder"].double(), energies, seen)
 
 
 def _held(path: Path, num_chains: int, num_samples: int, burn_in: int) -> TemperedRun:
     """Energies of chains that are carried up rung by rung."""
     moving, weighing = CapturedPotential(path.kernel.bind()), CapturedPotential(path.target)
     q = path.target.draw_start(num_chains)
-    parts = [_at_base(weighing, num_chains, num_samples)]
+    seen = NaNCount()
+    parts = [_at_base(weighing, num_chains, num_samples, seen)]
     for beta, tuning in zip(path.ladder, path.tunings, strict=True):
         path.beta.fill_(beta)
         state, rows = path.kernel.init(moving, q).with_tuning(**tuning), []
@@ -135,15 +141,16 @@ def _held(path: Path, num_chains: int, num_samples: int, burn_in: int) -> Temper
         q = state.position
         parts.append(torch.stack(rows, -1)[None])
     ladder = torch.cat([path.ladder.new_zeros(1), path.ladder]).double().to(q.device)
-    return TemperedRun(ladder, torch.cat(parts))
+    return TemperedRun(ladder, torch.cat(parts), seen)
 
 
-def _at_base(potential: CapturedPotential, num_chains: int, num_samples: int) -> Tensor:
+def _at_base(
+    potential: CapturedPotential, num_chains: int, num_samples: int, seen: NaNCount
+) -> Tensor:
     """Energies of fresh draws of the base, ``(1, chains, draws)``.
 
     Replicas of parallel tempering are no such draws where the energy is infinite: they stay.
     """
     target = potential.target
-    energies = potential.energy(target.draw_start(num_chains * num_samples))
-    energies = torch.where(energies.isnan(), torch.inf, energies)
+    energies = seen(potential.energy(target.draw_start(num_chains * num_samples)))
     return energies.reshape(1, num_chains, num_samples)

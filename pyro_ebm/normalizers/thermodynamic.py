@@ -31,7 +31,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.normalizers.chain_size import carried_share, size_of_mean
-from pyro_ebm.normalizers.laws import based, leaves_of
+from pyro_ebm.normalizers.laws import based, parameters_at
 from pyro_ebm.normalizers.tempered import TemperedRun, tempered
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 
@@ -66,7 +66,7 @@ def thermodynamic(dist: EnergyDistribution, run: TemperedRun | None = None) -> L
     energies = run.energies.double()
     if not bool(torch.isfinite(energies).all()):
         raise NonFiniteEnergyError(
-            f"{law!r}: the energy is infinite at draws of the base, so that its mean there does "
+            f"{law!r}: the energy is infinite or NaN at draws of the base, so that its mean does "
             "not exist: use stepping_stones"
         )
     by_chain = integral(run.ladder, energies)
@@ -82,7 +82,7 @@ def thermodynamic(dist: EnergyDistribution, run: TemperedRun | None = None) -> L
         num_samples=energies[0].numel(),
         start="base",
         remarks=(remark,) if bool(of_rule > error) else (),
-        parameters=leaves_of(law),
+        parameters=parameters_at(law),
     )
 
 
@@ -123,7 +123,8 @@ def stepping_stones(dist: EnergyDistribution, run: TemperedRun | None = None) ->
         ess=min(size_of_mean(w) * carried_share(w) for w in weights),
         num_samples=weights[0].numel(),
         start="base",
-        parameters=leaves_of(law),
+        remarks=run.seen.remarks,
+        parameters=parameters_at(law),
     )
 
 

@@ -24,8 +24,9 @@ from torch.distributions.constraints import Constraint
 
 from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.call_stack import frame_of
-from pyro_ebm.distributions.layers import mask_of
+from pyro_ebm.distributions.layers import mask_of, num_reinterpreted
 from pyro_ebm.distributions.wrappers import rewrap
+from pyro_ebm.poutine.summed_out import refuse_mixture
 
 
 class SurrogateObjective(Protocol):
@@ -131,10 +132,12 @@ class SurrogateMessenger(Messenger):
         self.fresh_noise = fresh_noise
         self.used: list[str] = []
         self.log_normalizers: dict[str, Tensor] = {}
+        self.summed_out: dict[str, int] = {}
 
     def __enter__(self) -> Any:
         """Installs the handler; draws log Z of a frozen objective's sites, outside all plates."""
         self.used.clear()
+        self.summed_out = {}
         entered = super().__enter__()
         self.log_normalizers = {
             site: pyro.sample(f"{site}_log_normalizer", prior)
@@ -157,14 +160,22 @@ class SurrogateMessenger(Messenger):
             return  # MCMC samples a latent through its own energy
         self.used.append(name)
         mask = _mask_of(msg["fn"], msg["mask"])
-        score = self._scorer(name, mask, observed=observed)
+        event_made = num_reinterpreted(msg["fn"])
+        score = self._scorer(name, mask, observed=observed, event_made=event_made)
         msg["fn"] = rewrap(msg["fn"], lambda p: SurrogateDistribution(p, score, mask))
 
+    def _pyro_post_sample(self, msg: Any) -> None:
+        """Notes which latents an inference around this handler sums out, and in which dims."""
+        dim = msg["infer"].get("_enumerate_dim")
+        if dim is not None and not msg["is_observed"]:
+            self.summed_out[msg["name"]] = dim
+
     def _scorer(
-        self, name: str, mask: Tensor | None, *, observed: bool
+        self, name: str, mask: Tensor | None, *, observed: bool, event_made: int
     ) -> Callable[[EnergyDistribution, Tensor], Tensor]:
         objective = self._objective(name)
         noise = self.noise_of(name) if observed else None
+        summed_out = self.summed_out  # of this run, filled as it goes on
 
         def score(p: EnergyDistribution, x: Tensor) -> Tensor:
             if not (self.fresh_noise or objective.is_frozen or _inside_elbo()):
@@ -173,6 +184,9 @@ class SurrogateMessenger(Messenger):
                     "its density is not a fixed target: freeze it first, "
                     "objective.freeze(model, *args)"
                 )
+            is_loss = not getattr(objective, "is_likelihood", False)
+            if summed_out and is_loss and not self.fresh_noise:  # fresh: the ELBO has checked
+                refuse_mixture(name, p, x, summed_out, event_made=event_made)
             log_z = self.log_normalizers.get(name)
             return objective.site_log_prob(
                 name, p, x, noise=noise, observed=observed, log_z=log_z, mask=mask
@@ -206,7 +220,7 @@ def _mask_of(fn: Any, mask: Any) -> Tensor | None:
 
 
 def _inside_elbo() -> bool:
-    return frame_of(("get_importance_trace", "_get_trace")) is not None
+    return frame_of(("get_importance_trace", "_get_trace", "_guess_max_plate_nesting")) is not None
 
 
 def surrogate(
@@ -219,6 +233,8 @@ def surrogate(
         objective: An objective, or one per site by name. For MCMC it must be frozen.
 
     Raises:
+        NotImplementedError: When an EBM site depends on a latent that is summed out, unless the
+            objective is a likelihood.
         RuntimeError: When the model is scored outside an ELBO with an objective that draws fresh
             noise.
         ValueError: When an EBM site has no objective.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_ebm.chains.observations import is_subsample
-from pyro_ebm.distributions import EnergyDistribution, unwrap
+from pyro_ebm.distributions import unwrap
 from pyro_ebm.mcmc.explain import name_of
 from pyro_ebm.mcmc.target import Values
 from pyro_ebm.mcmc.vmap_safe import VmapSafe, vmap_safe_operations
@@ -68,10 +68,11 @@ class Simulator:
                     "must draw it: leave obs= out and name it in sites="
                 )
             law = unwrap(site["fn"])
-            if law is not None and not _draws_exactly(law):
+            if law is not None and not law.has_exact_sample:
                 raise ValueError(
-                    f"EBM site {name!r} is drawn by short chains, and calibration needs exact "
-                    "draws: give the energy an exact sample(), or the distribution sampler="
+                    f"EBM site {name!r} is drawn by short chains, or by a sampler that does not "
+                    "say that it is exact, and calibration needs exact draws: give the energy an "
+                    "exact sample(), or the distribution a sampler= with draws_are_exact = True"
                 )
 
     def joint(self, num: int) -> tuple[Values, Values]:
@@ -190,7 +191,3 @@ def _works(draw: Callable[[], Any]) -> bool:
 def _is_fixed(site: dict[str, Any]) -> bool:
     """Whether a site is a plate's rows or a deterministic function, and nothing random."""
     return is_subsample(site) or bool((site["infer"] or {}).get("_deterministic"))
-
-
-def _draws_exactly(law: EnergyDistribution) -> bool:
-    return law.sampler is not None or law.has_exact_sample

@@ -226,6 +226,28 @@ def test_a_given_sampler_comes_first():
     assert calls == [(EnergyDistribution, (3,)), (GeneralizedEBM, (3,))]
 
 
+def test_a_sampler_is_exact_where_it_says_so():
+    """And only of the distribution that it was given to."""
+
+    def draw(target, shape):
+        return torch.zeros(shape + target.batch_shape + target.event_shape)
+
+    plain = EnergyDistribution(GaussianEnergy(), sampler=draw)
+    assert not plain.has_exact_sample
+    assert plain.energy_draws_exactly
+    draw.draws_are_exact = True
+    exact = EnergyDistribution(GaussianEnergy(), sampler=draw)
+    assert exact.has_exact_sample
+    assert exact.expand([3]).has_exact_sample
+    assert not exact.tilt(lambda x: x.sum(-1)).has_exact_sample
+    assert not exact.temper(0.5).has_exact_sample
+    prior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    gebm = GeneralizedEBM(torch.tanh, prior, lambda x: x.sum(-1), sampler=draw)
+    assert gebm.has_exact_sample
+    assert gebm.temper(1).has_exact_sample
+    assert not gebm.temper(0.5).has_exact_sample
+
+
 # --- what it says --------------------------------------------------------------------------------
 
 

@@ -1,15 +1,25 @@
 """A posterior through log Z by draws at anchors, against the exact one by enumeration."""
 
+from importlib import import_module
+
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
 from pyro_ebm import EnergyDistribution
+from pyro_ebm.chains import Record
 from pyro_ebm.energies import Ising
-from pyro_ebm.infer.anchored_posterior import WithLogNormalizer, _Laws, anchored_posterior
+from pyro_ebm.infer.anchored_posterior import (
+    WithLogNormalizer,
+    _displacement,
+    _Laws,
+    anchored_posterior,
+)
 from pyro_ebm.infer.posterior import posterior
 from pyro_ebm.mcmc.exchange_target import exchange_target
+from pyro_ebm.normalizers.anchor_error import AnchorError
 from pyro_ebm.ops.kaufman import torus_log_normalizer
 
 
@@ -70,6 +80,7 @@ def check(x, found):
     assert error < sd / 15
     assert abs(row["sd"] / sd - 1.0) < 0.1
     assert "anchored log Z" in str(found)
+    assert f"by {row['mcse_logz'] / row['sd']:.2f} posterior sds at most" in str(found)
 
 
 def test_a_site_is_scored_with_the_log_z_that_is_given():
@@ -100,6 +111,36 @@ def test_laws_are_counted_by_their_rows():
     assert natural.shape == (4, 2, 1)
     wanted = target.constrain(q)["coupling"]
     torch.testing.assert_close(natural[..., 0].sort(-1).values, wanted.sort(-1).values)
+
+
+def test_the_group_with_most_rows_sets_the_number_of_draws(monkeypatch):
+    """log Z enters three times in one group and once in the other."""
+    asked = []
+
+    def noted(*args, **options):
+        asked.append(options["num_observations"])
+        raise RuntimeError("far enough")
+
+    def model(x):
+        with pyro.plate("groups", 2, dim=-1):
+            coupling = pyro.sample("coupling", dist.Uniform(x.new_zeros(()), 0.6))
+            mask = torch.tensor([[True, True], [True, False], [True, False]])
+            with pyro.plate("rows", 3, dim=-2), pyro.poutine.mask(mask=mask):
+                pyro.sample("x", EnergyDistribution(Hidden(coupling, (3, 3))), obs=x)
+
+    monkeypatch.setattr(import_module("pyro_ebm.infer.anchored_posterior"), "anchored_to", noted)
+    with pytest.raises(RuntimeError, match="far enough"):
+        anchored_posterior(model, torch.ones(3, 2, 3, 3))
+    assert asked == [3]
+
+
+def test_the_largest_displacement_is_told():
+    """Errors of log Z of .1 and 1.2 beside posterior sds of 1 and 2, and of .1 beside .2."""
+    unit = np.array([[-1.0, 1.0]])
+    record = Record({"a": np.stack([unit, 2 * unit], -1), "b": 0.2 * unit})
+    mcse = {"a": {"mean": np.array([0.1, 1.2])}, "b": {"mean": np.array(0.1)}}
+    sentence = _displacement(record, AnchorError(mcse, np.array([1.0]), 2))
+    assert "displaces means by 0.60 posterior sds at most, that of 'a'" in sentence
 
 
 def test_several_sites_are_refused():

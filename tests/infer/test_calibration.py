@@ -63,6 +63,30 @@ def definite(dim=2):
     return a @ a.T + 0.3 * torch.eye(dim)
 
 
+def test_a_scale_multiplies_rows_and_moves_no_calibrated_width():
+    """Twice the loss: twice the gradients and curvatures, and of H^-1 J H^-1 nothing is left of it.
+
+    Without a prior to speak of; a note says so.
+    """
+    x = ring_rows(40)
+    plain = loss_of(rings, PseudoLikelihood(), x)
+    doubled = loss_of(poutine.scale(rings, scale=2.0), PseudoLikelihood(), x)
+    q = torch.tensor([0.2])
+    torch.testing.assert_close(doubled.rows(q), 2.0 * plain.rows(q))
+    torch.testing.assert_close(doubled.row_gradients(q), 2.0 * plain.row_gradients(q))
+    of_loss = [loss.hessians(q)[1] for loss in (plain, doubled)]
+    torch.testing.assert_close(of_loss[1], 2.0 * of_loss[0])
+
+    def width(found):
+        return found.factor @ found.hessian.inverse() @ found.factor.T
+
+    one, two = calibration_of(plain), calibration_of(doubled)
+    torch.testing.assert_close(width(two), width(one), rtol=1e-2, atol=0)
+    note = "EBM sites ['x'] are under poutine.scale, which calibrated widths do not follow"
+    assert any(remark.startswith(note) for remark in two.remarks)
+    assert not any("poutine.scale" in remark for remark in one.remarks)
+
+
 # --- matrices
 
 
@@ -275,6 +299,19 @@ def test_simulated_data_are_the_energys_own():
     bonds = fields((2.0 * bits - 1).reshape(-1, 4, 4)).sum(-1) / 2
     mean = (torch.softmax(0.3 * bonds, 0) * bonds).sum()
     assert abs(energy.statistics(draws).mean() - mean) < 5 * (200 / 500) ** 0.5
+
+
+def test_a_sampler_that_does_not_say_that_it_is_exact_is_told():
+    def draw(law, shape):
+        return torch.ones(shape + law.batch_shape + law.event_shape)
+
+    law = EnergyDistribution(Lattice(0.3, (4, 4)), sampler=draw)
+    draws, note = simulate(law, image(), 3, 5)
+    assert bool((draws == 1.0).all())
+    assert "does not say that its draws are exact" in note
+    draw.draws_are_exact = True
+    law = EnergyDistribution(Lattice(0.3, (4, 4)), sampler=draw)
+    assert simulate(law, image(), 3, 5)[1] == ""
 
 
 # --- by the structure of the data

@@ -81,7 +81,7 @@ def trained(name, data, **options):
     return result, weights, objective.state_dict()
 
 
-FAST = ("nce", "nce, values checked", "ed", "score matching", "kale")
+FAST = ("nce", "nce, values checked", "per site", "ed", "score matching", "kale")
 
 
 def test_gradients_that_agree_are_clipped_once_each():

@@ -180,6 +180,32 @@ def test_one_log_z_is_refused(make, data):
         make().differentiable_loss(model, noise_in_the_guide, TRUTH, x, y)
 
 
+@pytest.mark.parametrize("shape", [(4, 1), (1, 3)])
+def test_a_context_along_any_plate_is_seen(shape):
+    """Rows lie in two plates; the context differs along one of them."""
+    context = torch.randn(shape)
+
+    def model(y):
+        with pyro.plate("groups", 4, dim=-2), pyro.plate("members", 3, dim=-1):
+            law = EnergyDistribution(lambda y: 0.5 * (y - context) ** 2, event_shape=())
+            pyro.sample("y", law, obs=y)
+
+    objective = NCE(noise=dist.Normal(0.0, 2.0))
+    with pytest.raises(ValueError, match="site 'y' depends on row-wise values other than x"):
+        objective.differentiable_loss(model, lambda y: None, torch.randn(4, 3))
+
+
+def test_a_context_handed_over_by_name_is_seen_in_one_row():
+    def model(y, *, z):
+        with pyro.plate("data", 1):
+            law = EnergyDistribution(lambda y: 0.5 * (y - z) ** 2, event_shape=())
+            pyro.sample("y", law, obs=y)
+
+    objective = NCE(noise=dist.Normal(0.0, 2.0))
+    with pytest.raises(ValueError, match=r"other than x \(argument 'z'\)"):
+        objective.differentiable_loss(model, lambda y, z: None, torch.randn(1), z=torch.ones(1))
+
+
 def tilt_slope(num_noise):
     """The slope at which NCE with one c ends up: y = x + N(0, 1), E = -a x y on N(0, 1).
 

@@ -307,20 +307,20 @@ def test_noise_is_measured_once_and_kept():
     x = torch.randn(400, 2) * torch.tensor([1.0, 5.0])
     first = ConditionalNCE()
     scored(first, x)
-    torch.testing.assert_close(first.unit, x.std(0))
+    torch.testing.assert_close(first.fitted["x"][1], x.std(0))
     scored(first, 10.0 * x)
-    torch.testing.assert_close(first.unit, x.std(0))
+    torch.testing.assert_close(first.fitted["x"][1], x.std(0))
     second = ConditionalNCE()
     second.load_state_dict(first.state_dict())
-    assert second.scale == first.scale
-    assert torch.equal(second.unit, first.unit)
+    assert second.fitted["x"][0] == first.fitted["x"][0]
+    assert torch.equal(second.fitted["x"][1], first.fitted["x"][1])
 
 
 def test_masked_rows_have_no_say():
     x, mask = torch.randn(60, 2), torch.arange(60) % 3 != 0
     objective = ConditionalNCE()
     scored(objective, torch.where(mask[:, None], x, 1e3), mask)
-    torch.testing.assert_close(objective.unit, x[mask].std(0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(objective.fitted["x"][1], x[mask].std(0), rtol=0, atol=1e-12)
 
 
 def test_dtype_is_kept():

@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
+from pyro.infer import MCMC, NUTS, SVI, TraceEnum_ELBO, config_enumerate
 from torch import nn
 
 from pyro_ebm.distributions import EnergyDistribution
@@ -29,7 +29,9 @@ from pyro_ebm.infer import (
     fit,
 )
 from pyro_ebm.infer.contrast import Contrast
+from pyro_ebm.infer.enumerated import Enumerated
 from pyro_ebm.infer.per_site import PerSite
+from pyro_ebm.ops.constraints import spins
 from pyro_ebm.poutine import surrogate
 
 NUM_ROWS = 6
@@ -526,6 +528,54 @@ def test_a_mixture_of_ebms_is_refused(kind, num_noise, parameters, data):
         made.differentiable_loss(model, no_guide, data[0])
     with pytest.raises(NotImplementedError, match=message), torch.no_grad():
         made.loss(model, no_guide, data[0])
+
+
+@pytest.mark.parametrize("kind", ["energy", "base", "to_event", "value"])
+@pytest.mark.parametrize("num_noise", [1, 3])
+def test_stock_enumeration_refuses_a_mixture_too(kind, num_noise, parameters, data):
+    """Around the bare handler it knows nothing of surrogates, and would drop every log Z_k."""
+    model = surrogate(mixture_of_ebms(kind, parameters), RankingNCE(num_noise=num_noise))
+    for stock in (TraceEnum_ELBO(max_plate_nesting=1), TraceEnum_ELBO()):  # which counts plates
+        with pytest.raises(NotImplementedError, match="'k' is enumerated and EBM site 'x' depends"):
+            stock.differentiable_loss(model, no_guide, data[0])
+
+
+def test_nuts_refuses_a_mixture_too(parameters, data):
+    """It sums out discrete latents by itself, over a frozen objective as over any other density."""
+    mixture = mixture_of_ebms("energy", parameters)
+
+    def model(x):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        mixture(x)
+
+    frozen = RankingNCE().freeze(model, data[0])
+    kernel = NUTS(surrogate(model, frozen), max_plate_nesting=1)
+    with pytest.raises(NotImplementedError, match="'k' is enumerated and EBM site 'x' depends"):
+        MCMC(kernel, num_samples=1, warmup_steps=1, disable_progbar=True).run(data[0])
+
+
+def test_a_mixture_may_be_summed_out_of_a_likelihood():
+    """Spins with a field per component: with the exact log Z_k it is the mixture."""
+    fields, logits = torch.tensor([-0.4, 1.1]), torch.tensor([0.2, -0.3])
+    x = torch.tensor([1.0, -1.0, 1.0])
+
+    def model(declares):
+        with pyro.plate("data", 3):
+            k = pyro.sample("k", dist.Categorical(logits=logits), infer=PARALLEL)
+            batch = {"batch_shape": k.shape} if declares else {}
+            law = EnergyDistribution(
+                lambda x: -fields[k] * x, support=spins, event_shape=(), **batch
+            )
+            pyro.sample("x", law, obs=x)
+
+    stock = TraceEnum_ELBO(max_plate_nesting=1)
+    scored = surrogate(model, Enumerated())
+    have = torch.tensor(stock.loss(scored, no_guide, True))
+    per_component = fields * x.unsqueeze(-1) - (2 * fields.cosh()).log()
+    want = -torch.logsumexp(logits.log_softmax(-1) + per_component, -1).sum()
+    torch.testing.assert_close(have, want, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match=r"energies of shape \(2, 3\).*batch_shape \(3,\)"):
+        stock.loss(scored, no_guide, False)
 
 
 def test_a_dependence_by_way_of_the_guide(parameters, data):

@@ -55,19 +55,21 @@ def test_results_are_kept_within_an_evaluation_only():
         return len(calls)
 
     assert [objective.evaluation.once("a", compute) for _ in range(2)] == [1, 2]
-    with evaluating(objective, None) as evaluation:
+    with evaluating(objective, None, "x") as evaluation:
         with torch.no_grad():
             assert evaluation.once("a", compute) == 3
         assert evaluation.once("a", compute) == 3
+        assert evaluation.site == "x"
     assert objective.evaluation.once("a", compute) == 4
     assert all(calls)  # also where the first to ask wanted no graph
 
 
 def test_an_evaluation_that_fails_leaves_nothing_behind():
     objective = NCE()
-    with pytest.raises(RuntimeError, match="here"), evaluating(objective, torch.tensor([True])):
+    with pytest.raises(RuntimeError, match="here"), evaluating(objective, MASK, "x"):
         raise RuntimeError("here")
     assert objective.evaluation.mask is None
+    assert objective.evaluation.site == ""
 
 
 MASK = torch.tensor([True, False, True, True])

@@ -425,10 +425,31 @@ def test_arrays_are_data_and_what_is_not_is_refused():
         run(rows[:0], NCE())
     with pytest.raises(TypeError, match=r"got NCE: make one, NCE\(\)"):
         run(rows, NCE)
-    with pytest.raises(TypeError, match="optim must be a class of torch optimizers.*Got Adam"):
-        run(rows, NCE(), optim=torch.optim.Adam(new_net(0).parameters()))
+    for made in (torch.optim.Adam(new_net(0).parameters()), pyro.optim.Adam({"lr": 0.1})):
+        with pytest.raises(TypeError, match="optim must be a class of torch optimizers.*Got "):
+            run(rows, NCE(), optim=made)
     with pytest.raises(ValueError, match="num_steps must be a positive number .* got 0"):
         run(rows, NCE(), num_steps=0)
+
+
+def test_an_optimizer_takes_options():
+    weights = []
+    for optim in (torch.optim.SGD, partial(torch.optim.SGD, weight_decay=1.0)):
+        pyro.clear_param_store()
+        net = new_net(0)
+        before = flat(net)
+        fit(
+            model_of(net),
+            torch.randn(9, 2),
+            NCE(),
+            optim=optim,
+            lr=0.1,
+            num_steps=1,
+            seed=0,
+            **QUIET,
+        )
+        weights.append(flat(net))
+    torch.testing.assert_close(weights[1], weights[0] - 0.1 * before)
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path):

@@ -93,6 +93,20 @@ def test_the_monte_carlo_error_covers():
         assert np.std(scores) == pytest.approx(1.0, abs=5 / 160**0.5)
 
 
+def test_the_monte_carlo_error_of_slopes_that_have_a_mean():
+    """E = (x - m)^2 / 2 at x = -5 and m ~ N(0, 1): with s = m + 5 the influence of a draw is
+    2 s^2 - 10 s, of variance 4 * 5^2 + 8. A mean that counts once makes it half as large again.
+    """
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        pyro.sample("x", EnergyDistribution(lambda v: 0.5 * (v - m) ** 2, event_shape=()), obs=x)
+
+    x, draws = torch.tensor(-5.0), {"m": torch.randn(4, 1000)}
+    seen = hyvarinen_score(draws, model=model, args=(x,), num_draws=4000)
+    assert seen.mcse == pytest.approx((108 / 4000) ** 0.5, rel=0.2)
+
+
 def test_one_dependent_observation_is_scored_by_the_prior_predictive():
     """A vector with one precision is a multivariate Student t."""
     x = torch.tensor([0.3, -1.4, 0.9, 2.0])

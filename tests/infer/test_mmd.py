@@ -288,10 +288,10 @@ def test_fitted_kernel_is_part_of_the_state():
     x = torch.tensor([0.0, 1.0, 3.0])
     with torch.no_grad():
         objective.per_datum(p, x, objective.draw(p, x, None), torch.zeros(()))
-    assert objective.kernel.lengthscales == (1.0, 2.0, 4.0)
+    assert objective.kernel_for(torch.zeros(3, 1)).lengthscales == (1.0, 2.0, 4.0)
     other.load_state_dict(copy.deepcopy(objective.state_dict()))
-    assert other.kernel.lengthscales == (1.0, 2.0, 4.0)
-    assert MMD(InverseMultiquadricKernel(1.0)).get_extra_state() is None
+    assert other.kernel_for(torch.zeros(3, 1)).lengthscales == (1.0, 2.0, 4.0)
+    assert MMD(InverseMultiquadricKernel(1.0)).get_extra_state() == {}
 
 
 def test_is_a_held_out_criterion():

@@ -300,11 +300,11 @@ def test_fitted_noise_has_the_datas_moments():
     data = torch.randn(500, 2) @ torch.tensor([[1.0, 0.5], [0.0, 2.0]]) + 3.0
     nce = NCE(num_noise=1, noise="gaussian")
     run(nce, vectors, data)
-    torch.testing.assert_close(nce.noise.loc, data.mean(0))
-    torch.testing.assert_close(nce.noise.covariance_matrix, torch.cov(data.T))
-    first = nce.noise
+    torch.testing.assert_close(nce.noise_of("x").loc, data.mean(0))
+    torch.testing.assert_close(nce.noise_of("x").covariance_matrix, torch.cov(data.T))
+    first = nce.fitted["x"]
     run(nce, vectors, data[:10])
-    assert nce.noise is first
+    assert nce.fitted["x"] is first
 
 
 def test_masked_rows_have_no_say_in_fitted_noise():
@@ -313,9 +313,10 @@ def test_masked_rows_have_no_say_in_fitted_noise():
     padded = torch.where(mask[:, None], data, 1e3)
     nce = NCE(num_noise=1, noise="gaussian")
     run(nce, pyro.poutine.mask(vectors, mask=mask), padded)
-    torch.testing.assert_close(nce.noise.loc, data[mask].mean(0), rtol=0, atol=1e-12)
+    noise = nce.noise_of("x")
+    torch.testing.assert_close(noise.loc, data[mask].mean(0), rtol=0, atol=1e-12)
     cov = torch.cov(data[mask].T)
-    torch.testing.assert_close(nce.noise.covariance_matrix, cov, rtol=0, atol=1e-12)
+    torch.testing.assert_close(noise.covariance_matrix, cov, rtol=0, atol=1e-12)
 
 
 def test_noise_is_not_trained():
@@ -357,6 +358,7 @@ def test_learnable_base_is_trained_as_part_of_the_model():
     torch.testing.assert_close(got, torch.autograd.grad(loss, scale)[0], rtol=0, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:.*noise does not cover the data")
 @pytest.mark.parametrize("far", [0.0, 30.0])
 def test_diagnostics(far):
     """Useless noise is told from data without error; good noise half of the time."""

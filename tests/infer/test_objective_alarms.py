@@ -11,6 +11,9 @@ from pyro.infer.autoguide import AutoNormal
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer import KALE, NCE, DonskerVaradhan, EnergyDiscrepancy, RankingNCE
+from pyro_ebm.infer.per_site import PerSite
+from pyro_ebm.infer.persistent import PersistentContrastiveDivergence
+from pyro_ebm.infer.self_normalized import SelfNormalized
 from pyro_ebm.poutine import surrogate
 
 ONE_LOG_Z = [NCE, KALE, DonskerVaradhan]
@@ -51,13 +54,60 @@ def located(base):
     return model
 
 
+@pytest.mark.parametrize("make", [NCE, RankingNCE, SelfNormalized])
+def test_noise_that_does_not_cover_the_data_is_told_at_once(make):
+    """Noise of a third of the data's spread: a third of the data lie beyond 500 draws of it."""
+    data = torch.randn(50)
+    loss = make(10, noise=dist.Normal(0.0, 1 / 3)).differentiable_loss
+    with pytest.warns(SurrogateWarning, match=r"noise does not cover the data: [2-4]\d% of them"):
+        loss(located(STANDARD), no_guide, data)
+
+
+@pytest.mark.parametrize("make", [NCE, RankingNCE, SelfNormalized])
+def test_noise_that_covers_the_data_is_not_told(make):
+    """As wide as the data, or one level for all states; and where draws are too few to say."""
+    for draws, noise in ((10, dist.Normal(0.0, 1.0)), (1, dist.Normal(0.0, 0.1))):
+        objective = make(draws, noise=noise)
+        objective.differentiable_loss(located(STANDARD), no_guide, torch.randn(50))
+
+    def model(x):
+        weight = pyro.param("weight", torch.tensor(0.1))
+        with pyro.plate("data", len(x)):
+            base = dist.Bernoulli(torch.full((3,), 0.5)).to_event(1)
+            pyro.sample("x", EnergyDistribution(lambda x: weight * x.sum(-1), base), obs=x)
+
+    make(10).differentiable_loss(model, no_guide, torch.ones(50, 3))
+
+
+@pytest.mark.parametrize("make", [NCE, RankingNCE])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
+def test_truth_values_and_counts_have_noise(make, dtype):
+    """They give the losses of the same data in floating point."""
+    probs = torch.full((3,), 0.4)
+    data = torch.bernoulli(probs.expand(40, 3))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Bernoulli(probs).to_event(1)
+            energy = EnergyDistribution(lambda x: 0.3 * x.float().sum(-1), base, conditional=False)
+            pyro.sample("x", energy, obs=x)
+
+    losses = []
+    for values in (data, data.to(dtype)):
+        pyro.set_rng_seed(0)
+        losses.append(make(5).differentiable_loss(model, no_guide, values))
+    assert torch.equal(losses[0], losses[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*noise does not cover the data")
 def test_noise_far_from_the_data_is_told():
     objective = NCE(noise=dist.Normal(60.0, 1.0))
     with pytest.warns(SurrogateWarning, match="told apart without error"):
         train(objective, located(STANDARD), torch.randn(50), 140)
 
 
-def test_noise_that_does_not_cover_the_data_is_told():
+@pytest.mark.filterwarnings("ignore:.*noise does not cover the data")
+def test_noise_that_does_not_cover_the_model_is_told():
     """At the edge of the data and narrow: some are taken for noise, but log Z hangs on its tail."""
     objective = NCE(noise=dist.Normal(2.0, 0.2))
     with pytest.warns(SurrogateWarning, match="noise does not cover the model"):
@@ -148,6 +198,17 @@ def test_one_learned_log_z_and_a_latent(make):
     make().differentiable_loss(model, point, x)  # a point estimate is a parameter
 
 
+@pytest.mark.parametrize("per_site", [False, True])
+def test_chains_of_one_law_and_a_latent(per_site):
+    """No log Z is learned, and the sentence names whoever serves the site."""
+    chains = PersistentContrastiveDivergence(1)
+    objective = PerSite({"x": chains}) if per_site else chains
+    guide = AutoNormal(surrogate(with_latent, RankingNCE()))
+    message = "'z', but PersistentContrastiveDivergence keeps the chains of one law"
+    with pytest.raises(ValueError, match=message):
+        objective.differentiable_loss(with_latent, guide, torch.randn(5))
+
+
 @pytest.mark.parametrize("make", [RankingNCE, EnergyDiscrepancy, DonskerVaradhan])
 def test_no_learned_log_z_and_a_latent(make):
     model = with_latent
@@ -158,6 +219,14 @@ def test_few_base_draws_are_told():
     """The log of a mean of four weights is biased by their relative variance over eight."""
     with pytest.warns(SurrogateWarning, match="4 base draws a step are few"):
         train(DonskerVaradhan(), tilted(STANDARD), 0.1 * torch.randn(4), 140)
+
+
+def test_few_noise_draws_are_told():
+    """The self-normalized likelihood has no num_base: its remedy is another one."""
+    objective = SelfNormalized(num_noise=2)
+    message = "8 noise draws a step are few.*Raise num_noise or"
+    with pytest.warns(SurrogateWarning, match=message):
+        train(objective, tilted(STANDARD), 0.1 * torch.randn(4), 140)
 
 
 def test_a_random_energy_is_not_called_conditional():

@@ -18,6 +18,9 @@ from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.energies import GaussianEnergy
 from pyro_ebm.errors import NonFiniteEnergyError, UnregisteredParameterError
 from pyro_ebm.infer import KALE, NCE, DonskerVaradhan, EnergyDiscrepancy, RankingNCE, fit
+from pyro_ebm.infer.conditional_nce import ConditionalNCE
+from pyro_ebm.infer.contrastive_divergence import ContrastiveDivergence
+from pyro_ebm.infer.persistent import PersistentContrastiveDivergence
 from pyro_ebm.poutine import surrogate
 
 ALL = [NCE, RankingNCE, KALE, DonskerVaradhan, EnergyDiscrepancy]
@@ -494,6 +497,16 @@ def test_batch_dims_without_a_plate(make):
 
     with pytest.raises(ValueError, match="invalid log_prob shape"):
         make().differentiable_loss(model, no_guide, torch.randn(5))
+
+
+@pytest.mark.parametrize(
+    "make", [*ALL, ContrastiveDivergence, PersistentContrastiveDivergence, ConditionalNCE]
+)
+def test_integer_data_on_a_continuous_support(make):
+    """Otherwise noise is refused by torch, or the integers are taken for measurements."""
+    message = r"data of EBM site 'x' as points of Real\(\).*floating point, got torch.int64"
+    with pytest.raises(ValueError, match=message):
+        loss_of(make(), quadratic(), torch.tensor([0, 1, 2, 2]))
 
 
 # --- guides

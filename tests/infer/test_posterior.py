@@ -1,5 +1,8 @@
 """Which way to a posterior is taken, what is said of it, and that it leads there."""
 
+from importlib import import_module
+
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -8,9 +11,13 @@ from calibrated_models import Precision
 from pyro import poutine
 
 from pyro_ebm import EnergyDistribution
+from pyro_ebm.chains import Record
 from pyro_ebm.energies import ExponentialFamily, Ising
 from pyro_ebm.infer.data_structure import data_structure
+from pyro_ebm.infer.nce_posterior import nce_posterior
 from pyro_ebm.infer.posterior import posterior, route_of
+from pyro_ebm.infer.posterior_result import Posterior
+from pyro_ebm.infer.properness import check_proper
 from pyro_ebm.ops.constraints import spins
 
 F64 = torch.float64
@@ -54,15 +61,18 @@ def precision_of_rows(x):
 def unknown_of_rows(x):
     precision = pyro.sample("precision", dist.Gamma(x.new_tensor(2.0), 1.0))
     with pyro.plate("rows", len(x)):
-        law = EnergyDistribution(lambda v: 0.5 * precision * v**2, event_shape=())
+        law = EnergyDistribution(lambda v: 0.5 * precision * (v**2).sum(-1), event_shape=(4,))
         pyro.sample("x", law, obs=x)
 
 
 def regression(x, covariate):
     slope = pyro.sample("slope", dist.Normal(x.new_zeros(()), 1.0))
+
+    def energy(v):
+        return 0.5 * ((v - slope * covariate[:, None]) ** 2).sum(-1)
+
     with pyro.plate("rows", len(x)):
-        law = EnergyDistribution(lambda v: 0.5 * (v - slope * covariate) ** 2, event_shape=())
-        pyro.sample("x", law, obs=x)
+        pyro.sample("x", EnergyDistribution(energy, event_shape=(4,)), obs=x)
 
 
 def groups(x):
@@ -71,6 +81,14 @@ def groups(x):
         precision = pyro.sample("precision", dist.Gamma(3.0, rate))
         with pyro.plate("rows", len(x), dim=-2):
             pyro.sample("x", EnergyDistribution(Precision(precision)), obs=x)
+
+
+def lattices(x):
+    """A coupling for each of some lattices."""
+    mean = pyro.sample("mean", dist.Normal(x.new_tensor(0.2), 0.1))
+    with pyro.plate("groups", len(x)):
+        k = pyro.sample("k", dist.Normal(mean, 0.1))
+        pyro.sample("x", EnergyDistribution(Hidden(k, x.shape[1:])), obs=x)
 
 
 def words(x):
@@ -92,6 +110,17 @@ def many_words(x):
     pyro.sample("x", law, obs=x)
 
 
+def known_rows(x):
+    a = pyro.sample("a", dist.Gamma(x.new_tensor(2.0), 1.0))
+    law = EnergyDistribution(
+        lambda v: 0.5 * a * v**2,
+        event_shape=(),
+        log_normalizer=lambda: 0.5 * (2 * torch.pi / a).log(),
+    )
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", law, obs=x)
+
+
 def spin_lattice(n):
     return torch.where(torch.rand(n, n) < 0.7, 1.0, -1.0)
 
@@ -105,7 +134,7 @@ def clustered(n):
 KINDS = {
     "one observation": (lattice, (Hidden, spin_lattice(6))),
     "independent rows": (precision_of_rows, (torch.randn(30),)),
-    "conditional": (regression, (torch.randn(30), torch.randn(30))),
+    "conditional": (regression, (torch.randn(30, 4), torch.randn(30))),
     "hierarchical": (groups, (torch.randn(4, 3),)),
 }
 
@@ -140,15 +169,15 @@ def test_covariates_of_a_family_make_rows_conditional():
 
 FEW = {"num_samples": 20, "warmup_steps": 20, "num_chains": 8}
 WAYS = {
-    "known": (lattice, (Ising, spin_lattice(6)), "exact log Z", "log Z of every EBM site is known"),
+    "known": (known_rows, (torch.randn(20),), "exact log Z", "log Z of every EBM site is known"),
     "summed": (words, (torch.ones(20, 3),), "exact log Z", "a sum over 8 states"),
     "drawn": (lattice, (Hidden, spin_lattice(6)), "exchange", "can be drawn from exactly"),
-    "groups": (groups, (torch.randn(4, 3),), "exchange", "plate 'groups' are accepted one by one"),
+    "groups": (lattices, (torch.ones(2, 5, 5),), "exchange", "plate 'groups' are accepted one by"),
     "swept": (lattice, (Swept, spin_lattice(6)), "exchange by sweeps", "no exact sampler"),
-    "noise": (unknown_of_rows, (torch.randn(50),), "NCE", "data can be told from noise"),
+    "noise": (unknown_of_rows, (torch.randn(50, 4),), "NCE", "data can be told from noise"),
     "regression": (
         regression,
-        (torch.randn(50), torch.randn(50)),
+        (torch.randn(50, 4), torch.randn(50)),
         "ScoreMatching",
         "rows (50) with a law each",
     ),
@@ -156,7 +185,7 @@ WAYS = {
 }
 
 
-SLOW = {"swept", "one discrete"}  # simulations by sweeps: half a minute
+SLOW = {"swept", "one discrete", "noise"}  # simulations by sweeps, five noise sets
 MARKED = [pytest.param(w, marks=pytest.mark.slow if w in SLOW else ()) for w in WAYS]
 
 
@@ -178,10 +207,11 @@ def test_the_way_is_taken_and_explained(way):
 
 
 def test_short_chains_are_told():
-    found = posterior(precision_of_rows, torch.randn(20), **FEW)
+    found = posterior(precision_of_rows, torch.randn(20), method="exchange", **FEW)
     assert any("the chains are too short" in remark for remark in found.remarks)
 
 
+@pytest.mark.slow
 def test_enumeration_and_exchange_find_what_is_exact():
     """One lattice of nine spins: its log Z by the formula, summed, and not at all."""
     x = torch.ones(3, 3)
@@ -234,17 +264,55 @@ def plain_model(x):
     pyro.sample("x", dist.Normal(m, 1.0), obs=x)
 
 
+def shifted(x):
+    m = pyro.sample("m", dist.Normal(torch.tensor(0.0), 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", EnergyDistribution(lambda v: (v - m) ** 4, event_shape=()), obs=x)
+
+
+def latent_law(x):
+    z = pyro.sample("z", EnergyDistribution(lambda v: v**4, event_shape=()))
+    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def ridge(x):
+    a = pyro.sample("a", dist.Gamma(x.new_tensor(2.0), 1.0))
+    law = EnergyDistribution(lambda v: 0.5 * a * (v[..., 0] - v[..., 1]) ** 2, event_shape=(2,))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", law, obs=x)
+
+
 X = torch.randn(20)
+X4 = torch.randn(20, 4)
 BAD = {
     "no EBM": (plain_model, (X[0],), {}, ValueError, "observes no EBM"),
     "falling": (improper, (X,), {}, ValueError, "energy of site 'x' is improper"),
     "flat": (flat_at_last, (X,), {}, ValueError, "energy of site 'x' is improper"),
     "method": (precision_of_rows, (X,), {"method": "guess"}, ValueError, "'guess'"),
-    "not summed": (precision_of_rows, (X,), {"method": "exact"}, ValueError, "inf terms"),
+    "not summed": (unknown_of_rows, (X4,), {"method": "exact"}, ValueError, "inf terms"),
     "one lattice": (lattice, (Hidden, spin_lattice(6)), {"method": "nce"}, ValueError, "one"),
-    "c of rows": (regression, (X, X), {"method": "nce"}, ValueError, "one log Z for all"),
-    "no family": (unknown_of_rows, (X,), {"method": "exchange"}, TypeError, "exponential famil"),
+    "c of rows": (regression, (X4, X), {"method": "nce"}, ValueError, "one log Z for all"),
+    "no family": (unknown_of_rows, (X4,), {"method": "exchange"}, TypeError, "exponential famil"),
     "known": (lattice, (Ising, spin_lattice(6)), {"method": "exchange"}, ValueError, "is known"),
+    "known, noise": (
+        known_rows,
+        (X,),
+        {"method": "nce"},
+        ValueError,
+        "'nce' infers log Z .* known",
+    ),
+    "one known": (lattice, (Ising, spin_lattice(5)), {"method": "nce"}, ValueError, "are one obs"),
+    "whole numbers": (shifted, (torch.arange(20) - 10,), {}, TypeError, "call x.double"),
+    "a law": (EnergyDistribution(lambda v: v**2, event_shape=()), (X,), {}, TypeError, "of a Pyro"),
+    "no function": (3.0, (X,), {}, TypeError, "of a Pyro model, got float"),
+    "latent EBM": (
+        latent_law,
+        (X[0],),
+        {},
+        ValueError,
+        r"sites \['z'\] are latent with log Z unkn",
+    ),
+    "ridge": (ridge, (X4[:, :2],), {}, ValueError, "energy of site 'x' is improper"),
 }
 
 
@@ -268,11 +336,11 @@ class Bare(ExponentialFamily):
     coefficients = ("rate",)
 
     def __init__(self, rate):
-        super().__init__((), dist.constraints.positive)
+        super().__init__((4,), dist.constraints.independent(dist.constraints.positive, 1))
         self._set("rate", rate)
 
     def statistics(self, x):
-        return -x.unsqueeze(-1)
+        return -x.sum(-1, keepdim=True)
 
 
 def waiting(x):
@@ -283,7 +351,7 @@ def waiting(x):
 
 def test_a_family_without_any_draws_goes_another_way():
     """No sampler, no sweeps, no noise on the half line: score matching remains."""
-    found = posterior(waiting, torch.rand(100) + 0.1, **FEW)
+    found = posterior(waiting, torch.rand(100, 4) + 0.1, **FEW)
     assert "ScoreMatching" in found.method
 
 
@@ -298,9 +366,73 @@ def test_seventeen_spins_are_summed():
     assert structure.sites[0].num_terms == 2**17
 
 
-def test_noise_posteriors_are_not_blamed_for_their_noise():
-    found = posterior(unknown_of_rows, torch.randn(50), **FEW)
+def given_back(monkeypatch, name):
+    """Puts chains that disagree where a way would sample; returns what it was called with."""
+    calls = []
+    draws = np.linspace(0.0, 1.0, 20) + np.arange(8.0)[:, None]
+
+    def way(*args, **kwargs):
+        calls.append(kwargs)
+        return Posterior(Record({"a": draws}), "of a test")
+
+    monkeypatch.setattr(import_module("pyro_ebm.infer.posterior"), name, way)
+    return calls
+
+
+def test_noise_posteriors_are_not_blamed_for_their_noise(monkeypatch):
+    given_back(monkeypatch, "nce_posterior")
+    given_back(monkeypatch, "generalized_posterior")
+    found = posterior(unknown_of_rows, X4, **FEW)
+    assert "data can be told from noise" in str(found)
     assert not any("chains are too short" in remark for remark in found.remarks)
+    other = posterior(unknown_of_rows, X4, method="generalized", **FEW)
+    assert any("chains are too short" in remark for remark in other.remarks)
+
+
+def test_a_loss_where_log_z_is_known_is_one_for_the_support(monkeypatch):
+    calls = given_back(monkeypatch, "generalized_posterior")
+    for model, data, loss in (
+        (known_rows, (X,), "ScoreMatching"),
+        (lattice, (Ising, spin_lattice(5)), "PseudoLikelihood"),
+    ):
+        found = posterior(model, *data, method="generalized", **FEW)
+        assert type(calls[-1]["loss"]).__name__ == loss
+        assert found.reasons == (f"{loss} does without log Z.",)
+        assert any("use method='exact'" in remark for remark in found.remarks)
+
+
+def test_one_image_is_one_observation_before_its_noise_is_looked_at():
+    with pytest.raises(ValueError, match="it is one observation, and NCE tells many"):
+        nce_posterior(lattice, Ising, spin_lattice(5), noise=dist.Normal(0.0, 1.0))
+    law = EnergyDistribution(lambda v: v**2, event_shape=())
+    with pytest.raises(TypeError, match="an NCE posterior is over the latents of a Pyro model"):
+        nce_posterior(law, X, noise="gaussian")
+
+
+def test_rows_in_a_loop_are_looked_at_one_by_one():
+    def model(x):
+        a = pyro.sample("a", dist.Gamma(x.new_tensor(2.0), 1.0))
+        for i in pyro.plate("rows", len(x)):
+            sign = -1.0 if i == 1 else 1.0
+            law = EnergyDistribution(lambda v, s=sign: s * a * v**2, event_shape=())
+            pyro.sample(f"x{i}", law, obs=x[i])
+
+    assert [s.num_rows for s in data_structure(model, X[:3]).sites] == [1, 1, 1]
+    with pytest.raises(ValueError, match="energy of site 'x1' is improper"):
+        check_proper(model, (X[:3],), {})
+
+
+def test_three_dims_are_not_integrated_unasked(monkeypatch):
+    """The search for nodes alone would take minutes, and the chains hours."""
+
+    def model(x):
+        a = pyro.sample("a", dist.Gamma(x.new_tensor(2.0), 1.0))
+        law = EnergyDistribution(lambda v: 0.5 * a * (v**2).sum(-1), event_shape=(3,))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", law, obs=x)
+
+    given_back(monkeypatch, "nce_posterior")
+    assert "data can be told from noise" in str(posterior(model, X4[:, :3], **FEW))
 
 
 def test_an_energy_that_is_improper_at_some_draws_of_the_prior_is_told():
@@ -339,15 +471,16 @@ def test_data_and_laws_that_cannot_be(case):
 
 def test_one_draw_is_too_few_to_judge():
     sizes = {"num_samples": 1, "warmup_steps": 5, "num_chains": 2}
-    found = posterior(precision_of_rows, X, **sizes)
+    found = posterior(precision_of_rows, X, method="exchange", **sizes)
     assert any("too few to tell" in remark for remark in found.remarks)
 
 
 def test_padding_is_no_scale():
     def model(x):
-        with poutine.mask(mask=torch.isfinite(x)):
+        with poutine.mask(mask=torch.isfinite(x).all(-1)):
             unknown_of_rows(x)
 
-    x = X.clone()
+    x = X4.clone()
     x[3] = torch.nan
-    assert posterior(model, x, **FEW).record.num_chains > 0
+    assert check_proper(model, (x,), {}) == ()
+    assert data_structure(model, x).sites[0].num_rows == len(x) - 1

@@ -230,6 +230,7 @@ def test_numbers_that_are_not_finite():
         scored(p, torch.randn(7))
 
 
+@pytest.mark.filterwarnings("ignore:.*noise does not cover the data")
 def test_a_proposal_that_does_not_cover_the_model_is_told():
     def model(x):
         loc = pyro.param("loc", torch.tensor(40.0))

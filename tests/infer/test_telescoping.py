@@ -101,7 +101,7 @@ def estimate(num_bridges, num_rows, change=lambda contrast: contrast):
     objective = TelescopingNCE(num_bridges)
     untold = EnergyDistribution(lambda x: x, base=BASE).expand([num_rows])
     contrast = change(objective.draw(untold, x, None))
-    units, theta, _ = truth(objective.waymarks)
+    units, theta, _ = truth(objective.fitted[""])  # drawn outside of any site
 
     def rows(theta):
         return objective.per_datum(squares(theta, units), x, contrast, NO_C)
@@ -258,12 +258,12 @@ class Columns(nn.Module):
 def test_waymarks_are_fitted_once_and_kept():
     first, energy = TelescopingNCE(3), network()
     fitted(first, energy, 0.1 * torch.randn(100))
-    kept = first.waymarks
+    kept = first.fitted["x"]
     fitted(first, energy, torch.randn(100))
-    assert first.waymarks is kept
+    assert first.fitted["x"] is kept
     second = TelescopingNCE(3)
     second.load_state_dict(first.state_dict())
-    assert torch.equal(second.waymarks, kept)
+    assert torch.equal(second.fitted["x"], kept)
 
 
 def test_masked_rows_have_no_say():
@@ -274,7 +274,7 @@ def test_masked_rows_have_no_say():
     noise = BASE.expand([90]).sample()
     pyro.set_rng_seed(0)
     fitted(objective, energy, padded, mask)
-    torch.testing.assert_close(objective.waymarks, equal_steps(x[mask], noise[mask], 3))
+    torch.testing.assert_close(objective.fitted["x"], equal_steps(x[mask], noise[mask], 3))
 
 
 def test_dtype_is_kept():
@@ -362,6 +362,13 @@ def test_one_row_spaces_no_waymarks():
     with pytest.raises(ValueError, match="which has one row only: give waymarks="):
         fitted(TelescopingNCE(3), network(), torch.randn(1))
     assert fitted(TelescopingNCE(3, waymarks=(0.1, 0.5, 1)), network(), torch.randn(1)).isfinite()
+
+
+def test_rows_that_are_not_finite_space_no_waymarks():
+    """As where Pyro's validation is off, which tells of them otherwise."""
+    rows = torch.tensor([[0.0], [1.0], [float("nan")]])
+    with pytest.raises(ValueError, match="look for NaN in the data, or give waymarks="):
+        equal_steps(rows, torch.randn(3, 1), 3)
 
 
 def test_discrete_supports():

@@ -195,6 +195,25 @@ def test_the_auxiliary_draws_are_chosen_for_every_run():
     assert not kernel.adjusted
 
 
+def test_draws_of_another_energy_are_not_exact():
+    """A subclass with another energy, which inherits the draws of the first, goes by sweeps."""
+
+    class Bent(Lattice):
+        def forward(self, x):
+            return 1.1 * super().forward(x)
+
+    def model(family, x):
+        coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
+        pyro.sample("x", EnergyDistribution(family(coupling, (3, 3))), obs=x)
+
+    kernel = Exchange(model)
+    target = kernel.bind(Lattice, lattice_with(2))
+    assert target.draws_are_exact
+    target = kernel.bind(Bent, lattice_with(2))
+    assert not target.draws_are_exact
+    assert not kernel.adjusted
+
+
 # --- what is refused
 
 

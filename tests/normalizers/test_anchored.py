@@ -9,6 +9,7 @@ from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import Ising
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.normalizers import Anchored, anchored
+from pyro_ebm.normalizers.anchored import asked
 
 F64 = torch.float64
 SHAPE = (4, 4)
@@ -141,3 +142,15 @@ def test_parameters_beyond_the_anchors_are_said_once():
     with pytest.warns(UserWarning, match="log Z was asked at parameters that the anchors say"):
         assert bool(log_z(torch.tensor([2.0], dtype=torch.float64)).isnan())
     assert bool(log_z(torch.tensor([2.5], dtype=torch.float64)).isnan())  # no second warning
+
+
+def test_functions_that_are_asked_are_listed_inside_only():
+    draws = torch.randn(1, 20, 50, 1)
+    one, other = (Anchored(torch.zeros(1, 1), draws) for _ in range(2))
+    with asked() as outer:
+        one(torch.zeros(1))
+        with asked() as inner:
+            other(torch.zeros(1))
+    one(torch.zeros(1))
+    assert outer == [one, other]
+    assert inner == [other]

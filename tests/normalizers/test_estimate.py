@@ -1,5 +1,6 @@
 """Which way is taken, and what is said of the agreement of two."""
 
+import math
 import re
 
 import pyro.distributions as dist
@@ -70,9 +71,55 @@ def test_an_untrusted_estimate_is_not_the_best():
     assert agreed(few, many).method.startswith("many")
 
 
+BINARY = {
+    "lattice": EnergyDistribution(Ising(0.2, (32, 32), field=0.1)),
+    "on a base": EnergyDistribution(
+        lambda x: -x.sum(-1), dist.Bernoulli(torch.full((30,), 0.5)).to_event(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("law", BINARY)
+@pytest.mark.parametrize(
+    "method", ["quadrature", "ais", "smc", "thermodynamic", "stepping_stones", "bridge"]
+)
+def test_what_moves_on_the_reals_names_what_serves_discrete_laws(law, method):
+    sentence = r"is for continuous supports, .*exact.*from_uniform.*Exchange"
+    with pytest.raises(NotImplementedError, match=sentence):
+        estimate_log_normalizer(BINARY[law], method)
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="method must be 'auto', 'bridge' or one of"):
         estimate_log_normalizer(WIDE, "magic")
     counts = EnergyDistribution(lambda x: x.sum(-1), dist.Poisson(torch.ones(3)).to_event(1))
     with pytest.raises(NotImplementedError, match="discrete with more than"):
         estimate_log_normalizer(counts)
+
+
+def narrow_mode(x):
+    """At 700 with a width of .002, where no search comes near: log Z = 2.86."""
+    return -torch.logaddexp(-0.5 * x**2, -0.5 * ((x - 700.0) / 0.002) ** 2 + 8.0)
+
+
+def test_draws_are_looked_at_in_few_dims():
+    """Draws say where a mode is, and bridge sampling from them says the same of log Z."""
+    law = EnergyDistribution(lambda x: x**4 / 4 - x**2 / 2, event_shape=())
+    weights = (-law.energy(torch.linspace(-4.0, 4.0, 4001, dtype=F64))).exp()
+    at = torch.multinomial(weights, 4000, replacement=True).reshape(10, 400)
+    draws = torch.linspace(-4.0, 4.0, 4001, dtype=F64)[at]
+    found = estimate_log_normalizer(law, draws=draws)
+    assert found.method == "quadrature, in agreement with bridge"
+    assert found.is_trusted
+    wrong = estimate_log_normalizer(law, draws=1.5 + draws)
+    assert any("bridge gives" in doubt for doubt in wrong.doubts)
+
+
+@pytest.mark.parametrize("method", ["auto", "quadrature"])
+def test_a_single_draw_says_where_a_mode_is(method):
+    torch.set_default_dtype(F64)
+    law = EnergyDistribution(narrow_mode, event_shape=())
+    draws = torch.tensor([[0.0, 700.001]], dtype=F64)
+    found = estimate_log_normalizer(law, method, draws=draws)
+    exact = 0.5 * math.log(2 * math.pi) + math.log(1.0 + 0.002 * math.exp(8.0))
+    assert float(found.value) == pytest.approx(exact, abs=1e-6)

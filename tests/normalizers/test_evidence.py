@@ -166,7 +166,13 @@ def masked(x):
         pyro.sample("rest", dist.Normal(0.0, 1.0))
 
 
+def scaled(x):
+    with pyro.poutine.scale(scale=2.0):
+        precision(x)
+
+
 BAD = {
+    "scaled": (scaled, ValueError, "site 'theta' is scaled by 2: .* take poutine.scale away"),
     "missing": (lambda x: precision(x, known=False), MissingNormalizerError, "log Z is unknown"),
     "constant": (constant, MissingNormalizerError, "off by it even if it is constant"),
     "factor": (with_factor, MissingNormalizerError, "energy_factor 'near' has no log Z"),

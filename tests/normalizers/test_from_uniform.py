@@ -9,7 +9,7 @@ from pyro_ebm.energies import ExponentialRandomGraph, GaussianEnergy, Ising
 from pyro_ebm.energies.conway_maxwell_poisson import ConwayMaxwellPoisson
 from pyro_ebm.energies.graph_statistics import Edges, Triangles
 from pyro_ebm.normalizers.estimate import estimate_log_normalizer
-from pyro_ebm.normalizers.from_uniform import from_uniform
+from pyro_ebm.normalizers.from_uniform import _Ladder, from_uniform
 
 F64 = torch.float64
 
@@ -74,6 +74,12 @@ BAD = {
         "infinitely many states",
     ),
     "draws": (EnergyDistribution(graph()), {"draws": torch.ones(5, 3)}, ValueError, r"\(N,\) \+"),
+    "no spins": (
+        EnergyDistribution(lattice()),
+        {"draws": torch.zeros(50, 6, 6), "draws_are_exact": True},
+        ValueError,
+        r"50 of 50 draws lie outside of the law's support \(Spins\(\)\)",
+    ),
 }
 
 
@@ -82,3 +88,26 @@ def test_one_sentence_each(case):
     law, options, error, sentence = BAD[case]
     with pytest.raises(error, match=sentence):
         from_uniform(law, **options)
+
+
+def test_the_way_back_is_unbiased():
+    """Its weights average to the number of states over Z: no rung is left out or taken twice.
+
+    Half way up, states of that temperature: with those of the law itself log Z would be .4 lower.
+    """
+    energy = Ising(torch.tensor(0.25, dtype=F64), (3, 3), field=torch.tensor(0.1, dtype=F64))
+    ladder = _Ladder.of(EnergyDistribution(energy), 2, 20)
+    weights = ladder.down(energy.sample((4000,))).exp()
+    exact = float((ladder.log_number - energy.log_normalizer()).exp())
+    error = float(weights.std()) / 4000**0.5
+    assert abs(float(weights.mean()) - exact) < 5 * error
+    assert error < 0.05 * exact
+
+
+def test_each_rung_is_visited_once_on_both_ways(monkeypatch):
+    stops, at = [], _Ladder._at
+    monkeypatch.setattr(_Ladder, "_at", lambda self, k, n: (stops.append(k), at(self, k, n))[1])
+    ladder = _Ladder.of(EnergyDistribution(graph()), 4, 1)
+    ladder.down(ladder.uniform(2))
+    ladder.up(ladder.uniform(2))
+    assert stops == [3, 2, 1, 1, 2, 3]

@@ -228,12 +228,20 @@ def test_what_is_not_identified_is_refused():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: nce(gaussian(1.0), torch.randn(9)), "no base to take for noise: give noise="),
+        (lambda: nce(gaussian(1.0), torch.randn(9)), "no base to take for the noise: give noise="),
         (lambda: nce(gaussian(1.0), torch.randn(9, 2), wide()), r"data must be \(N,\) \+ \(\)"),
         (lambda: nce(gaussian(1.0), torch.randn(1), wide()), "N of at least 2"),
         (lambda: nce(gaussian(1.0), torch.randn(9), wide().expand([3])), r"batch_shape \(3,\)"),
         (lambda: nce(gaussian(1.0), torch.randn(9), gaussian(2.0)), "normalized distribution"),
         (lambda: nce(gaussian(1.0), torch.randn(9), wide(), num_noise=0), "num_noise"),
+        (
+            lambda: nce(gaussian(1.0), torch.rand(9), dist.Exponential(1.0)),
+            "noise lives on .* must be the same, or that of the noise larger",
+        ),
+        (
+            lambda: nce(gaussian(1.0), torch.tensor([0.0, torch.nan, 1.0]), wide()),
+            "1 of 3 data are NaN: leave them out",
+        ),
     ],
 )
 def test_refusals(call, message):

@@ -1,6 +1,7 @@
 """Importance sampling, bridge, annealing and SMC: unbiased, with errors that cover."""
 
 import math
+import re
 
 import pyro.distributions as dist
 import pytest
@@ -11,7 +12,18 @@ from pyro_ebm import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc import HMC, MCMC, SMC, RandomWalk
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
-from pyro_ebm.normalizers import ais, bridge, importance, quadrature, smc
+from pyro_ebm.normalizers import (
+    ais,
+    bridge,
+    gauss_hermite,
+    importance,
+    nce,
+    quadrature,
+    smc,
+    stepping_stones,
+    tempered,
+    thermodynamic,
+)
 from pyro_ebm.normalizers.ais import Path
 from pyro_ebm.normalizers.bridge import bridged
 
@@ -39,6 +51,18 @@ def test_the_effective_size_is_the_known_one(variance):
     seen = importance(law, dist.Normal(0.0, variance**0.5), num_samples=20_000)
     assert seen.ess / 20_000 == pytest.approx((2 * variance - 1) ** 0.5 / variance, rel=0.05)
     assert float(seen.value) == pytest.approx(0.5 * math.log(2 * math.pi), abs=0.05)
+
+
+@pytest.mark.parametrize("proposal", [dist.Normal(0.0, 2.0), dist.StudentT(3.0, 1.0, 1.0)])
+def test_a_proposal_may_have_a_larger_support(proposal):
+    """Its draws outside have no weight, whatever the energy is there: Z = 1 - e^-2."""
+    law = EnergyDistribution(
+        lambda x: x, event_shape=(), support=dist.constraints.interval(0.0, 2.0)
+    )
+    check_estimates(
+        [importance(law, proposal, num_samples=500) for _ in range(40)],
+        math.log(1 - math.exp(-2.0)),
+    )
 
 
 def test_a_strong_tilt_is_not_to_be_trusted():
@@ -78,6 +102,26 @@ def test_the_bridge_on_a_half_line_and_of_a_generalized_ebm():
     made = GeneralizedEBM(lambda z: 2.0 * z, prior, lambda x: 0.5 * x.square().sum(-1))
     seen = bridge(made, torch.randn(10, 500, 2) / 5.0**0.5)
     assert float(seen.value) == pytest.approx(-math.log(5.0), abs=0.02)
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(3.0, 1.0), (0.5, 1.0), (0.0, 1.3)])
+def test_draws_of_another_law_are_seen_by_the_bridge(shift, scale):
+    """Half a standard deviation off in 1600 draws: the two bridges then differ by .2."""
+    found = bridge(normal(), shift + scale * torch.randn(4, 400))
+    assert any("the draws are not draws of this law" in doubt for doubt in found.doubts)
+
+
+@pytest.mark.parametrize("shape", [(40, 10), (4, 1000), (1, 300)])
+def test_draws_of_the_law_are_not_doubted(shape):
+    """At five errors one in two million is; 60 are looked at, of laws that no Gaussian fits."""
+    for _ in range(20):
+        uniform = torch.rand(shape)
+        laws = {normal(): torch.randn(shape), exponential(): -uniform.log()}
+        laws[EnergyDistribution(lambda x: x.abs(), event_shape=())] = (
+            torch.where(torch.rand(shape) < 0.5, 1.0, -1.0) * -uniform.log()
+        )
+        for law, draws in laws.items():
+            assert not bridge(law, draws).remarks
 
 
 # --- annealing and particles
@@ -126,11 +170,19 @@ def test_particles_cover():
     check_estimates(estimates, log_z, coverage=0.7)
 
 
+def normal(support=None):
+    return EnergyDistribution(lambda x: 0.5 * x**2, event_shape=(), support=support)
+
+
+def exponential():
+    return EnergyDistribution(lambda x: x, event_shape=(), support=dist.constraints.positive)
+
+
 BAD = {
     "no base": (lambda: ais(EnergyDistribution(lambda x: x**2, event_shape=())), "give base="),
     "no proposal": (
         lambda: importance(EnergyDistribution(lambda x: x**2, event_shape=())),
-        "has no base to draw from: give a proposal",
+        "no base to take for the proposal: give proposal=",
     ),
     "batch": (lambda: smc(tilted(2)[0].expand((3,))), r"batch_shape is \(3,\)"),
     "another event": (
@@ -142,6 +194,26 @@ BAD = {
         "must be a normalized distribution",
     ),
     "shape": (lambda: bridge(tilted(2)[0], torch.zeros(4, 2)), r"must be \(chains, draws\) \+"),
+    "half a proposal": (
+        lambda: importance(normal(), dist.HalfNormal(1.0)),
+        r"proposal lives on .* law on Real\(\): .* same, or that of the proposal larger",
+    ),
+    "a part": (lambda: importance(normal(), dist.Uniform(0.0, 1.0)), "must be the same, or"),
+    "counts": (lambda: importance(normal(), dist.Poisson(1.0)), "must be the same, or"),
+    "nan draws": (
+        lambda: bridge(normal(), torch.full((4, 50), torch.nan)),
+        "200 of 200 draws are NaN",
+    ),
+    "outside": (
+        lambda: bridge(exponential(), torch.randn(4, 50)),
+        "lie outside of the law's support",
+    ),
+    "at the edge": (lambda: bridge(exponential(), torch.zeros(4, 50)), "law's support"),
+    "constant": (lambda: bridge(normal(), torch.ones(4, 50)), "do not spread in all 1 dimensions"),
+    "a plane": (
+        lambda: bridge(tilted(2)[0], torch.randn(4, 50, 1).expand(-1, -1, 2)),
+        "do not spread in all 2 dimensions",
+    ),
     "few": (lambda: bridge(tilted(2)[0], torch.randn(1, 5, 2)), "5 draws are too few"),
     "joined": (
         lambda: ais(tilted(2)[0], num_rungs=3, draws=torch.zeros(4, 5, 2)),
@@ -164,6 +236,59 @@ def test_energies_that_are_not_finite(value):
         importance(law)
     with pytest.raises(NonFiniteEnergyError):
         bridge(law, torch.randn(4, 50))
+
+
+HALF = math.log(0.5)  # of a standard normal base, the other half NaN
+NAN_BELOW = EnergyDistribution(
+    lambda x: torch.where(x > 0, 0.0 * x, torch.nan), dist.Normal(torch.tensor(0.0, dtype=F64), 1.0)
+)
+
+
+@pytest.mark.parametrize(
+    "estimate",
+    [
+        importance,
+        lambda law: bridge(law, torch.randn(10, 200).abs()),
+        lambda law: nce(law, torch.randn(500).abs()),
+        lambda law: ais(law, num_rungs=5),
+        lambda law: smc(law, num_particles=200, num_runs=4),
+        lambda law: stepping_stones(law, tempered(law, num_rungs=2, num_samples=20)),
+    ],
+    ids=["importance", "bridge", "nce", "ais", "smc", "stepping stones"],
+)
+@pytest.mark.filterwarnings("ignore:.*energies of some particles are NaN")
+@pytest.mark.filterwarnings("ignore::pyro_ebm.errors.ApproximateSampleWarning")
+def test_nan_energies_are_counted_and_told(estimate):
+    found = estimate(NAN_BELOW)
+    assert re.search(r"\d+ of \d+ energies are NaN and counted as infinite", found.remarks[0])
+    assert not found.is_trusted
+    assert abs(float(found.value) - HALF) < 5 * float(found.stderr) + 1e-9
+
+
+@pytest.mark.parametrize(
+    "estimate",
+    [
+        importance,
+        lambda law: bridge(law, torch.randn(10, 20) / 2**0.5),
+        lambda law: nce(law, torch.randn(50) / 2**0.5),
+        lambda law: ais(law, num_rungs=5),
+        lambda law: smc(law, num_particles=50, num_runs=2),
+        lambda law: stepping_stones(law, tempered(law, num_rungs=2, num_samples=20)),
+        lambda law: thermodynamic(law, tempered(law, num_rungs=2, num_samples=20)),
+        gauss_hermite,
+    ],
+)
+def test_tensors_that_a_function_holds_make_an_estimate_stale(estimate):
+    w = torch.ones((), requires_grad=True)
+    law = EnergyDistribution(
+        lambda x: 0.5 * w * x**2, dist.Normal(torch.tensor(0.0, dtype=F64), 1.0)
+    )
+    found = estimate(law)
+    assert law.with_log_normalizer(found).is_normalized
+    with torch.no_grad():
+        w.add_(5.0)
+    assert found.is_stale
+    assert not law.with_log_normalizer(found).is_normalized
 
 
 # --- how they are made

@@ -301,6 +301,13 @@ def short_chains():
     pyro.sample("x", EnergyDistribution(lambda x: scale * x**4, event_shape=()))
 
 
+def by_a_sampler():
+    scale = pyro.sample("scale", dist.LogNormal(torch.tensor(0.0), 1.0))
+    draw = lambda law, shape: torch.zeros(shape + law.batch_shape)  # noqa: E731
+    law = EnergyDistribution(lambda x: scale * x**4, event_shape=(), sampler=draw)
+    pyro.sample("x", law)
+
+
 BAD = {
     "observes": (observes, ["x"], "site 'y' is observed in model 'observes' itself"),
     "its data": (observes_its_data, ["x"], "site 'x' is observed in model"),
@@ -308,6 +315,7 @@ BAD = {
     "no site": (conjugate, ["y"], r"model 'conjugate' has no site \['y'\]"),
     "none": (conjugate, [], "has no site"),
     "short chains": (short_chains, ["x"], "EBM site 'x' is drawn by short chains"),
+    "a sampler": (by_a_sampler, ["x"], "or by a sampler that does not say that it is exact"),
 }
 
 

@@ -1,0 +1,105 @@
+r"""The part of energy discrepancies that does not depend on what perturbs the data.
+
+A perturbation takes x there, :math:`y \sim q(\cdot|x)`, and M times back,
+:math:`x'_j \sim \rho_y = q(y|\cdot) / c(y)`; the datum is told from where it could have come from:
+
+.. math::
+    L = E\,\log\Big(c(y)\Big[\frac wM + \frac1M \sum_{j=1}^M e^{U(x) - U(x'_j)}\Big]\Big).
+
+log Z cancels row by row. For :math:`w = 1` this is ranking NCE with M exchangeable negatives given
+y, hence consistent for every M; other w are biased at finite M
+(:mod:`~pyro_ebm.infer.energy_discrepancy` has the limits and the source).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.errors import SurrogateWarning
+from pyro_ebm.infer.contrast import Contrast
+from pyro_ebm.infer.objective import Objective
+from pyro_ebm.infer.perturbations import Perturbation
+from pyro_ebm.infer.perturbed_space import PerturbedSpace
+
+
+class PerturbationContrast(Objective):
+    """What energy discrepancies share, whatever the perturbation.
+
+    Args:
+        perturbation: The way there and back.
+        num_negatives: M.
+        stabilization: :math:`w > 0`.
+        **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
+    """
+
+    def __init__(
+        self,
+        perturbation: Perturbation,
+        num_negatives: int,
+        *,
+        stabilization: float,
+        **elbo: Any,
+    ) -> None:
+        super().__init__(**elbo)
+        if num_negatives < 1 or not stabilization > 0:
+            raise ValueError(
+                f"num_negatives and stabilization must be positive, got {num_negatives!r} and "
+                f"{stabilization!r}; at stabilization 0 the loss is unbounded below"
+            )
+        if stabilization != 1:
+            warnings.warn(
+                f"{type(self).__name__} is biased at finite num_negatives unless stabilization is "
+                f"1, got {stabilization}",
+                SurrogateWarning,
+                stacklevel=3,
+            )
+        self.perturbation = perturbation
+        self.num_negatives = num_negatives
+        self.stabilization = stabilization
+
+    def space(self, p: EnergyDistribution) -> PerturbedSpace:
+        """Returns the coordinates that are perturbed.
+
+        Raises:
+            NotImplementedError: If the objective does not serve such data.
+        """
+        return PerturbedSpace(p, type(self).__name__)
+
+    def perturbation_of(self, p: EnergyDistribution, noise: Any) -> Perturbation:
+        """Returns the perturbation, given what a guide holds at the site, or ``None``."""
+        return self.perturbation
+
+    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
+        """Draws the negatives, in the coordinates that are perturbed."""
+        space, perturbation = self.space(p), self.perturbation_of(p, noise)
+        y = perturbation.there(space.coordinates(x), space.layout)
+        points = perturbation.back(y, self.num_negatives, space.layout)
+        log_mass = perturbation.log_mass(y, space.layout)
+        if log_mass is None:
+            return Contrast(points)
+        return Contrast(points, -log_mass.expand(points.shape[: 1 + log_mass.dim()]), -log_mass)
+
+    def per_datum(
+        self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
+    ) -> Tensor:
+        r"""Returns the stabilized log mean exponential difference of potentials, in nats.
+
+        The contrast's log densities are those of :math:`\rho_y` less those of q, minus log c.
+        """
+        space = self.space(p)
+        points = contrast.with_data(space.coordinates(x))
+        potential = space.potential(points)
+        differences = potential[:1] - potential[1:]
+        stabilizer = torch.full_like(differences[:1], math.log(self.stabilization))
+        self.evaluation.note(accuracy=(differences < 0).double())
+        if contrast.log_noise is not None and contrast.log_noise_data is not None:
+            differences = differences - contrast.log_noise
+            stabilizer = stabilizer - contrast.log_noise_data
+        loss = torch.logsumexp(torch.cat([differences, stabilizer]), 0)
+        return loss - math.log(self.num_negatives)

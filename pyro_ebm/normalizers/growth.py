@@ -1,0 +1,171 @@
+r"""Energies whose Z is infinite, by how slowly they grow far out.
+
+Along a ray :math:`x = r v` in d dimensions :math:`\int e^{-U(rv)} r^{d-1} dr` is finite only if U
+grows faster than :math:`d \log r`, that is by more than :math:`d \log 10` from every radius to ten
+times as far out: this is looked at along random rays. A *ridge*, as that of :math:`(x_1 - x_2)^2`,
+no random ray meets. In a few dims U is therefore followed through tubes of constant width, where it
+has to grow faster than :math:`\log r`: along coordinates, sums and differences of two of them, and
+the directions in which gradients far out do not point. A tube, and not a line, as a ridge may
+become so narrow far out that its mass is finite.
+
+This finds densities that do not fall off, and cannot prove that all others do.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
+from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.ops.constraints import plain
+from pyro_ebm.ops.initial_points import like_of
+from pyro_ebm.ops.rng import rng_preserved
+
+SCALE_UNKNOWN = 1e4  # beyond this, in any units of one's own, lies nothing that is modelled
+_NUM_RAYS = 32
+_UNBOUNDED = (constraints.real, constraints.positive, constraints.nonnegative)
+_FAR = (1e2, 1e3, 1e4)  # times the scale of the data
+_MOST_DIMS, _MOST_PAIRED = 16, 8  # dims of ridges along coordinates, and along pairs of them
+_MOST_NUMBERS = 2**23  # in tubes of all rows at once; more are not looked at
+_NUM_OFFSETS = 2  # places in a tube
+
+
+def check_grows(law: EnergyDistribution) -> None:
+    """Raises if the energy of a law on the reals is too flat far out for Z to be finite.
+
+    Args:
+        law: The law; with a base, or on another support, nothing is asked of it.
+
+    Raises:
+        NonFiniteEnergyError: If it is.
+
+    Example:
+        >>> check_grows(EnergyDistribution(lambda x: x.square().sum(-1), event_shape=(5,)))
+        >>> check_grows(EnergyDistribution(lambda x: 0 * x.sum(-1), event_shape=(5,)))
+        Traceback (most recent call last):
+        ...
+        pyro_ebm.errors.NonFiniteEnergyError: ...is the energy proper?...
+    """
+    if law.base is not None or plain(law.support) is not constraints.real:
+        return
+    with rng_preserved():
+        is_flat = stays_flat(law, like_of(law.energy_function).new_full((), SCALE_UNKNOWN))
+    if is_flat:
+        raise NonFiniteEnergyError(
+            f"{law!r}: far from 0 the energy does not grow faster than (dims) log r along some "
+            "directions, so that Z would be infinite: is the energy proper? Add a term that "
+            "confines x, or a base"
+        )
+
+
+@torch.no_grad()
+def stays_flat(law: EnergyDistribution, x: Tensor) -> bool:
+    """Whether a density on an unbounded support is seen not to fall off far outside of data.
+
+    Args:
+        law: The distribution.
+        x: Its data, or anything of their scale and dtype.
+
+    Example:
+        >>> def ridge(x):
+        ...     return (x[..., 0] - x[..., 1]) ** 2
+        >>> stays_flat(EnergyDistribution(ridge, event_shape=(2,)), torch.zeros(2))
+        True
+        >>> confined = EnergyDistribution(lambda x: (x**2).sum(-1), event_shape=(2,))
+        >>> stays_flat(confined, torch.zeros(2))
+        False
+    """
+    if isinstance(law, GeneralizedEBM) or plain(law.support) not in _UNBOUNDED:
+        return False
+    scale = torch.where(torch.isfinite(x), x, 0.0).abs().max().clamp_min(1.0)  # padding may be NaN
+    far = _Far(law, scale)
+    return far.cone_is_flat() or far.tube_is_flat()
+
+
+class _Far:
+    """A law far outside of its data.
+
+    Rays are ``(R,) + rows + event_shape``, with rows of the batch's number of dims.
+
+    Args:
+        law: The law.
+        scale: The scale of its data, 0-d, of their dtype.
+    """
+
+    def __init__(self, law: EnergyDistribution, scale: Tensor) -> None:
+        self.law, self.scale = law, scale
+        self.dim = law.event_shape.numel()
+        self.is_signed = plain(law.support) is constraints.real
+
+    def cone_is_flat(self) -> bool:
+        """Whether the density falls off too slowly around a random ray."""
+        rays = _unit(self._inside(self._of_rows(torch.randn(_NUM_RAYS, self.dim))), self.dim)
+        return bool(self._are_flat(rays, torch.zeros_like(rays), self.dim).any())
+
+    def tube_is_flat(self) -> bool:
+        """Whether it falls off too slowly in a tube along one of the likely ridges."""
+        if not 1 < self.dim <= _MOST_DIMS:
+            return False
+        rays = [self._of_rows(_likely_ridges(self.dim, is_signed=self.is_signed))]
+        number = _NUM_OFFSETS * len(rays[0]) * self.law.batch_shape.numel() * self.dim
+        if number > _MOST_NUMBERS:
+            return False
+        rays += [self._without_gradient()] if self.is_signed else []
+        rows = torch.broadcast_shapes(*(r.shape[1:] for r in rays))
+        along = torch.cat([r.expand(len(r), *rows) for r in rays])
+        offsets = self._inside(self._of_rows(torch.randn(_NUM_OFFSETS * len(along), self.dim)))
+        flat = self._are_flat(along.repeat((_NUM_OFFSETS,) + (1,) * len(rows)), offsets, 1)
+        return bool(flat.reshape(_NUM_OFFSETS, len(along), -1).all(0).any())
+
+    def _of_rows(self, rays: Tensor) -> Tensor:
+        """The same rays ``(R, d)`` for all rows."""
+        ones = (1,) * len(self.law.batch_shape)
+        return rays.to(self.scale).reshape((-1,) + ones + self.law.event_shape)
+
+    def _inside(self, rays: Tensor) -> Tensor:
+        return rays if self.is_signed else rays.abs()
+
+    def _are_flat(self, rays: Tensor, offsets: Tensor, dim: int) -> Tensor:
+        """Whether U grows by no more than ``dim log r`` along rays from their offsets, by row."""
+        heights = [self.law.potential(self.scale * (r * rays + offsets)) for r in _FAR]
+        growth = torch.stack([b - a for a, b in zip(heights, heights[1:], strict=False)])
+        slow = growth <= dim * math.log(10.0) * (1.0 - 1e-6)
+        return (torch.isfinite(growth) & slow).all(0)
+
+    def _without_gradient(self) -> Tensor:
+        """Principal directions of gradients far out; along a ridge there are none."""
+        law, event = self.law, self.law.event_shape
+        points = self._of_rows(torch.randn(2 * self.dim, self.dim)) * self.scale * _FAR[0]
+        points = points.expand((-1,) + law.batch_shape + event).clone().requires_grad_()
+        with torch.enable_grad():
+            heights = law.potential(points).sum()
+        slope = torch.zeros_like(points)
+        if heights.requires_grad:
+            (slope,) = torch.autograd.grad(heights, points, materialize_grads=True)
+        slope = _unit(slope.nan_to_num(0.0, 0.0, 0.0), self.dim)
+        slope = slope.reshape((-1,) + law.batch_shape + (self.dim,)).movedim(0, -1)
+        directions = torch.linalg.eigh(slope @ slope.mT)[1].movedim(-1, 0)
+        directions = directions.reshape((self.dim,) + law.batch_shape + event)
+        return torch.cat([directions, -directions])
+
+
+def _likely_ridges(dim: int, *, is_signed: bool) -> Tensor:
+    """Unit vectors along coordinates, and along sums and differences of two of them."""
+    axes = torch.eye(dim)
+    found = [axes]
+    if dim <= _MOST_PAIRED:
+        one, other = torch.triu_indices(dim, dim, 1)
+        found += [axes[one] + axes[other]] + [axes[one] - axes[other]] * is_signed
+    along = torch.nn.functional.normalize(torch.cat(found))
+    return torch.cat([along, -along]) if is_signed else along
+
+
+def _unit(x: Tensor, dim: int) -> Tensor:
+    """Events of length one; those of length zero stay."""
+    flat = x.reshape(-1, dim)
+    length = flat.norm(dim=1, keepdim=True)
+    return torch.where(length > 0, flat / length, flat).reshape(x.shape)
