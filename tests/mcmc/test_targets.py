@@ -123,7 +123,7 @@ def test_gradients_are_those_of_the_chain_itself():
     with pyro.validation_enabled(is_validate=False):
         u, gradient = target.potential_and_grad(q)
         one_by_one = [target.potential_and_grad(row[None]) for row in q]
-        target._is_vectorized = False
+        target.is_vectorized = False
         torch.testing.assert_close(target.potential(q), u)
     torch.testing.assert_close(u, torch.cat([u for u, _ in one_by_one]))
     torch.testing.assert_close(gradient, torch.cat([g for _, g in one_by_one]))

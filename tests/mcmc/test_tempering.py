@@ -155,16 +155,21 @@ def test_the_hottest_replica_is_drawn_afresh():
     assert_mean_close((moved.extra["replicas"][0] - LOC).square(), SCALE**2)
 
 
-def test_replicas_leave_where_the_energy_is_infinite():
+def test_the_hottest_replica_leaves_where_the_energy_is_infinite():
     edge = EnergyDistribution(
         lambda x: torch.where(x[..., 0] > 0, 0.0, torch.inf), scaled().dist.base
     )
     kernel = ParallelTempering(edge, num_replicas=3)
     potential = CapturedPotential(kernel.bind(), capture=False)
     state = kernel.init(potential, torch.ones(50, 2, dtype=F64))
+    outside = {
+        "replicas": -state.extra["replicas"].abs(),
+        "energies": torch.full_like(state.extra["energies"], torch.inf),
+    }
+    state = replace(state, extra={**state.extra, **outside})
     for _ in range(30):
         state, _ = kernel._explore(potential, state)
-    assert torch.isfinite(state.extra["energies"]).all()
+    assert torch.isfinite(state.extra["energies"][0]).all()
 
 
 def test_a_state_that_stays_where_it_is_makes_no_trip():
