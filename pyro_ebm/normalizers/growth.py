@@ -131,9 +131,10 @@ class _Far:
 
     def _are_flat(self, rays: Tensor, offsets: Tensor, dim: int) -> Tensor:
         """Whether U grows by no more than ``dim log r`` along rays from their offsets, by row."""
-        heights = [self.law.potential(self.scale * (r * rays + offsets)) for r in _FAR]
-        growth = torch.stack([b - a for a, b in zip(heights, heights[1:], strict=False)])
-        slow = growth <= dim * math.log(10.0) * (1.0 - 1e-6)
+        heights = torch.stack([self.law.potential(self.scale * (r * rays + offsets)) for r in _FAR])
+        growth = heights.diff(dim=0)
+        rounding = 8.0 * torch.finfo(heights.dtype).eps * heights[1:].abs()
+        slow = growth <= dim * math.log(10.0) + rounding
         return (torch.isfinite(growth) & slow).all(0)
 
     def _without_gradient(self) -> Tensor:

@@ -20,7 +20,7 @@ IMPROPER = {
     "linear": law(lambda x: x.sum(-1), 5),
     "one coordinate is free": law(lambda x: x[..., 1:].square().sum(-1), 5),
     "ridge": law(lambda x: 0.5 * (x[..., :-1] - x[..., 1:]).square()[..., 0] + x[..., 2] ** 2, 3),
-    "r to the minus 3.8": law(lambda x: 1.9 * torch.log1p(x.square().sum(-1)), 4),
+    "r to the minus d": law(lambda x: 2.0 * torch.log1p(x.square().sum(-1)), 4),
     "one of a batch": EnergyDistribution(
         lambda x: torch.tensor([1.0, 0.0]) * x.square().sum(-1), event_shape=(4,), batch_shape=(2,)
     ),
