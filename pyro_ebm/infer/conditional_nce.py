@@ -34,6 +34,7 @@ from torch.nn.functional import softplus
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.contrast import Contrast, contrast_law, elementwise
 from pyro_ebm.infer.objective import Objective
+from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.constraints import base_measure
 from pyro_ebm.ops.spaces import bijection
 
@@ -92,14 +93,12 @@ class ConditionalNCE(Objective):
         **elbo: Any,
     ) -> None:
         super().__init__(**elbo)
-        if num_noise < 1 or num_noise != int(num_noise):
-            raise ValueError(f"num_noise must be a positive whole number, got {num_noise!r}")
         if noise is not None and (scale is not None or unit is not None):
             raise ValueError("scale and unit are of Gaussian noise; give them or noise, not both")
         for name, value in {"scale": scale, "unit": unit}.items():
             if value is not None and not bool((torch.as_tensor(value) > 0).all()):
                 raise ValueError(f"{name} must be positive, got {value!r}")
-        self.num_noise = int(num_noise)
+        self.num_noise = whole("num_noise", num_noise, least=1)
         self.noise = noise
         self.scale = scale
         self.unit = unit

@@ -48,8 +48,9 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.contrast import rows_of
 from pyro_ebm.infer.objective import Objective
-from pyro_ebm.infer.score_matching import number_of, refuse_contrast, refuse_jumps
+from pyro_ebm.infer.score_matching import refuse_contrast, refuse_jumps
 from pyro_ebm.infer.unconstrained import Unconstrained
+from pyro_ebm.ops.arguments import whole
 
 Conditioning = Literal["none", "argument", "scale"]
 Weighting = Literal["uniform", "variance"]
@@ -147,7 +148,7 @@ class DenoisingScoreMatching(Objective):
     ) -> None:
         super().__init__(**elbo)
         self.levels = _levels(noise_std)
-        self.num_noise = number_of("num_noise", num_noise)
+        self.num_noise = whole("num_noise", num_noise, least=1)
         self.conditioning = self._conditioning(conditioning)
         self.weighting = self._weighting(weighting)
         self.control_variate = control_variate

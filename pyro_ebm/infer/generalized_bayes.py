@@ -26,8 +26,8 @@ from pyro_ebm.infer.data_structure import check_model
 from pyro_ebm.infer.loss_of_model import ModelLoss
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.mcmc import HMC, MCMC
-from pyro_ebm.mcmc.checks import one_of, positive
 from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
+from pyro_ebm.ops.arguments import one_of, positive
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine.surrogate import SurrogateObjective, surrogate
 

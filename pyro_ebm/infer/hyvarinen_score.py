@@ -52,7 +52,7 @@ from pyro_ebm.distributions.layers import mask_of, num_reinterpreted
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.infer.score_matching import has_jumps
 from pyro_ebm.infer.unconstrained import Unconstrained
-from pyro_ebm.mcmc.checks import whole
+from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.constraints import plain
 
 _CHUNK = 2**21  # numbers in x times draws at once

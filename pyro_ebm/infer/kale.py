@@ -23,7 +23,7 @@ and Gretton, KALE flow, NeurIPS 2021, arXiv:2106.08929.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer import checks
 from pyro_ebm.infer.base_contrast import BaseContrast
 from pyro_ebm.infer.contrast import Contrast
+from pyro_ebm.ops.arguments import one_of
 
 CUpdate = Literal["gradient", "newton", "closed_form"]
 
@@ -82,11 +83,7 @@ class KALE(BaseContrast):
         **elbo: Any,
     ) -> None:
         super().__init__(num_base, gradient_penalty, schedule, **elbo)
-        if c_update not in ("gradient", "newton", "closed_form"):
-            raise ValueError(
-                f"c_update must be 'gradient', 'newton' or 'closed_form', got {c_update!r}"
-            )
-        self.c_update = c_update
+        self.c_update = one_of("c_update", c_update, get_args(CUpdate))
         self.c_rate = checks.rate("c_rate", c_rate)
 
     @property

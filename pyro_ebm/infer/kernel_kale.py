@@ -28,7 +28,8 @@ from typing import Any
 from torch import Tensor
 
 from pyro_ebm.infer.sample_comparison import SampleComparison
-from pyro_ebm.ops.kale_dual import kernel_kale, positive
+from pyro_ebm.ops.arguments import positive
+from pyro_ebm.ops.kale_dual import kernel_kale
 from pyro_ebm.ops.kernels import RadialKernel
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.deterministic import DeterministicObjective
 from pyro_ebm.infer.unconstrained import Unconstrained
+from pyro_ebm.ops.arguments import one_of
 from pyro_ebm.ops.kernels import (
     GaussianKernel,
     InverseMultiquadricKernel,
@@ -69,11 +70,9 @@ class KernelStein(DeterministicObjective):
         self, kernel: KernelName = "imq", *, length_scale: float | None = None, **elbo: Any
     ) -> None:
         super().__init__(**elbo)
-        if kernel not in ("imq", "rbf"):
-            raise ValueError(f"kernel must be 'imq' or 'rbf', got {kernel!r}")
         if length_scale is not None and not length_scale > 0:
             raise ValueError(f"length_scale must be positive, got {length_scale!r}")
-        self.kernel = kernel
+        self.kernel = one_of("kernel", kernel, ("imq", "rbf"))
         self.length_scale = length_scale
 
     def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:

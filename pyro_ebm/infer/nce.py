@@ -22,7 +22,7 @@ EMNLP 2018, arXiv:1809.01812.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer import checks
 from pyro_ebm.infer.contrast import Contrast
 from pyro_ebm.infer.noise_contrast import NoiseContrast
+from pyro_ebm.ops.arguments import one_of, whole
 from pyro_ebm.ops.log_space import bennett
 
 CUpdate = Literal["gradient", "closed_form"]
@@ -85,9 +86,7 @@ class NCE(NoiseContrast):
         **elbo: Any,
     ) -> None:
         super().__init__(num_noise, noise, **elbo)
-        if c_update not in ("gradient", "closed_form"):
-            raise ValueError(f"c_update must be 'gradient' or 'closed_form', got {c_update!r}")
-        self.c_update = c_update
+        self.c_update = one_of("c_update", c_update, get_args(CUpdate))
         self.c_rate = checks.rate("c_rate", c_rate)
 
     @property
@@ -151,9 +150,7 @@ class RankingNCE(NoiseContrast):
     """
 
     def __init__(self, num_noise: int = 10, noise: Any = None, **elbo: Any) -> None:
-        super().__init__(num_noise, noise, **elbo)
-        if num_noise != int(num_noise):
-            raise ValueError(f"num_noise must be a whole number of draws, got {num_noise!r}")
+        super().__init__(whole("num_noise", num_noise, least=1), noise, **elbo)
 
     def per_datum(
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor

@@ -50,7 +50,7 @@ from pyro_ebm.infer.frozen import FrozenObjective
 from pyro_ebm.infer.nce import NCE
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.mcmc import HMC, MCMC
-from pyro_ebm.mcmc.checks import whole
+from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.rank_rhat import rank_rhat
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine.surrogate import SurrogateDistribution, surrogate

@@ -32,8 +32,8 @@ from pyro_ebm.infer.checks import SETTLED
 from pyro_ebm.infer.contrast import Contrast, contrast_law, gap, rows_of
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.infer.transitions import KernelFactory, Moved, Mover, Transition
-from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.mala import MALA
+from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.initial_points import initial_points
 
 Start = Literal["data", "base"]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from pyro_ebm.infer.contrast import (
     rows_of,
 )
 from pyro_ebm.infer.objective import Objective
+from pyro_ebm.ops.arguments import one_of
 from pyro_ebm.ops.log_space import effective_sample_size
 
 Refit = Literal["data", "model"]
@@ -66,8 +67,6 @@ class NoiseContrast(Objective):
             raise ValueError(f"num_noise must be positive, got {num_noise!r}")
         if isinstance(noise, str) and noise != "gaussian":
             raise ValueError(f"noise must be a distribution, 'gaussian' or None, got {noise!r}")
-        if refit_to not in ("data", "model"):
-            raise ValueError(f"refit_to must be 'data' or 'model', got {refit_to!r}")
         if refit_every is not None and (refit_every < 1 or not isinstance(noise, str)):
             raise ValueError(
                 "refit_every must be a positive number of steps, with noise='gaussian' to refit; "
@@ -76,7 +75,7 @@ class NoiseContrast(Objective):
         self.num_noise = num_noise
         self.noise = noise
         self.refit_every = refit_every
-        self.refit_to = refit_to
+        self.refit_to = one_of("refit_to", refit_to, get_args(Refit))
         self._refitted_at: dict[str, int] = {}
         if refit_every is not None:
             self.is_held_out_criterion = False  # losses against other noise do not compare

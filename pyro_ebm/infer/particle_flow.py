@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_ebm.ops.kale_dual import DualProblem, check_samples, positive, solve_dual, witness
+from pyro_ebm.ops.arguments import positive
+from pyro_ebm.ops.kale_dual import DualProblem, check_samples, solve_dual, witness
 from pyro_ebm.ops.kernels import KernelFunction, RadialKernel, mean_difference
 
 Noise = float | Callable[[int], float]

@@ -33,8 +33,8 @@ from pyro_ebm.infer.contrast import Contrast, rows_of
 from pyro_ebm.infer.negative_phase import NegativePhase, Start
 from pyro_ebm.infer.tempered_langevin import TemperedLangevin
 from pyro_ebm.infer.transitions import KernelFactory, Transition, replaced
-from pyro_ebm.mcmc.checks import share, whole
 from pyro_ebm.mcmc.replay_buffer import Slots
+from pyro_ebm.ops.arguments import share, whole
 
 
 class PersistentContrastiveDivergence(NegativePhase):

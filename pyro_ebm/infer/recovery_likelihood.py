@@ -35,7 +35,6 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite
 from typing import Any
 
 import torch
@@ -45,8 +44,9 @@ from torch.distributions import constraints
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.contrast import Contrast, gap
 from pyro_ebm.infer.objective import Objective
-from pyro_ebm.infer.score_matching import number_of, refuse_contrast
+from pyro_ebm.infer.score_matching import refuse_contrast
 from pyro_ebm.infer.unconstrained import Unconstrained
+from pyro_ebm.ops.arguments import positive, whole
 from pyro_ebm.ops.short_langevin import Langevin
 from pyro_ebm.ops.spaces import UnconstrainedSpace
 
@@ -105,11 +105,9 @@ class RecoveryLikelihood(Objective):
         **elbo: Any,
     ) -> None:
         super().__init__(**elbo)
-        if not (noise_std > 0 and isfinite(noise_std)):
-            raise ValueError(f"noise_std must be positive and finite, got {noise_std!r}")
-        self.noise_std = noise_std
-        self.num_steps = number_of("num_steps", num_steps)
-        self.num_negatives = number_of("num_negatives", num_negatives)
+        self.noise_std = positive("noise_std", noise_std)
+        self.num_steps = whole("num_steps", num_steps, least=1)
+        self.num_negatives = whole("num_negatives", num_negatives, least=1)
         self.sampler = sampler
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:

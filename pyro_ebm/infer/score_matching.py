@@ -35,6 +35,7 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.deterministic import DeterministicObjective
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.infer.unconstrained import Unconstrained
+from pyro_ebm.ops.arguments import one_of, whole
 
 
 class Probes(NamedTuple):
@@ -75,10 +76,8 @@ class ScoreMatching(DeterministicObjective):
         self, *, trace: Literal["exact", "hutchinson"] = "exact", num_probes: int = 1, **elbo: Any
     ) -> None:
         super().__init__(**elbo)
-        if trace not in ("exact", "hutchinson"):
-            raise ValueError(f"trace must be 'exact' or 'hutchinson', got {trace!r}")
-        self.trace = trace
-        self.num_probes = number_of("num_probes", num_probes)
+        self.trace = one_of("trace", trace, ("exact", "hutchinson"))
+        self.num_probes = whole("num_probes", num_probes, least=1)
         self.is_frozen = trace == "exact"
 
     def freeze(
@@ -123,17 +122,6 @@ class ScoreMatching(DeterministicObjective):
     ) -> None:
         """Checks a site that is about to be frozen; conditional energies are welcome."""
         self.check(name, p, x)
-
-
-def number_of(name: str, value: int) -> int:
-    """Returns a number of draws.
-
-    Raises:
-        ValueError: If it is not a positive whole number.
-    """
-    if value < 1 or value != int(value):
-        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-    return int(value)
 
 
 def signs(u: Tensor, num: int) -> Tensor:

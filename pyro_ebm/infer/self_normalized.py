@@ -23,6 +23,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.contrast import Contrast, contrast_law
 from pyro_ebm.infer.kale import KALE, CUpdate
+from pyro_ebm.ops.arguments import whole
 
 
 class SelfNormalized(KALE):
@@ -72,9 +73,7 @@ class SelfNormalized(KALE):
         **elbo: Any,
     ) -> None:
         super().__init__(c_update=c_update, c_rate=c_rate, **elbo)
-        if num_noise < 1 or num_noise != int(num_noise):
-            raise ValueError(f"num_noise must be a positive whole number, got {num_noise!r}")
-        self.num_noise = int(num_noise)
+        self.num_noise = whole("num_noise", num_noise, least=1)
         self.noise = noise
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:

@@ -29,7 +29,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -38,12 +38,12 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.infer.score_matching import (
     Probes,
-    number_of,
     refuse_contrast,
     refuse_jumps,
     signs,
 )
 from pyro_ebm.infer.unconstrained import Unconstrained
+from pyro_ebm.ops.arguments import one_of, whole
 
 Directions = Literal["rademacher", "gaussian", "sphere"]
 
@@ -89,13 +89,9 @@ class SlicedScoreMatching(Objective):
         **elbo: Any,
     ) -> None:
         super().__init__(**elbo)
-        if directions not in ("rademacher", "gaussian", "sphere"):
-            raise ValueError(
-                f"directions must be 'rademacher', 'gaussian' or 'sphere', got {directions!r}"
-            )
-        self.num_projections = number_of("num_projections", num_projections)
+        self.num_projections = whole("num_projections", num_projections, least=1)
         self.variance_reduced = variance_reduced
-        self.directions = directions
+        self.directions = one_of("directions", directions, get_args(Directions))
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Any:
         """Draws :class:`Probes` for every datum, in unconstrained coordinates."""

@@ -35,6 +35,7 @@ from torch.nn.functional import softplus
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.contrast import Contrast, contrast_law, rows_of
 from pyro_ebm.infer.objective import Objective
+from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.spaces import bijection
 
 GRID = 4096  # mixing weights at which the path's length is measured, from 1e-6 to 1
@@ -66,10 +67,8 @@ class BridgeEnergy(nn.Module):
 
     def __init__(self, net: Callable[[Tensor], Tensor], num_bridges: int) -> None:
         super().__init__()
-        if num_bridges < 1:
-            raise ValueError(f"num_bridges must be a positive number, got {num_bridges!r}")
         self.net = net
-        self.constants = nn.Parameter(torch.zeros(num_bridges))
+        self.constants = nn.Parameter(torch.zeros(whole("num_bridges", num_bridges, least=1)))
 
     def bridges(self, x: Tensor) -> Tensor:
         """Returns the bridges in nats, ``(m,) + rows``.
@@ -141,9 +140,7 @@ class TelescopingNCE(Objective):
         **elbo: Any,
     ) -> None:
         super().__init__(**elbo)
-        if num_bridges < 1 or num_bridges != int(num_bridges):
-            raise ValueError(f"num_bridges must be a positive whole number, got {num_bridges!r}")
-        self.num_bridges = int(num_bridges)
+        self.num_bridges = whole("num_bridges", num_bridges, least=1)
         self.noise = noise
         self.waymarks = None if waymarks is None else self._ascending(waymarks)
 

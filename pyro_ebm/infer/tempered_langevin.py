@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import positive, whole
 from pyro_ebm.mcmc.kernel import Info, Kernel, State, ran_off
+from pyro_ebm.ops.arguments import positive, whole
 
 __all__ = ["TemperedLangevin"]
 

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from pyro_ebm.energies import ExponentialFamily
-from pyro_ebm.mcmc.checks import whole
+from pyro_ebm.ops.arguments import whole
 
 
 class Auxiliary(ABC):

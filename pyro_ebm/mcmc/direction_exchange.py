@@ -32,13 +32,13 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import positive
 from pyro_ebm.mcmc.exchange import Exchange
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget
 from pyro_ebm.mcmc.kernel import Info, State
 from pyro_ebm.mcmc.metric import stretched
 from pyro_ebm.mcmc.metropolis import accept
 from pyro_ebm.mcmc.target import Target
+from pyro_ebm.ops.arguments import positive
 
 __all__ = ["DirectionExchange"]
 

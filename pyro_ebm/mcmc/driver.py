@@ -22,9 +22,9 @@ from pyro_ebm.chains.record import to_numpy
 from pyro_ebm.errors import ApproximateSampleWarning, NonFiniteEnergyError
 from pyro_ebm.mcmc.adaptation import Adaptation
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.kernel import Info, Kernel, State, finite_start
 from pyro_ebm.mcmc.target import Target, Values
+from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.rank_rhat import rank_rhat
 from pyro_ebm.ops.rng import rng_preserved
 

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from pyro_ebm.mcmc.auxiliary import Auxiliary, ExactDraws, Sweeps
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget, exchange_target
 from pyro_ebm.mcmc.kernel import State
 from pyro_ebm.mcmc.random_walk import RandomWalk
 from pyro_ebm.mcmc.target import Target, Values
+from pyro_ebm.ops.arguments import whole
 
 
 class Exchange(RandomWalk):

@@ -43,13 +43,13 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.auxiliary import Auxiliary
-from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.direction_exchange import DirectionExchange
 from pyro_ebm.mcmc.driver import MCMC
 from pyro_ebm.mcmc.exchange import best_for
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget
 from pyro_ebm.mcmc.natural_map import NaturalMap
 from pyro_ebm.mcmc.target import Values
+from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.stein_kernel import imq_stein_kernel
 
 __all__ = ["ExchangeDiagnostics", "exchange_diagnostics"]

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import probability, whole
 from pyro_ebm.mcmc.exchange import Exchange, target_of
 from pyro_ebm.mcmc.group_terms import GroupTerms
 from pyro_ebm.mcmc.kernel import Info, State
 from pyro_ebm.mcmc.target import Target
+from pyro_ebm.ops.arguments import probability, whole
 
 _GAIN, _DECAY = 2.0, 0.6  # of the groups' log jump sizes, per iteration of the warm-up
 

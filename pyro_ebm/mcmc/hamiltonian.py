@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import one_of, positive, probability
 from pyro_ebm.mcmc.kernel import MAX_ENERGY_ERROR, Info, Kernel, State
 from pyro_ebm.mcmc.metric import METRICS, pulled_back, stretched
 from pyro_ebm.mcmc.metropolis import accept
+from pyro_ebm.ops.arguments import one_of, positive, probability
 
 _MAX_DOUBLINGS = 50
 

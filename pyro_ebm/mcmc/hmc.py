@@ -19,9 +19,9 @@ from torch import Tensor
 
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import positive
 from pyro_ebm.mcmc.hamiltonian import LeapfrogKernel, draw_momentum, leapfrog, metropolis
 from pyro_ebm.mcmc.kernel import Info, State
+from pyro_ebm.ops.arguments import positive
 
 MAX_STEPS = 1000
 _STARTS = 2**10

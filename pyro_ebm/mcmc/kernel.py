@@ -19,10 +19,10 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import positive
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.mcmc.model_target import ModelTarget, Potential, target_of_model
 from pyro_ebm.mcmc.target import Target
+from pyro_ebm.ops.arguments import positive
 
 Info = dict[str, Tensor]
 """Statistic to one value per chain, shape ``(C,)``."""

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import one_of, positive
 from pyro_ebm.mcmc.kernel import Info, Kernel, State, ran_off
+from pyro_ebm.ops.arguments import one_of, positive
 
 SCHEMES = ("BAOAB", "ABOBA", "OBABO")
 

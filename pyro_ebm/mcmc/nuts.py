@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.hamiltonian import (
     LeapfrogKernel,
     draw_momentum,
@@ -36,6 +35,7 @@ from pyro_ebm.mcmc.hamiltonian import (
     total_energy,
 )
 from pyro_ebm.mcmc.kernel import MAX_ENERGY_ERROR, Info, State, chosen
+from pyro_ebm.ops.arguments import whole
 
 
 class NUTS(LeapfrogKernel):

@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import probability
 from pyro_ebm.mcmc.kernel import State
 from pyro_ebm.mcmc.metropolis import MetropolisKernel, normal_log_prob
 from pyro_ebm.mcmc.prior_kernel import PriorKernel
+from pyro_ebm.ops.arguments import probability
 
 
 class PCN(PriorKernel, MetropolisKernel):

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import one_of, positive, probability
 from pyro_ebm.mcmc.kernel import State
 from pyro_ebm.mcmc.metric import METRICS, stretched, whitened
 from pyro_ebm.mcmc.metropolis import MetropolisKernel, normal_log_prob
+from pyro_ebm.ops.arguments import one_of, positive, probability
 
 
 class RandomWalk(MetropolisKernel):

@@ -25,10 +25,10 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import ApproximateSampleWarning
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import share, whole
 from pyro_ebm.mcmc.kernel import Kernel, State, check_untempered, finite_start
 from pyro_ebm.mcmc.target import Target
 from pyro_ebm.mcmc.ula import ULA
+from pyro_ebm.ops.arguments import share, whole
 
 
 class Slots:

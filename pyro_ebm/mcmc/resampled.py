@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc.auxiliary import Auxiliary
-from pyro_ebm.mcmc.checks import whole
+from pyro_ebm.ops.arguments import whole
 
 __all__ = ["Resampled"]
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import ApproximateSampleWarning
-from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.driver import MCMC
 from pyro_ebm.mcmc.hmc import HMC
 from pyro_ebm.mcmc.kernel import Kernel, check_untempered
+from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.rank_rhat import rank_rhat
 
 MIN_CHAINS = 32

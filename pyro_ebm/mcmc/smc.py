@@ -31,12 +31,12 @@ from tqdm.auto import tqdm
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import ApproximateSampleWarning, NonFiniteEnergyError
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import probability, whole
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.mcmc.hmc import HMC
 from pyro_ebm.mcmc.kernel import Kernel, State, check_untempered
 from pyro_ebm.mcmc.metric import MetricEstimate, resolved
 from pyro_ebm.mcmc.target import Values
+from pyro_ebm.ops.arguments import probability, whole
 from pyro_ebm.ops.log_space import effective_sample_size, log_mean_exp
 from pyro_ebm.ops.nan_energies import NaNCount
 

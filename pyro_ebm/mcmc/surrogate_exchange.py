@@ -41,7 +41,6 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import share, whole
 from pyro_ebm.mcmc.exchange import Exchange
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget
 from pyro_ebm.mcmc.hamiltonian import draw_momentum, leapfrog
@@ -50,6 +49,7 @@ from pyro_ebm.mcmc.metric import stretched
 from pyro_ebm.mcmc.metropolis import accept
 from pyro_ebm.mcmc.natural_map import NaturalMap
 from pyro_ebm.mcmc.target import Target
+from pyro_ebm.ops.arguments import share, whole
 
 __all__ = ["SurrogateExchange"]
 

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import probability, whole
 from pyro_ebm.mcmc.kernel import Info, State
 from pyro_ebm.mcmc.prior_kernel import PriorKernel
+from pyro_ebm.ops.arguments import probability, whole
 
 RATE = 0.05  # of the log step size, per iteration of the warm-up
 RESPACE_AT = (50, 100, 200, 400, 800, 1600)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import positive
 from pyro_ebm.mcmc.kernel import Info, Kernel, State, ran_off
+from pyro_ebm.ops.arguments import positive
 
 
 class ULA(Kernel):

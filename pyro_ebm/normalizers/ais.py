@@ -31,11 +31,11 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc import HMC, SMC, Kernel
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.bridge import bridged
 from pyro_ebm.normalizers.importance import from_weights
 from pyro_ebm.normalizers.laws import KernelMaker, based, check_draws
+from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.log_space import log_mean_exp
 from pyro_ebm.ops.nan_energies import NaNCount

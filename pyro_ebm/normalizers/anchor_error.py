@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_ebm.chains.record import Record, as_record, to_numpy
-from pyro_ebm.mcmc.checks import probability, whole
 from pyro_ebm.normalizers.anchored import Anchored
+from pyro_ebm.ops.arguments import probability, whole
 
 LEAST_ESS = 100.0
 """Effective draws of a reweighted posterior below which its shift is understated."""

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies import ExponentialFamily
-from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.normalizers.chain_size import effective_size
+from pyro_ebm.ops.arguments import whole
 
 LEAST_SHARE = 0.05
 """The share of effective draws below which log Z is not told."""

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc import HMC, MCMC
-from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.normalizers.anchor_error import Naturals
 from pyro_ebm.normalizers.anchored import LARGEST_DISPLACEMENT, Anchored, anchored
+from pyro_ebm.ops.arguments import whole
 
 REACH = 1.5
 """Standard deviations of a statistic between neighbouring anchors, and per step of the search."""

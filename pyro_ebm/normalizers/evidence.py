@@ -38,12 +38,12 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import innermost, is_normalized, mask_of
 from pyro_ebm.distributions.normalizer_guard import report
 from pyro_ebm.mcmc import HMC, MCMC
-from pyro_ebm.mcmc.checks import one_of
 from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
 from pyro_ebm.normalizers.anchored import asked
 from pyro_ebm.normalizers.bridge import bridge
 from pyro_ebm.normalizers.tempered import TemperedRun, tempered
 from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic
+from pyro_ebm.ops.arguments import one_of
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.rng import rng_preserved
 

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import ExponentialFamily
-from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.normalizers.bridge import bridged
 from pyro_ebm.normalizers.exact import States
 from pyro_ebm.normalizers.importance import from_weights
 from pyro_ebm.normalizers.laws import check_draws, single
+from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.log_space import log_mean_exp
 

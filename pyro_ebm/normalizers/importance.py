@@ -20,8 +20,8 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
-from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.normalizers.laws import normalized_on, parameters_at, single, within
+from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.log_space import effective_sample_size, log_mean_exp
 from pyro_ebm.ops.nan_energies import NaNCount

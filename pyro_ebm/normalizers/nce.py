@@ -38,9 +38,9 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
-from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.normalizers.importance import from_weights
 from pyro_ebm.normalizers.laws import check_inside, normalized_on, parameters_at, single, within
+from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.log_space import bennett
 from pyro_ebm.ops.nan_energies import NaNCount

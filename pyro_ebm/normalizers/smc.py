@@ -14,8 +14,8 @@ import torch
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.mcmc import HMC, SMC, SMCPlan
-from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.normalizers.laws import KernelMaker, based, parameters_at
+from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.log_space import effective_sample_size, log_mean_exp
 from pyro_ebm.ops.nan_energies import NaNCount

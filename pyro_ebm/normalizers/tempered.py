@@ -26,10 +26,10 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc import HMC, MCMC, ParallelTempering
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.ais import Path
 from pyro_ebm.normalizers.laws import KernelMaker, based
+from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.nan_energies import NaNCount
 
 LEAST_CHAINS = 20

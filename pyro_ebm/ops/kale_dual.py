@@ -31,13 +31,13 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.ops.arguments import positive
 from pyro_ebm.ops.kernels import KernelFunction, RadialKernel
 
 __all__ = ["DualProblem", "DualSolution", "KernelKALEResult", "kernel_kale", "solve_dual"]
@@ -250,17 +250,6 @@ def _gap(a: Tensor, residual: Tensor) -> Tensor:
 
 def _weights(log_weights: Tensor) -> Tensor:
     return log_weights.exp() / len(log_weights)
-
-
-def positive(name: str, value: float) -> float:
-    """Returns a positive finite number.
-
-    Raises:
-        ValueError: If it is not one.
-    """
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-    return float(value)
 
 
 def check_samples(samples: Mapping[str, Tensor]) -> None:

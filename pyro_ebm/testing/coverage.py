@@ -18,7 +18,7 @@ from typing import NamedTuple
 from scipy import special
 from torch import Tensor
 
-from pyro_ebm.mcmc.checks import probability
+from pyro_ebm.ops.arguments import probability
 
 
 class Coverage(NamedTuple):

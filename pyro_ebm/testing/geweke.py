@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.checks import whole
 from pyro_ebm.mcmc.driver import MCMC
 from pyro_ebm.mcmc.each_chain import EachChain
 from pyro_ebm.mcmc.hmc import HMC
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.model_target import ModelTarget
 from pyro_ebm.mcmc.target import Values
+from pyro_ebm.ops.arguments import whole
 from pyro_ebm.testing.simulation_based_calibration import KernelOf
 from pyro_ebm.testing.simulator import OfOne, Simulator, evaluated, scalars
 from pyro_ebm.testing.statistics import THRESHOLD

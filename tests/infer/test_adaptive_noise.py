@@ -218,7 +218,7 @@ def test_fitted_noise_is_saved():
     [
         ({"noise": "gaussian", "refit_every": 0}, "refit_every must be a positive number"),
         ({"noise": dist.Normal(0.0, 1.0), "refit_every": 5}, "with noise='gaussian' to refit"),
-        ({"noise": "gaussian", "refit_to": "flow"}, "refit_to must be 'data' or 'model'"),
+        ({"noise": "gaussian", "refit_to": "flow"}, "refit_to must be one of data, model"),
     ],
 )
 def test_arguments(options, message):

@@ -364,8 +364,8 @@ def test_frozen_noise_makes_one_function():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_noise": 0}, "num_noise must be a positive whole number, got 0"),
-        ({"num_noise": 1.5}, "num_noise must be a positive whole number"),
+        ({"num_noise": 0}, "num_noise must be a whole number of at least 1, got 0"),
+        ({"num_noise": 1.5}, "num_noise must be a whole number of at least 1"),
         ({"scale": 0.0}, "scale must be positive, got 0.0"),
         ({"unit": torch.tensor([1.0, -1.0])}, "unit must be positive"),
         ({"noise": flips, "scale": 1.0}, "give them or noise, not both"),

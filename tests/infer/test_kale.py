@@ -449,7 +449,7 @@ def test_density_for_an_energy_without_one():
         (lambda: DonskerVaradhan(gradient_penalty=-1), "must not be negative, got -1"),
         (
             lambda: KALE(c_update="bennett"),
-            "c_update must be 'gradient', 'newton' or 'closed_form'",
+            "c_update must be one of gradient, newton, closed_form",
         ),
         (lambda: KALE(schedule=(0, 0)), "two counts"),
         (lambda: KALE(schedule=(1,)), "two counts"),

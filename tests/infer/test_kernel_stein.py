@@ -95,7 +95,7 @@ def test_what_is_refused():
     p = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=())
     with pytest.raises(ValueError, match="KernelStein compares rows .* got 1 row: .*plate"):
         KernelStein().row_losses(p, torch.tensor(1.0))
-    with pytest.raises(ValueError, match="kernel must be 'imq' or 'rbf', got 'matern'"):
+    with pytest.raises(ValueError, match="kernel must be one of imq, rbf, got 'matern'"):
         KernelStein("matern")
     with pytest.raises(ValueError, match="length_scale must be positive, got 0.0"):
         KernelStein(length_scale=0.0)

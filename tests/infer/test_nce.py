@@ -407,9 +407,12 @@ def test_a_fraction_of_a_draw_is_a_draw_more(nu, draws):
     ("make", "match"),
     [
         (lambda: NCE(num_noise=0), "num_noise must be positive, got 0"),
-        (lambda: RankingNCE(num_noise=-1), "num_noise must be positive"),
+        (
+            lambda: RankingNCE(num_noise=-1),
+            "num_noise must be a whole number of at least 1, got -1",
+        ),
         (lambda: NCE(noise="flow"), "noise must be a distribution, 'gaussian' or None"),
-        (lambda: NCE(c_update="newton"), "c_update must be 'gradient' or 'closed_form'"),
+        (lambda: NCE(c_update="newton"), "c_update must be one of gradient, closed_form"),
         (lambda: NCE(schedule=(1, 1)), "no second player"),
     ],
 )

@@ -200,7 +200,7 @@ def scored(p, x, objective=None):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="num_noise must be a positive whole number, got 0"):
+    with pytest.raises(ValueError, match="num_noise must be a whole number of at least 1, got 0"):
         SelfNormalized(num_noise=0)
     with pytest.raises(ValueError, match="has no second player, so it takes no schedule"):
         SelfNormalized(schedule=(1, 1))

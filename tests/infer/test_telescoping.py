@@ -332,9 +332,9 @@ def test_waymarks_must_ascend_to_one(waymarks):
 
 
 def test_numbers_of_bridges():
-    with pytest.raises(ValueError, match="num_bridges must be a positive whole number, got 0"):
+    with pytest.raises(ValueError, match="num_bridges must be a whole number of at least 1, got 0"):
         TelescopingNCE(0)
-    with pytest.raises(ValueError, match="num_bridges must be a positive number, got 0"):
+    with pytest.raises(ValueError, match="num_bridges must be a whole number of at least 1, got 0"):
         BridgeEnergy(torch.cos, 0)
     with pytest.raises(ValueError, match=r"'x' has 3 bridges, .*num_bridges=4\) needs 4"):
         fitted(TelescopingNCE(4, waymarks=(0.1, 0.2, 0.5, 1.0)), network(3), torch.randn(9))

@@ -159,5 +159,5 @@ def test_a_direction_in_which_nothing_moves_keeps_a_scale():
     q[:, 2] = torch.inf
     estimate.update(State(q, q[:, 0], q))
     root = estimate.root(q)
-    assert bool((root.diagonal() > 0).all())
+    assert bool((root.diagonal() > 0.9).all())  # of variance one, as all that is known
     assert root.isfinite().all()

@@ -124,7 +124,7 @@ def test_pairs_far_apart_and_pairs_of_one_step_are_looked_at(far, monkeypatch):
 
     def wrong(self, potential, state, to):
         apart = (state.position - to.position).norm(dim=1)
-        return right(self, potential, state, to) + ((apart > 0.5) == far).double()
+        return right(self, potential, state, to) + ((apart > 0.05) == far).double()
 
     made = scaled()
     monkeypatch.setattr(RandomWalk, "log_accept", wrong)

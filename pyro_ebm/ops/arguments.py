@@ -1,4 +1,4 @@
-"""Arguments of kernels and drivers that can be wrong in the same ways."""
+"""Arguments that can be wrong in the same ways everywhere."""
 
 from __future__ import annotations
 
