@@ -205,7 +205,7 @@ def _noise_covers_data(name: str, evaluation: Evaluation, who: str) -> None:
     """
     if evaluation.noise is None or get_proxy_mode() is not None:
         return
-    on_data, on_draws = evaluation.noise
+    on_data, on_draws = evaluation.noise()
     if on_draws.numel() < FEWEST_TO_COVER:
         return
     data = evaluation.rows(on_data, on_data.dim())

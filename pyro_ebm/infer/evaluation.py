@@ -34,7 +34,8 @@ class Evaluation:
         notes: Diagnostics by name, detached 0-d tensors.
         num_weights: How many draws the last effective sample size was of.
         has_graph: Whether it began with gradients enabled, as a training step does.
-        noise: Log densities of the noise at the data and at its own draws, where there is noise.
+        noise: Returns log densities of the noise at the data and at its draws, where there is any;
+            asked for in the steps that are checked.
     """
 
     def __init__(self, mask: Tensor | None = None, site: str = "", *, shares: bool = False) -> None:
@@ -44,7 +45,7 @@ class Evaluation:
         self.notes: dict[str, Tensor] = {}
         self.num_weights = 0
         self.has_graph = torch.is_grad_enabled()
-        self.noise: tuple[Tensor, Tensor] | None = None
+        self.noise: Callable[[], tuple[Tensor, Tensor]] | None = None
         self._results: dict[str, object] = {}
 
     def once(self, name: str, compute: Callable[[], _T]) -> _T:

@@ -90,7 +90,7 @@ class NoiseContrast(Objective):
         log_noise = q.log_prob(points)
         log_noise_data = q.log_prob(x.to(points.dtype))  # of counts and truth values too
         if not (self.has_second_player or self.refit_every):  # noise that follows the data
-            self.evaluation.noise = (log_noise_data, log_noise)
+            self.evaluation.noise = lambda: (log_noise_data, log_noise)
         return Contrast(points, log_noise, log_noise_data)
 
     def noise_of(self, site: str) -> Any:

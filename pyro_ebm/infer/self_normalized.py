@@ -82,5 +82,5 @@ class SelfNormalized(KALE):
         q = contrast_law(law, p, x, needs_density=True, who=type(self).__name__)
         points = q.sample(torch.Size((self.num_noise,)))
         log_noise = q.log_prob(points)
-        self.evaluation.noise = (q.log_prob(x.to(points.dtype)), log_noise)
+        self.evaluation.noise = lambda: (q.log_prob(x.to(points.dtype)), log_noise)
         return Contrast(points, log_noise)
