@@ -185,7 +185,7 @@ class CapturedStep:
         loss = -elbo / self.num_rows
         moved = [p for p in parameters if p.requires_grad]
         found = torch.autograd.grad(loss, moved, allow_unused=True)
-        grads = dict(zip(map(id, moved), found, strict=True))
+        grads = {id(p): _laid_out(g, p) for p, g in zip(moved, found, strict=True)}
         ordered = [grads.get(id(p)) for p in parameters]
         return Pass(loss.detach(), ordered, dict(self.objective.diagnostics))
 
@@ -241,6 +241,13 @@ def _differentiable_elbo(model_trace: Any, guide_trace: Any) -> Tensor:
                 raise NotImplementedError(f"guide site {name!r} is not reparametrized")
             total = total - entropy.sum() if isinstance(entropy, Tensor) else total - entropy
     return total
+
+
+def _laid_out(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """A gradient in the memory layout of its parameter, which fused optimizers take for granted."""
+    if grad is None or grad.stride() == parameter.stride():
+        return grad
+    return torch.empty_like(parameter).copy_(grad)
 
 
 def _same(ours: Any, theirs: Any) -> bool:

@@ -23,6 +23,7 @@ from pyro_ebm.infer.fit_result import FitResult
 from pyro_ebm.infer.held_out import criterion_of, held_out
 from pyro_ebm.infer.minibatch import Batches
 from pyro_ebm.infer.objective import Objective
+from pyro_ebm.infer.optimizers import new_optimizer
 
 _OWN = "log_normalizer of "
 
@@ -231,7 +232,7 @@ class TrainingRun:
             for group in made:
                 self.optimizer.add_param_group(group)
             return
-        self.optimizer = options.optim(made, lr=options.lr)
+        self.optimizer = new_optimizer(options.optim, made, options.lr)
         if options.lr_schedule is not None:
             self.scheduler = options.lr_schedule(self.optimizer)
 

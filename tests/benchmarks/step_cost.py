@@ -164,14 +164,17 @@ def training_columns(name: str, x: Tensor, *, compiles: bool) -> dict[str, Calla
         "hand": training_steps.by_hand(name, x),
         "module": training_steps.by_module(name, x),
         "fit": training_steps.by_fit(name, x),
-        "capture": training_steps.by_fit(name, x, capture=True),
         "svi, off": training_steps.by_svi(name, x, validated=False),
         "svi, on": training_steps.by_svi(name, x, validated=True),
     }
-    if compiles:
+    family = training_steps.FAMILIES[name]
+    is_replayable = family.ours().is_replayable
+    if is_replayable:
+        steps["capture"] = training_steps.by_fit(name, x, capture=True)
+    if compiles and is_replayable:
         steps["compile"] = training_steps.by_fit(name, x, compile=True)
-        if name != "score matching, exact":  # compiled functions are differentiated once only
-            steps["hand, comp"] = training_steps.by_hand(name, x, compiled=True)
+    if compiles and not family.is_differentiated_twice:  # which torch refuses
+        steps["hand, comp"] = training_steps.by_hand(name, x, compiled=True)
     for label, module, make in (
         ("ebmkit", "ebm", training_steps.by_ebmkit),
         ("torchebm", "torchebm", training_steps.by_torchebm),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -79,6 +81,31 @@ def trained(name, data, **options):
     result = fit(model, data, objective, **options)
     weights = torch.cat([p.detach().flatten() for net in nets for p in net.parameters()])
     return result, weights, objective.state_dict()
+
+
+@pytest.mark.parametrize("optim", [torch.optim.Adam, partial(torch.optim.Adam, fused=True)])
+def test_gradients_lie_in_memory_as_their_parameters_do(optim):
+    """Fused optimizers walk through both alike; a gradient of ``W.t()`` comes transposed."""
+    start, features = torch.arange(6.0).reshape(3, 2) / 10, torch.tensor([[1.0, -2.0, 4.0]] * 2)
+
+    def model(x):
+        weight = pyro.param("weight", start.clone())
+        with pyro.plate("data", len(x)):
+
+            def energy(y):
+                tilts = (weight.t() * features * torch.tensor([[1.0], [-3.0]])).sum(-1)
+                return 0.5 * y.square().sum(-1) - (tilts * y).sum(-1)
+
+            pyro.sample("x", EnergyDistribution(energy, event_shape=(2,)), obs=x)
+
+    data, found = torch.tensor([[1.0, 2.0], [3.0, -1.0]]), []
+    for capture in (False, True):
+        pyro.clear_param_store()
+        options = {"optim": optim, "lr": 0.01, "num_steps": 12, **QUIET}
+        fit(model, data, ScoreMatching(), capture=capture, **options)
+        found.append(pyro.param("weight").detach().clone())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-7)
+    assert (found[0] - start).abs().min() > 0.02
 
 
 FAST = ("nce", "nce, values checked", "per site", "ed", "score matching", "kale")

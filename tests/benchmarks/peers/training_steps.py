@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -21,9 +22,12 @@ from pyro_ebm import EnergyDistribution, infer
 from pyro_ebm.energies import MLPEnergy
 from pyro_ebm.infer.minibatch import Batches
 from pyro_ebm.infer.training_run import Options, TrainingRun
+from pyro_ebm.mcmc import ULA
 
 DIM, BATCH, RATE = 16, 256, 1e-3
 NUM_NOISE, NUM_NEGATIVES = 10, 16
+NUM_LANGEVIN, LANGEVIN_STEP, NUM_CHAINS = 10, 0.1, 4096
+NOISE_STD = 0.1
 Step = Callable[[], object]
 Loss = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 
@@ -77,25 +81,154 @@ def kale(energy: Callable[[Tensor], Tensor], log_z: Tensor, x: Tensor) -> Tensor
     return -data.mean() + log_z + (base - log_z).exp().mean() - 1.0
 
 
-FAMILIES: dict[str, tuple[Loss, Callable[[], Any], bool]] = {
-    "NCE, 10 noise": (nce, lambda: infer.NCE(NUM_NOISE, standard()), False),
-    "energy discrepancy, 16": (
-        energy_discrepancy,
-        lambda: infer.EnergyDiscrepancy(1.0, NUM_NEGATIVES),
-        False,
+def slope(energy: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """The score with a graph behind it, and the leaf that it is differentiated at."""
+    at = x.clone().requires_grad_()
+    return -torch.autograd.grad(energy(at).sum(), at, create_graph=True)[0], at
+
+
+def denoising(energy: Callable[[Tensor], Tensor], log_z: Tensor, x: Tensor) -> Tensor:
+    """Denoising score matching at one level."""
+    noise = torch.randn_like(x)
+    score, _ = slope(energy, x + NOISE_STD * noise)
+    return 0.5 * (score + noise / NOISE_STD).square().sum(-1).mean()
+
+
+def sliced(energy: Callable[[Tensor], Tensor], log_z: Tensor, x: Tensor) -> Tensor:
+    """Sliced score matching with one sign vector per datum and the exact squared score."""
+    score, at = slope(energy, x)
+    signs = torch.randint(0, 2, x.shape) * 2.0 - 1.0
+    along = torch.autograd.grad((score * signs).sum(), at, create_graph=True)[0]
+    return (0.5 * score.square().sum(-1) + (along * signs).sum(-1)).mean()
+
+
+def langevin(energy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Ten steps of unadjusted Langevin."""
+    for _ in range(NUM_LANGEVIN):
+        at = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(energy(at).sum(), at)
+        x = x - 0.5 * LANGEVIN_STEP**2 * gradient + LANGEVIN_STEP * torch.randn_like(x)
+    return x.detach()
+
+
+def contrast(energy: Callable[[Tensor], Tensor], x: Tensor, negatives: Tensor) -> Tensor:
+    """Mean energy of the data less that of the negatives."""
+    values = energy(torch.cat([x, negatives]))
+    return values[: len(x)].mean() - values[len(x) :].mean()
+
+
+def divergence(energy: Callable[[Tensor], Tensor], log_z: Tensor, x: Tensor) -> Tensor:
+    """CD-10 with Langevin steps from the data."""
+    return contrast(energy, x, langevin(energy, x))
+
+
+def persistent() -> Loss:
+    """Returns PCD with a buffer of chains, of which a batch's worth moves at every step."""
+    buffer = torch.randn(NUM_CHAINS, DIM)
+
+    def loss(energy: Callable[[Tensor], Tensor], log_z: Tensor, x: Tensor) -> Tensor:
+        slots = torch.randperm(NUM_CHAINS)[: len(x)]
+        buffer[slots] = langevin(energy, buffer[slots])
+        return contrast(energy, x, buffer[slots])
+
+    return loss
+
+
+class Family(NamedTuple):
+    """One objective: by hand, ours, and as the others have it."""
+
+    by_hand: Callable[[], Loss]
+    ours: Callable[[], Any]
+    ebmkit: Callable[[Any], Any] | None = None
+    torchebm: Callable[[Any, Any], Any] | None = None
+    tilts: bool = False
+    learns_log_z: bool = False
+    is_differentiated_twice: bool = False
+
+
+def ours_moved(objective: Any, **options: int) -> Callable[[], Any]:
+    """Returns the builder of one of our objectives with the same chains."""
+    kernel = partial(ULA, step_size=LANGEVIN_STEP)
+    return lambda: objective(NUM_LANGEVIN, kernel=kernel, **options)
+
+
+def ebmkit_moved(library: Any, *, is_persistent: bool) -> Any:
+    """ebmkit's contrastive divergence with the same chains."""
+    sampler = library.LangevinDynamics(step_size=LANGEVIN_STEP**2 / 2, steps=NUM_LANGEVIN)
+    buffer = library.ReplayBuffer(NUM_CHAINS, (DIM,), 0.0) if is_persistent else None
+    return library.ContrastiveDivergence(sampler, buffer)
+
+
+def torchebm_moved(losses: Any, model: Any, *, is_persistent: bool) -> Any:
+    """torchebm's contrastive divergence with the same chains; its value comes first."""
+    samplers: Any = importlib.import_module("torchebm.samplers")
+    loss_of = losses.ContrastiveDivergence(
+        model,
+        samplers.LangevinDynamics(model, LANGEVIN_STEP**2 / 2),
+        k_steps=NUM_LANGEVIN,
+        persistent=is_persistent,
+        buffer_size=NUM_CHAINS,
+        new_sample_ratio=0.0,
+        energy_reg_weight=0.0,
+    )
+    return lambda x: loss_of(x)[0]
+
+
+FAMILIES = {
+    "NCE, 10 noise": Family(
+        lambda: nce,
+        lambda: infer.NCE(NUM_NOISE, standard()),
+        ebmkit=lambda library: library.NoiseContrastiveEstimation(noise_ratio=NUM_NOISE),
+        learns_log_z=True,
     ),
-    "score matching, exact": (score_matching, infer.ScoreMatching, False),
-    "KALE, 256 base": (kale, infer.KALE, True),
+    "energy discrepancy, 16": Family(
+        lambda: energy_discrepancy,
+        lambda: infer.EnergyDiscrepancy(1.0, NUM_NEGATIVES),
+        ebmkit=lambda library: library.EnergyDiscrepancy(1.0, NUM_NEGATIVES),
+    ),
+    "score matching, exact": Family(
+        lambda: score_matching,
+        infer.ScoreMatching,
+        ebmkit=lambda library: library.ExactScoreMatching(),
+        torchebm=lambda losses, model: losses.ScoreMatching(model, hessian_method="exact"),
+        is_differentiated_twice=True,
+    ),
+    "sliced score matching": Family(
+        lambda: sliced,
+        infer.SlicedScoreMatching,
+        ebmkit=lambda library: library.SlicedScoreMatching(),
+        torchebm=lambda losses, model: losses.SlicedScoreMatching(model, n_projections=1),
+        is_differentiated_twice=True,
+    ),
+    "denoising": Family(
+        lambda: denoising,
+        lambda: infer.DenoisingScoreMatching(NOISE_STD),
+        ebmkit=lambda library: library.DenoisingScoreMatching(NOISE_STD),
+        torchebm=lambda losses, model: losses.DenoisingScoreMatching(model, NOISE_STD),
+        is_differentiated_twice=True,
+    ),
+    "KALE, 256 base": Family(lambda: kale, infer.KALE, tilts=True),
+    "CD, 10 Langevin": Family(
+        lambda: divergence,
+        ours_moved(infer.ContrastiveDivergence),
+        ebmkit=partial(ebmkit_moved, is_persistent=False),
+        torchebm=partial(torchebm_moved, is_persistent=False),
+    ),
+    "PCD, 10 Langevin": Family(
+        persistent,
+        ours_moved(infer.PersistentContrastiveDivergence, size=NUM_CHAINS),
+        ebmkit=partial(ebmkit_moved, is_persistent=True),
+        torchebm=partial(torchebm_moved, is_persistent=True),
+    ),
 }
-"""Name: the loss by hand, the objective, and whether the energy tilts a base."""
 
 
 def by_hand(name: str, x: Tensor, *, compiled: bool = False) -> Step:
     """Returns a loop of torch; ``compiled`` hands the energy to ``torch.compile``."""
-    loss_of = FAMILIES[name][0]
+    loss_of = FAMILIES[name].by_hand()
     module = new_energy()
     energy: Any = torch.compile(module) if compiled else module
-    log_z = torch.zeros((), requires_grad=loss_of is nce)
+    log_z = torch.zeros((), requires_grad=FAMILIES[name].learns_log_z)
     learned = [*module.parameters(), *([log_z] if log_z.requires_grad else [])]
     optimizer = torch.optim.Adam(learned, lr=RATE)
 
@@ -114,7 +247,7 @@ def by_hand(name: str, x: Tensor, *, compiled: bool = False) -> Step:
 
 def model_of(name: str) -> tuple[Callable[[Tensor], None], nn.Module]:
     """Returns a model in Pyro and its network."""
-    energy, tilts = new_energy(), FAMILIES[name][2]
+    energy, tilts = new_energy(), FAMILIES[name].tilts
     label = f"energy {id(energy)}"  # the parameter store is one for all
 
     def model(x: Tensor) -> None:
@@ -136,7 +269,7 @@ def no_guide(x: Tensor) -> None:
 def by_module(name: str, x: Tensor) -> Step:
     """Returns the step of ``objective(model, guide)`` in a loop of torch."""
     model, energy = model_of(name)
-    objective = FAMILIES[name][1]()
+    objective = FAMILIES[name].ours()
     module = objective(model, no_guide)
     module(x)
     learned = [p for p in objective.parameters() if p.requires_grad]
@@ -154,7 +287,7 @@ def by_module(name: str, x: Tensor) -> Step:
 
 def by_svi(name: str, x: Tensor, *, validated: bool) -> Step:
     """Returns the step of stock ``SVI``."""
-    objective = FAMILIES[name][1]()
+    objective = FAMILIES[name].ours()
     svi = SVI(model_of(name)[0], no_guide, pyro.optim.Adam({"lr": RATE}), loss=objective)
 
     def step() -> float:
@@ -178,7 +311,7 @@ def by_fit(name: str, x: Tensor, **options: bool) -> Step:
     )
     every = {"validate_every": 100, "checkpoint_every": 1000}
     chosen = Options(**shared, **dict.fromkeys(absent), **every, **options)  # type: ignore[arg-type]
-    model, objective = model_of(name)[0], FAMILIES[name][1]()
+    model, objective = model_of(name)[0], FAMILIES[name].ours()
     return TrainingRun(model, no_guide, objective, Batches((x,), None), chosen).step
 
 
@@ -188,14 +321,10 @@ def by_fit(name: str, x: Tensor, **options: bool) -> Step:
 def by_ebmkit(name: str, x: Tensor) -> Step | None:
     """Returns the step with a loss of ebmkit, where it has it."""
     library: Any = importlib.import_module("ebm")
-    losses = {
-        "NCE, 10 noise": lambda: library.NoiseContrastiveEstimation(noise_ratio=NUM_NOISE),
-        "energy discrepancy, 16": lambda: library.EnergyDiscrepancy(1.0, NUM_NEGATIVES),
-        "score matching, exact": library.ExactScoreMatching,
-    }
-    if name not in losses:
+    make = FAMILIES[name].ebmkit
+    if make is None:
         return None
-    energy, loss_of = new_energy(), losses[name]()
+    energy, loss_of = new_energy(), make(library)
     optimizer = torch.optim.Adam([*energy.parameters(), *loss_of.parameters()], lr=RATE)
 
     def step() -> float:
@@ -210,7 +339,8 @@ def by_ebmkit(name: str, x: Tensor) -> Step | None:
 
 def by_torchebm(name: str, x: Tensor) -> Step | None:
     """Returns the step with a loss of torchebm, where it has it."""
-    if name != "score matching, exact":
+    make = FAMILIES[name].torchebm
+    if make is None:
         return None
     core: Any = importlib.import_module("torchebm.core")
     losses: Any = importlib.import_module("torchebm.losses")
@@ -224,7 +354,7 @@ def by_torchebm(name: str, x: Tensor) -> Step | None:
             return self.energy(y)
 
     model = Model()
-    loss_of = losses.ScoreMatching(model, hessian_method="exact")
+    loss_of = make(losses, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
 
     def step() -> float:

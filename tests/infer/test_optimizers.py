@@ -1,0 +1,47 @@
+"""Optimizers of a fit: fused where torch can, with the same updates, and as they were asked for."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from pyro_ebm.infer.optimizers import new_optimizer
+
+
+def moved(make, *, steps=5):
+    weight = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64).reshape(2, 3).requires_grad_()
+    optimizer = make([{"params": [weight], "lr": 0.1}])
+    for step in range(steps):
+        optimizer.zero_grad()
+        (weight.sin() * (step + 1.0)).sum().backward()
+        optimizer.step()
+    return weight.detach(), optimizer
+
+
+@pytest.mark.parametrize("optim", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+def test_fused_updates_are_those_of_the_class(optim):
+    fused, optimizer = moved(lambda groups: new_optimizer(optim, groups, 0.5))
+    plain, _ = moved(lambda groups: optim(groups, lr=0.5))
+    assert optimizer.defaults["fused"] is True
+    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-12)
+
+
+def test_a_partial_is_taken_as_it_is():
+    _, optimizer = moved(lambda groups: new_optimizer(partial(torch.optim.Adam), groups, 0.5))
+    assert not optimizer.defaults["fused"]
+
+
+def test_classes_that_torch_does_not_fuse():
+    _, optimizer = moved(lambda groups: new_optimizer(torch.optim.RMSprop, groups, 0.5))
+    assert "fused" not in optimizer.defaults
+
+
+def test_complex_parameters_are_not_fused():
+    weight = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    optimizer = new_optimizer(torch.optim.Adam, [{"params": [weight]}], 0.1)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert weight.detach().real.tolist() == pytest.approx([0.9, 0.9])
