@@ -1,4 +1,4 @@
-"""What the docstrings and the README show is run, and must come out as printed."""
+"""What docstrings, README and documentation show is run, and must come out as printed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import doctest
 import importlib
 import re
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pyro
@@ -16,6 +17,8 @@ import pyro_ebm
 
 ROOT = Path(__file__).parent.parent
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+INDENTED_BLOCK = re.compile(r"^\.\. code-block:: python\n\n((?:   .*\n|\n)+)", re.MULTILINE)
+ONE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
 PYTHON_BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
 
@@ -64,6 +67,36 @@ def test_readme_runs_as_printed(tmp_path, monkeypatch):
         run_block(block, line, "README.md", names)
     if not blocks:
         pytest.skip("README.md holds no Python block")
+
+
+def run_page(page: str, names: dict[str, Any]) -> None:
+    """Runs the Python blocks of a page of the documentation, one after the other."""
+    text = (ROOT / "docs" / f"{page}.rst").read_text(encoding="utf-8")
+    blocks = [(text.count("\n", 0, m.start(1)) + 1, m[1]) for m in INDENTED_BLOCK.finditer(text)]
+    assert blocks
+    for line, block in blocks:
+        run_block(dedent(block), line, f"{page}.rst", names)
+
+
+def test_the_page_on_the_guard_runs():
+    """With a model of the reader's."""
+    energy = pyro_ebm.energies.GaussianEnergy(torch.zeros(2), event_dim=1)
+
+    def model(data: Any) -> None:
+        with pyro.plate("data", len(data)):
+            pyro.sample("x", pyro_ebm.EnergyDistribution(energy), obs=data)
+
+    run_page("guard", {**namespace(), "model": model, "data": torch.randn(5, 2)})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning, on loggers and workers
+def test_the_page_on_training_runs(tmp_path, monkeypatch):
+    lightning = pytest.importorskip("lightning.pytorch")
+    monkeypatch.chdir(tmp_path)
+    for name, value in ONE_PROCESS.items():
+        monkeypatch.setenv(name, value)
+    run_page("training", {"__name__": "__main__", "lightning": lightning})
 
 
 def test_blocks_are_found_and_share_their_names():
