@@ -26,15 +26,17 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer import EnergyDiscrepancy, RankingNCE
-from pyro_ebm.infer.conditional_nce import ConditionalNCE
+from pyro_ebm.infer.conditional_nce import ConditionalNCE, NoisyCopies
 from pyro_ebm.infer.contrast import Contrast
 from pyro_ebm.infer.objective import Objective
+from pyro_ebm.infer.perturbation_contrast import Negatives
 
 NUM_ROWS = 1000
 TIMES = (0.1, 1.0, 10.0)
 NUM_NEGATIVES = 16
 
 Losses = tuple[Tensor, Tensor]
+Draws = Contrast | Negatives | NoisyCopies
 
 
 def energy(theta: Tensor, x: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ def energy(theta: Tensor, x: Tensor) -> Tensor:
 
 
 def evaluated(
-    objective: Objective, theta: Tensor, x: Tensor, contrast: Contrast, **law: object
+    objective: Objective, theta: Tensor, x: Tensor, contrast: Draws, **law: object
 ) -> Losses:
     """Returns the loss per row and the gradient of its mean."""
     p = EnergyDistribution(lambda z: energy(theta, z), **(law or {"event_shape": (2,)}))
@@ -51,7 +53,7 @@ def evaluated(
     return loss.detach(), torch.autograd.grad(loss.mean(), theta)[0]
 
 
-def drawn(objective: Objective, theta: Tensor, x: Tensor, law: object, seed: int) -> Contrast:
+def drawn(objective: Objective, theta: Tensor, x: Tensor, law: object, seed: int) -> Draws:
     """Returns what an objective draws when the guide holds the law of the perturbation."""
     p = EnergyDistribution(lambda z: energy(theta, z), event_shape=(2,)).expand([len(x)])
     pyro.set_rng_seed(seed)
@@ -72,7 +74,7 @@ def with_ranking(theta: Tensor, x: Tensor, time: float, seed: int) -> tuple[Loss
     law = dist.Normal(torch.zeros(2), math.sqrt(time)).to_event(1)
     discrepancy = EnergyDiscrepancy(num_negatives=NUM_NEGATIVES)
     points = drawn(discrepancy, theta, x, law, seed).points
-    loss, slope = evaluated(discrepancy, theta, x, Contrast(points))
+    loss, slope = evaluated(discrepancy, theta, x, Negatives(points))
     pyro.set_rng_seed(seed)
     y = x + law.expand([len(x)]).sample()  # the draw that all negatives of a row share
     rho = dist.Normal(y, math.sqrt(time)).to_event(1)

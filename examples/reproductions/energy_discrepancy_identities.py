@@ -36,6 +36,7 @@ from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer import EnergyDiscrepancy, PseudoLikelihood, RankingNCE
 from pyro_ebm.infer.contrast import Contrast
 from pyro_ebm.infer.discrete_energy_discrepancy import DiscreteEnergyDiscrepancy
+from pyro_ebm.infer.perturbation_contrast import Negatives
 from pyro_ebm.infer.perturbations import Perturbation
 from pyro_ebm.infer.site_perturbations import BernoulliFlips, HeatKernel, MaskedSite, SiteFlip
 from pyro_ebm.ops.heat_kernels import rates
@@ -103,7 +104,7 @@ def with_one_negative(p: EnergyDistribution, t: float, weight: float = 1.0) -> f
     z, w = normal_nodes(120)
     x, step = (part.flatten() for part in torch.meshgrid(z, z, indexing="ij"))
     objective = quiet(EnergyDiscrepancy, t, 1, stabilization=weight)
-    rows = objective.per_datum(p, x, Contrast((x + math.sqrt(2 * t) * step)[None]), NO_C)
+    rows = objective.per_datum(p, x, Negatives((x + math.sqrt(2 * t) * step)[None]), NO_C)
     return float(torch.outer(w, w).flatten() @ rows)
 
 
@@ -114,9 +115,9 @@ def with_all_negatives(p: EnergyDistribution, t: float) -> float:
     back = torch.linspace(-9.0, 9.0, 4001)
     mass = torch.softmax(-0.5 * back**2, 0)
     points = x + math.sqrt(t) * (xi + back[:, None])
-    ratio = -(mass * len(back)).log()[:, None].expand_as(points)
+    ratio = (mass * len(back)).log()[:, None].expand_as(points)
     objective = quiet(EnergyDiscrepancy, t, len(back), stabilization=NO_WEIGHT)
-    rows = objective.per_datum(p, x, Contrast(points, ratio, torch.zeros_like(x)), NO_C)
+    rows = objective.per_datum(p, x, Negatives(points, ratio, torch.zeros_like(x)), NO_C)
     return float(torch.outer(w, w).flatten() @ rows)
 
 
@@ -205,9 +206,9 @@ class Discrete(NamedTuple):
         """Returns ED with all states as negatives, given q(y | x)."""
         num, d = self.x.shape
         points = self.x[:, None, None].expand(num, num, num, d)
-        ratio = -(num * kernel).log()[:, None, :].expand(num, num, num)
+        ratio = (num * kernel).log()[:, None, :].expand(num, num, num)
         objective = quiet(DiscreteEnergyDiscrepancy, SiteFlip(), num, stabilization=NO_WEIGHT)
-        contrast = Contrast(points, ratio, torch.zeros(num, num))
+        contrast = Negatives(points, ratio, torch.zeros(num, num))
         pairs = self.x[:, None].expand(num, num, d)
         rows = objective.per_datum(self.ebm(), pairs, contrast, NO_C)
         return float((self.law[:, None] * kernel * rows).sum())
@@ -217,9 +218,9 @@ class Discrete(NamedTuple):
         num, d = self.x.shape
         mass = kernel.sum(0)
         back = (kernel / mass).T
-        minus = -mass.log()[None, :, None].expand(num, kernel.shape[1], num)
+        log_mass = mass.log()[None, :, None].expand(num, kernel.shape[1], num)
         shape = (num, kernel.shape[1], num, d)
-        contrast = Contrast(self.x.expand(shape)[None], minus[None], minus)
+        contrast = Negatives(self.x.expand(shape)[None], log_mass[None], log_mass)
         objective = quiet(DiscreteEnergyDiscrepancy, SiteFlip(), 1, stabilization=weight)
         data = self.x[:, None, None].expand(shape)
         rows = objective.per_datum(self.ebm(potential), data, contrast, NO_C)
@@ -289,9 +290,9 @@ def masked_line(setup: Discrete) -> Line:
     d = x.shape[1]
     values = torch.arange(num, dtype=x.dtype)[:, None, None, None]
     points = torch.where(torch.eye(d, dtype=torch.bool)[:, None], values, x)
-    minus = torch.full((d, len(x)), -math.log(num))
+    log_mass = torch.full((d, len(x)), math.log(num))
     objective = quiet(DiscreteEnergyDiscrepancy, MaskedSite(), num, stabilization=NO_WEIGHT)
-    contrast = Contrast(points, minus.expand(num, d, len(x)), minus)
+    contrast = Negatives(points, log_mass.expand(num, d, len(x)), log_mass)
     rows = objective.per_datum(p, x.expand(d, len(x), d), contrast, NO_C).mean(0)
     theory = float(setup.law @ PseudoLikelihood().row_losses(p, x)) / d
     setting = f"masked site of {num} values, M = inf"
@@ -302,7 +303,7 @@ def ranking_line(setup: Discrete) -> Line:
     """Compares with ranking NCE on the same draws."""
     objective, x, p = DiscreteEnergyDiscrepancy(HeatKernel(), 6), setup.x, setup.ebm()
     drawn = objective.draw(p, x, None)
-    still = drawn._replace(log_noise=torch.zeros(6, len(x)), log_noise_data=torch.zeros(len(x)))
+    still = Contrast(drawn.points, torch.zeros(6, len(x)), torch.zeros(len(x)))
     ranking = RankingNCE(num_noise=6).per_datum(p, x, still, NO_C).mean() - math.log(6)
     ed = float(objective.per_datum(p, x, drawn, NO_C).mean())
     return Line("ranking NCE - log M", "same draws, M = 6, w = 1", float(ranking), [ed])

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_ebm.chains.observations import Conditioned, Site, is_subsample
+from pyro_ebm.chains.per_draw import at_all_draws
 from pyro_ebm.chains.record import to_numpy
 from pyro_ebm.distributions import unwrap
 from pyro_ebm.distributions.layers import layers, mask_of, num_reinterpreted
@@ -172,41 +173,12 @@ def _layout(name: str, site: Site) -> _Layout:
 def _evaluate(
     conditioned: Conditioned, like: Any, layouts: list[_Layout]
 ) -> dict[str, NDArray[Any]]:
+    names = [one.name for one in layouts]
+
+    def read(trace: Any, num_draws: int) -> tuple[Tensor, ...]:
+        trace.compute_log_prob(site_filter=lambda name, _: name in names)
+        return tuple(one.pick(trace, num_draws) for one in layouts)
+
     with torch.no_grad(), pyro.validation_enabled(is_validate=False):
-        scores = _batched(conditioned, like, layouts)
-        if scores is None:
-            scores = _one_by_one(conditioned, layouts, range(conditioned.num_draws))
-    return {name: to_numpy(values) for name, values in scores.items()}
-
-
-def _batched(
-    conditioned: Conditioned, like: Any, layouts: list[_Layout]
-) -> dict[str, Tensor] | None:
-    """Scores many draws at once; ``None`` if the model cannot, or answers differently then."""
-    size = conditioned.num_draws
-    chunks = [slice(i, min(i + _CHUNK, size)) for i in range(0, size, _CHUNK)]
-    try:
-        parts = []
-        for chunk in chunks:
-            trace = conditioned.batched_trace(chunk, like)
-            parts.append(_pick(trace, layouts, chunk.stop - chunk.start))
-        scores = {one.name: torch.cat([part[one.name] for part in parts]) for one in layouts}
-    except Exception:  # whatever a model raises when its latents gain a dimension
-        return None
-    some = sorted({i * (size - 1) // _NUM_CHECKED for i in range(_NUM_CHECKED + 1)})
-    truth = _one_by_one(conditioned, layouts, some)
-    agree = all(torch.allclose(scores[k][some], truth[k], rtol=1e-4, equal_nan=True) for k in truth)
-    return scores if agree else None
-
-
-def _one_by_one(
-    conditioned: Conditioned, layouts: list[_Layout], indices: Sequence[int]
-) -> dict[str, Tensor]:
-    parts = [_pick(conditioned.trace(conditioned.values(i)), layouts, 1) for i in indices]
-    return {one.name: torch.cat([part[one.name] for part in parts]) for one in layouts}
-
-
-def _pick(trace: Any, layouts: list[_Layout], num_draws: int) -> dict[str, Tensor]:
-    wanted = {one.name for one in layouts}
-    trace.compute_log_prob(site_filter=lambda name, _: name in wanted)
-    return {one.name: one.pick(trace, num_draws) for one in layouts}
+        scores = at_all_draws(conditioned, like, read, chunk=_CHUNK, num_checked=_NUM_CHECKED)
+    return {name: to_numpy(values) for name, values in zip(names, scores, strict=True)}

@@ -44,6 +44,20 @@ REMEDIES = (
     "(pyro_ebm.infer.NCE, KALE, EnergyDiscrepancy); or, if the energy is meant to be fixed, "
     "freeze it with requires_grad_(False)."
 )
+_OF_OBS_MASK = (
+    "obs_mask= has made these rows latents: leave them out by poutine.mask(mask=obs_mask) around "
+    "the site instead, which is the same posterior of all else."
+)
+
+
+def remedies(where: str) -> str:
+    """Returns what can be done about a log Z that is missing.
+
+    Args:
+        where: What messages call the site. Pyro imputes what ``obs_mask`` leaves unobserved at a
+            site of its own, where no log Z is needed if nothing is imputed.
+    """
+    return _OF_OBS_MASK if where.endswith("_unobserved'") else REMEDIES
 
 
 def watch(
@@ -156,7 +170,10 @@ def _look(
 def _check_covered(potential: Paths, allowed: set[Any], why: str, reached: Iterable[Any]) -> None:
     names = potential.names(n for n in reached if n not in allowed)
     if names:
-        report(f"{potential.where}: {why}, but {names} would be inferred through it. {REMEDIES}")
+        report(
+            f"{potential.where}: {why}, but {names} would be inferred through it. "
+            f"{remedies(str(potential.where))}"
+        )
 
 
 def _check_free(roots: tuple[Any, ...], potential: Paths, _grad: Tensor) -> None:

@@ -7,15 +7,18 @@ where a ``Delta(generator(z))`` would repeat one point.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pyro.poutine
 import torch
 from pyro.distributions import TorchDistribution
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from pyro_ebm.ops.constraints import event_support
+from pyro_ebm.ops.evaluation_mode import evaluation_mode
 from pyro_ebm.ops.rng import rng_preserved
 
 
@@ -111,8 +114,16 @@ class PushforwardDistribution(TorchDistribution):
 
 
 def _event_shape(generator: Callable[[Tensor], Tensor], prior: Any) -> torch.Size:
-    """Runs the generator on one latent; leaves the random state and the enclosing trace alone."""
-    with torch.no_grad(), rng_preserved(), pyro.poutine.block():
+    """Runs the generator on one latent.
+
+    It leaves the random state, running statistics, the enclosing trace and a graph that is being
+    recorded as they are.
+    """
+    modules = [generator] if isinstance(generator, nn.Module) else []
+    aside = (rng_preserved(), evaluation_mode(modules), disable_proxy_modes_tracing())
+    with torch.no_grad(), pyro.poutine.block(), ExitStack() as stack:
+        for context in aside:
+            stack.enter_context(context)
         z = prior.sample()
         x = _output(generator, z)
     batch = z.shape[: z.dim() - len(prior.event_shape)]

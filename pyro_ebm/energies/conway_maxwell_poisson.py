@@ -224,14 +224,15 @@ class _Envelope:
         self.mean = torch.where(self.is_poisson, mode, 0.0)
         wide = torch.where(self.is_poisson, 0.5, dispersion)  # any number that has an envelope
         self.log_survival = _log_survival(log_rate, wide, mode)
-        poisson = (dispersion - 1.0) * log_rate / dispersion, dispersion - 1.0
+        poisson = (dispersion - 1.0) / dispersion * log_rate, dispersion - 1.0
         geometric = log_rate - self.log_survival, dispersion
         self.slope, self.weight = (
             torch.where(self.is_poisson, one, other)
             for one, other in zip(poisson, geometric, strict=True)
         )
         top = torch.floor(torch.exp(self.slope / self.weight))
-        self.top = torch.where(self.weight > 0, top, 0.0)
+        falls = self.slope < 0  # exp is then rounded to 1 at very large weights
+        self.top = torch.where((self.weight > 0) & ~falls, top, 0.0)
 
     def sample(self) -> Tensor:
         """Returns exact draws, one for each target."""

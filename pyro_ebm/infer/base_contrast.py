@@ -39,6 +39,9 @@ class BaseContrast(Objective):
         gradient_penalty: :math:`\lambda \ge 0`.
         schedule: Steps of the energy and of the generator; ``None`` leaves the generator alone.
         **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     needs_density = False
@@ -108,26 +111,32 @@ class BaseContrast(Objective):
         """
         if not self.gradient_penalty:
             return 0.0
-        squared = self._slope(p, x, contrast).square().sum(-1)
+        squared = self.slope(p, x, contrast).square().sum(-1)
         self.evaluation.note(gradient_norm=squared.sqrt())
         return self.gradient_penalty * squared
 
     @staticmethod
-    def _slope(p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor:
-        """The energy's gradient at the points between data and base, ``rows + (d,)``."""
+    def slope(p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor:
+        """Returns the energy's gradient at the points between data and base, ``rows + (d,)``."""
         # Unlike autograd.grad, this leaves no leaf that would look like a lost parameter.
         slope = torch.func.grad(lambda at: p.energy(at).sum())(contrast.between)
         return slope.reshape((*rows_of(p, x), -1))
 
     def second_player(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Tensor:
         """Returns the generator's loss: minus the log mean weight of its draws, energy held."""
-        values = self._values_of_generator(p, x, noise)
+        values = self.values_of_generator(p, x, noise)
         loss = -self.evaluation.log_mean_exp(values)
         self.evaluation.note(generator_loss=loss)
         return loss.expand(rows_of(p, x))
 
-    def _values_of_generator(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Tensor:
-        """Minus the energy at fresh base draws, ``(M,) + rows``, with gradient to them alone."""
+    def values_of_generator(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Tensor:
+        """Returns minus the energy at fresh base draws, ``(M,) + rows``.
+
+        Gradients go to the draws alone.
+
+        Raises:
+            ValueError: If the base cannot draw with gradients.
+        """
         law = self._law(p, x, noise)
         if not law.has_rsample:
             raise ValueError(

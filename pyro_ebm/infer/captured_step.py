@@ -106,9 +106,8 @@ class CapturedStep:
             return None
         found = self._run(key, batch)
         self.objective.diagnostics = self.objective.diagnostics | found.notes
-        for module in self.objective.modules():
-            if isinstance(module, Objective):
-                module.num_steps_taken += 1
+        for part in self._objectives():
+            part.num_steps_taken += 1
         return found
 
     @contextmanager
@@ -143,13 +142,18 @@ class CapturedStep:
         if not _agree(replayed.grads, grads) or not _same(state, self._state(modules)):
             self._give_up("its gradients or its state are not those of the step itself")
 
+    def _objectives(self) -> list[Objective]:
+        """The objective and its members."""
+        return [part for part in self.objective.modules() if isinstance(part, Objective)]
+
     def _is_due(self) -> bool:
         steps = int(self.objective.num_steps_taken)
         return steps & (steps - 1) == 0
 
     def _key(self, batch: Batch, parameters: Mapping[str, Tensor]) -> Any:
         shapes = tuple((t.shape, t.dtype, t.device) for t in batch)
-        return (shapes, len(parameters), self.objective.is_second_players_turn)
+        turns = tuple(part.is_second_players_turn for part in self._objectives())
+        return (shapes, len(parameters), turns)
 
     def _run(self, key: Any, batch: Batch) -> Pass:
         graph, structure = self._graphs[key]

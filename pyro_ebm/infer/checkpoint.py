@@ -8,20 +8,20 @@ from typing import Any, Protocol
 
 import pyro
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from pyro_ebm.infer.run_modules import HasModules, modules_of
+from pyro_ebm.infer.run_settings import DEFAULT
 
 
-class Run(Protocol):
+class Run(HasModules, Protocol):
     """A fit in progress, as far as it is saved."""
 
-    model: Any
-    guide: Any
-    objective: Any
+    settings: dict[str, Any]
     batches: Any
     optimizer: torch.optim.Optimizer | None
     scheduler: Any
     stopping: Any
-    parameters: dict[str, Tensor]
     groups: list[list[str]]
     result: Any
 
@@ -47,6 +47,7 @@ def save_checkpoint(path: Path, run: Run) -> None:
         "scheduler": run.scheduler.state_dict() if run.scheduler else None,
         "stopping": run.stopping.state_dict() if run.stopping else None,
         "curves": {name: getattr(result, name) for name in _CURVES},
+        "settings": run.settings,
         "num_rows": run.batches.num_rows,
         "rows_left": run.batches.rows_left,
         "rng": _rng_state(),
@@ -64,10 +65,11 @@ def load_checkpoint(path: Path, run: Run) -> None:
     The model is run once so that every parameter exists; values are then copied in place.
 
     Raises:
-        ValueError: If the file is no checkpoint, or its parameters or its number of rows are not
-            those of this model and data.
+        ValueError: If the file is no checkpoint, or its parameters, its number of rows or its
+            settings are not those of this fit.
     """
     state = _read(path)
+    _check_settings(path, state["settings"], run.settings)
     if state["num_rows"] != run.batches.num_rows:
         raise ValueError(
             f"{path} is a checkpoint of a fit to {state['num_rows']} rows, and data have "
@@ -107,6 +109,16 @@ _CURVES = (
 )
 
 
+def _check_settings(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    for name in {**saved, **own}:
+        was, now = saved.get(name, DEFAULT), own.get(name, DEFAULT)
+        if was != now:
+            raise ValueError(
+                f"{path} is a checkpoint of a fit with {name} = {was!r}, and this one has {now!r}: "
+                "a run goes on as it began. Delete the file to start anew"
+            )
+
+
 def _load_schedules(state: dict[str, Any], run: Run) -> None:
     """Takes up learning-rate schedule and early stopping where both runs have them."""
     if run.scheduler is not None and state["scheduler"] is not None:
@@ -140,14 +152,3 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 def _objective_state(run: Run) -> dict[str, Any]:
     return run.objective.state_dict() if isinstance(run.objective, nn.Module) else {}
-
-
-def modules_of(run: Any) -> dict[str, nn.Module]:
-    """Returns the modules with a state: model, guide, the sites' energies and generators."""
-    sites = getattr(run.objective, "_sites", {})
-    energies = {f"energy of {name}": p.energy_function for name, p in sites.items()}
-    generators = {
-        f"generator of {name}": getattr(p, "generator", None) for name, p in sites.items()
-    }
-    candidates = {"model": run.model, "guide": run.guide} | energies | generators
-    return {name: m for name, m in candidates.items() if isinstance(m, nn.Module)}

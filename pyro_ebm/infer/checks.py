@@ -20,7 +20,7 @@ from pyro_ebm.distributions.captured import capture_in_progress, captured_only
 from pyro_ebm.distributions.layers import innermost
 from pyro_ebm.distributions.normalizer_guard import names_of
 from pyro_ebm.errors import NonFiniteEnergyError, SurrogateWarning, UnregisteredParameterError
-from pyro_ebm.infer import enumeration
+from pyro_ebm.infer import enumeration, site_values
 from pyro_ebm.infer.evaluation import Evaluation
 from pyro_ebm.ops.autograd import grad_of
 from pyro_ebm.ops.autograd_graph import children, graph, leaves_of, node_of
@@ -41,6 +41,10 @@ class Traits(Protocol):
     @property
     def learns_log_normalizer(self) -> bool:
         """Whether log Z enters the loss, so that it is learned."""
+
+    @property
+    def learns_by_gradient(self) -> bool:
+        """Whether log Z is a parameter for the optimizer."""
 
 
 def schedule(value: tuple[int, int] | None, objective: Traits) -> tuple[int, int] | None:
@@ -84,7 +88,12 @@ def has_sites(used: Collection[str]) -> None:
 
 
 def site(name: str, p: EnergyDistribution, x: Tensor, *, observed: bool, objective: Traits) -> None:
-    """Raises ``ValueError`` if the objective cannot serve this site (checked once per site)."""
+    """Raises if the objective cannot serve this site (checked once per site).
+
+    Raises:
+        ValueError: If the distribution, its support or the data's dtype do not suit it.
+        EnergyShapeError: If the energy has a dim too many.
+    """
     who = type(objective).__name__
     if isinstance(p, GeneralizedEBM) and not observed:
         raise ValueError(
@@ -103,6 +112,8 @@ def site(name: str, p: EnergyDistribution, x: Tensor, *, observed: bool, objecti
             "the distribution a discrete support and use NCE or PseudoLikelihood"
         )
     _log_normalizer_is_learned(name, p, x, objective)
+    if objective.trains_energy:
+        site_values.one_energy_per_row(name, p, x)
     if objective.trains_energy and x.is_floating_point() and p.base_measure != "counting":
         try:
             _, slope = grad_of(p.energy, x)
@@ -160,16 +171,9 @@ def not_degenerate(name: str, evaluation: Evaluation, objective: Traits, step: i
     notes, who = evaluation.notes, type(objective).__name__
     draws = _NOISE if hasattr(objective, "num_noise") else _BASE
     _noise_covers_data(name, evaluation, who)
+    _draws_suffice(name, evaluation, objective, draws, is_settled=step >= SETTLED)
     if step < SETTLED:
         return
-    if "weight_ess" in notes and evaluation.num_weights < FEWEST_BASE_DRAWS:
-        warnings.warn(
-            f"{who} at EBM site {name!r}: {evaluation.num_weights} {draws.name} a step are few "
-            "for the log of their mean weight, which is biased by about their relative variance "
-            f"over twice their number. {draws.more}",
-            SurrogateWarning,
-            stacklevel=2,
-        )
     if float(notes.get("weight_ess", 1.0)) < 0.01:
         warnings.warn(
             f"{who} at EBM site {name!r}, step {step}: the effective sample size of the "
@@ -194,6 +198,24 @@ def not_degenerate(name: str, evaluation: Evaluation, objective: Traits, step: i
             "(a fitted Gaussian or a flow), or an objective without noise",
             SurrogateWarning,
             stacklevel=2,
+        )
+
+
+def _draws_suffice(
+    name: str, evaluation: Evaluation, objective: Traits, draws: _Draws, *, is_settled: bool
+) -> None:
+    """Warns if the log of a mean of few weights stands for log Z; of one weight, at once."""
+    num = evaluation.num_weights
+    is_parameter = objective.learns_log_normalizer and objective.learns_by_gradient
+    few = num < (FEWEST_BASE_DRAWS if is_settled else 2)
+    if "weight_ess" in evaluation.notes and few and not is_parameter:
+        count = f"1 {draws.name[:-1]} a step is" if num == 1 else f"{num} {draws.name} a step are"
+        warnings.warn(
+            f"{type(objective).__name__} at EBM site {name!r}: {count} few for the log of their "
+            "mean weight, which is biased by about their relative variance over twice their "
+            f"number. {draws.more}",
+            SurrogateWarning,
+            stacklevel=3,
         )
 
 
@@ -250,7 +272,11 @@ def guide(given: Any, who: str) -> None:
 def traces(model_trace: Any, guide_trace: Any, used: Collection[str]) -> None:
     """Raises if the traces of an objective's step hold something it would get wrong."""
     has_sites(used)
+    site_values.given(model_trace, guide_trace, used)
     enumeration.check_traces(model_trace, guide_trace, used)
+    for name in used:
+        if model_trace.nodes[name]["is_observed"]:
+            site_values.on_support(name, model_trace.nodes[name])
     for name, node in guide_trace.nodes.items():
         ebm = unwrap(node["fn"]) if node["type"] == "sample" else None
         contrast = model_trace.nodes.get(name, {}).get("is_observed", False)

@@ -23,8 +23,9 @@ arXiv:1806.03664.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ from torch.distributions import Transform
 from torch.nn.functional import softplus
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer.contrast import Contrast, contrast_law, elementwise
+from pyro_ebm.errors import SurrogateWarning
+from pyro_ebm.infer.contrast import contrast_law, elementwise, with_data
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.constraints import base_measure
@@ -41,6 +43,18 @@ from pyro_ebm.ops.spaces import bijection
 CLOSE = 0.75  # of log 2: below it an estimate's variance is near its least, in any dimension
 FEWEST_ROWS_PER_COORDINATE = 4
 SCALES = 2.0 ** torch.arange(-12.0, 5.0)
+
+
+class NoisyCopies(NamedTuple):
+    r"""Noisy copies of the data.
+
+    Args:
+        points: Shape ``(M,) + rows + event``: M copies of every datum.
+        log_ratio: :math:`\log p_c(x' | x) - \log p_c(x | x')` in nats, ``(M,) + rows``.
+    """
+
+    points: Tensor
+    log_ratio: Tensor
 
 
 class ConditionalNCE(Objective):
@@ -66,6 +80,9 @@ class ConditionalNCE(Objective):
     Raises:
         ValueError: If an argument is not positive, or the first batch has no spread to measure.
         NotImplementedError: On a discrete support without ``noise``.
+
+    Warns:
+        SurrogateWarning: If ``unit`` is so far from the data's spread that no scale is found.
 
     Example:
         >>> import pyro
@@ -103,7 +120,7 @@ class ConditionalNCE(Objective):
         self.scale = scale
         self.unit = unit
 
-    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
+    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> NoisyCopies:
         """Draws noisy copies, and the log ratio of their density to that of the way back."""
         if noise is None and self.noise is not None:
             return self._from_law(self.noise, p, x)
@@ -112,16 +129,16 @@ class ConditionalNCE(Objective):
         copies = u + (self._gaussian(p, u) if noise is None else self._differences(noise, p, u))
         points = space(copies)
         forth = -space.log_abs_det_jacobian(copies, points)
-        return Contrast(points, forth + space.log_abs_det_jacobian(u, x))
+        return NoisyCopies(points, forth + space.log_abs_det_jacobian(u, x))
 
     def _from_law(
         self, noise: Callable[[Tensor], Any], p: EnergyDistribution, x: Tensor
-    ) -> Contrast:
+    ) -> NoisyCopies:
         who = type(self).__name__
         there = contrast_law(noise(x), p, x, needs_density=True, who=who)
         points = there.sample(torch.Size((self.num_noise,)))
         back = contrast_law(noise(points), p, points, needs_density=True, who=who)
-        return Contrast(points, there.log_prob(points) - back.log_prob(x.expand(points.shape)))
+        return NoisyCopies(points, there.log_prob(points) - back.log_prob(x.expand(points.shape)))
 
     def _differences(self, noise: Any, p: EnergyDistribution, u: Tensor) -> Tensor:
         law = elementwise(noise, len(p.event_shape))
@@ -159,11 +176,11 @@ class ConditionalNCE(Objective):
         return scale, unit
 
     def per_datum(
-        self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
+        self, p: EnergyDistribution, x: Tensor, contrast: NoisyCopies, log_z: Tensor
     ) -> Tensor:
         """Returns the logistic loss of telling a datum from its noisy copies, in nats."""
-        potential = p.potential(contrast.with_data(x))
-        logits = potential[1:] - potential[:1] + contrast.log_noise  # type: ignore[operator]
+        potential = p.potential(with_data(x, contrast.points))
+        logits = potential[1:] - potential[:1] + contrast.log_ratio
         self.evaluation.note(accuracy=(logits > 0).double())
         return softplus(-logits).mean(0)
 
@@ -179,6 +196,10 @@ def doubled_scale(rows: Tensor, unit: Tensor) -> float:
         rows: Data, ``(R, D)``.
         unit: The noise's standard deviations at scale one, ``(D,)``.
 
+    Warns:
+        SurrogateWarning: If it is none of those from ``2**-12`` to ``2**4``, of which the nearest
+            is returned.
+
     Example:
         >>> doubled_scale(torch.randn(10_000, 32), torch.ones(32))
         0.25
@@ -189,7 +210,21 @@ def doubled_scale(rows: Tensor, unit: Tensor) -> float:
     scales = SCALES.to(rows)
     logits = scales[:, None] * linear + scales[:, None] ** 2 * square
     is_close = softplus(-logits).mean(-1) > CLOSE * math.log(2)
-    return float(scales[is_close.sum().clamp_max(len(scales) - 1)])
+    found = int(is_close.sum())
+    if found in (0, len(scales)):
+        _warn_of_end(is_told=found == 0)
+    return float(scales[min(found, len(scales) - 1)])
+
+
+def _warn_of_end(*, is_told: bool) -> None:
+    least, largest = float(SCALES[0]), float(SCALES[-1])
+    which = f"{least:.2g} times its unit is already" if is_told else f"{largest:g} units is not yet"
+    warnings.warn(
+        f"ConditionalNCE doubles its noise until it is told from the data, and noise of {which} "
+        "told from them: give a unit= that is nearer to the data's spread, or scale=",
+        SurrogateWarning,
+        stacklevel=2,
+    )
 
 
 def _whitened(rows: Tensor, values: Tensor) -> Tensor:

@@ -17,13 +17,16 @@ from pyro_ebm.distributions.supports import same_support
 
 
 class Contrast(NamedTuple):
-    """Draws to compare a batch with.
+    """Draws of a law to compare a batch with.
+
+    Objectives that need to know something else of their draws than the law's density have types of
+    their own, with ``points`` of the same shape.
 
     Args:
         points: Shape ``(M,) + sample + batch + event``: M draws beside every datum.
-        log_noise: Their log density under the contrast in nats, shape ``(M,) + sample + batch``,
-            where it has one.
-        log_noise_data: The data's log density under the contrast, shape ``sample + batch``.
+        log_noise: The law's log density at the points in nats, shape ``(M,) + sample + batch``;
+            ``None`` where it has none or the loss does without.
+        log_noise_data: The same at the data, shape ``sample + batch``.
         between: Points between data and contrast, shaped as the data, where an objective penalizes
             slopes.
     """
@@ -39,7 +42,17 @@ class Contrast(NamedTuple):
         Args:
             x: The data, in the coordinates of the points.
         """
-        return torch.cat([x.unsqueeze(0), self.points])
+        return with_data(x, self.points)
+
+
+def with_data(x: Tensor, points: Tensor) -> Tensor:
+    """Returns data ``rows + event`` and draws ``(M,) + rows + event``, ``(1 + M,) + rows + event``.
+
+    Example:
+        >>> with_data(torch.zeros(2), torch.ones(3, 2)).shape
+        torch.Size([4, 2])
+    """
+    return torch.cat([x.unsqueeze(0), points])
 
 
 def gap(values: Tensor) -> Tensor:

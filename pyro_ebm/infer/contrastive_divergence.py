@@ -51,13 +51,15 @@ class ContrastiveDivergence(NegativePhase):
     Args:
         num_steps: k, steps or sweeps from the start.
         kernel: A kernel of :mod:`pyro_ebm.mcmc` for continuous supports, options bound, such as
-            ``functools.partial(HMC, step_size=0.2)``; step sizes are in unconstrained coordinates
-            and are not tuned. MALA with step size 0.1 by default, which suits standardized data.
-            Discrete supports are swept by Gibbs.
+            ``functools.partial(HMC, step_size=0.2)``; its step size is in unconstrained coordinates
+            and is not tuned. By default MALA, whose step follows the width of the data in every
+            coordinate and, while it is being trained, the acceptance
+            (:mod:`pyro_ebm.infer.adapted_step`); its state is saved with the objective's. Discrete
+            supports are swept by Gibbs.
         transition: Instead of a kernel, a function ``(p, x) -> x'`` that leaves p invariant, called
             k times with events ``(M,) + sample + batch + event``.
-        start: ``"data"``; ``"base"``, the base or, without one, points spread over the support; or
-            a distribution.
+        start: ``"data"``; ``"base"``, the base or, without one, points spread over the support,
+            where it is continuous twice as widely as the data; or a distribution.
         num_negatives: M, chains beside every datum, over which U(x-) is averaged.
         energy_penalty: :math:`\alpha` of :math:`\alpha (E(x)^2 + E(x^-)^2)`, per squared nat.
         max_gap: Magnitude of the mean of U(x) - U(x-) in nats that counts as diverged.
@@ -66,18 +68,20 @@ class ContrastiveDivergence(NegativePhase):
     Raises:
         ValueError: If an argument is out of range.
 
+    Warns:
+        SurrogateWarning: If for many steps hardly any proposal was accepted, chains hardly moved,
+            or energies of data and chains ran apart (:mod:`pyro_ebm.infer.chain_watch`).
+
     Example:
-        >>> from functools import partial
         >>> import pyro
         >>> from pyro.infer import SVI
-        >>> from pyro_ebm.mcmc import MALA
         >>> def model(data):
         ...     precision = pyro.param("precision", torch.tensor(2.0))
         ...     with pyro.plate("data", len(data)):
         ...         ebm = EnergyDistribution(lambda x: 0.5 * precision * x**2, event_shape=())
         ...         pyro.sample("x", ebm, obs=data)
-        >>> objective = ContrastiveDivergence(5, kernel=partial(MALA, step_size=0.5))
-        >>> svi = SVI(model, lambda data: None, pyro.optim.Adam({"lr": 0.05}), loss=objective)
+        >>> optimizer = pyro.optim.Adam({"lr": 0.05})
+        >>> svi = SVI(model, lambda data: None, optimizer, loss=ContrastiveDivergence(5))
         >>> data = torch.randn(1000)
         >>> losses = [svi.step(data) for _ in range(150)]
         >>> abs(pyro.param("precision").item() - 1 / data.var().item()) < 0.2
@@ -90,6 +94,6 @@ class ContrastiveDivergence(NegativePhase):
             begin = x.expand((self.num_negatives,) + x.shape)
         else:
             begin = self.fresh(p, x, noise, self.num_negatives)
-        moved = self.move(p, begin)
+        moved = self.moved(p, x, begin)
         self.watch(moved)
         return Contrast(moved.x)

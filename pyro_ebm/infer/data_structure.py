@@ -24,6 +24,7 @@ from pyro_ebm.distributions.layers import mask_of
 from pyro_ebm.distributions.supports import check_observed
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.infer.conditional import depends_on_rows
+from pyro_ebm.mcmc.explain import explained
 from pyro_ebm.normalizers.exact import States
 from pyro_ebm.normalizers.quadrature import MAX_DIM
 from pyro_ebm.ops.constraints import base_measure, plain
@@ -163,8 +164,7 @@ def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Data
         'one observation'
     """
     check_model(model, "a posterior")
-    with rng_preserved(), torch.no_grad(), poutine.block():
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    trace = _traced(model, args, kwargs)
     sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not is_subsample(s)]
     ebms = [s for s in sites if s["is_observed"] and unwrap(s["fn"]) is not None]
     if not ebms:
@@ -179,6 +179,14 @@ def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Data
         for is_known in (False, True)
     )
     return DataStructure(missing, known)
+
+
+def _traced(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        with rng_preserved(), torch.no_grad(), poutine.block():
+            return poutine.trace(model).get_trace(*args, **kwargs)
+    except NotImplementedError as error:  # of a prior that cannot be drawn
+        raise explained(error, model, args, kwargs) from error
 
 
 def check_model(model: Any, what: str) -> None:

@@ -47,15 +47,12 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.contrast import rows_of
-from pyro_ebm.infer.objective import Objective
-from pyro_ebm.infer.score_matching import refuse_contrast, refuse_jumps
+from pyro_ebm.infer.score_objective import ScoreObjective
 from pyro_ebm.infer.unconstrained import Unconstrained
 from pyro_ebm.ops.arguments import whole
 
 Conditioning = Literal["none", "argument", "scale"]
 Weighting = Literal["uniform", "variance"]
-
-WHY_NOT = "gradients of {who} do not see the jumps move with the parameters"
 
 
 class Noise(NamedTuple):
@@ -97,7 +94,7 @@ def geometric_levels(smallest: float, largest: float, num_levels: int) -> tuple[
     return tuple(smallest * ratio**i for i in range(num_levels))
 
 
-class DenoisingScoreMatching(Objective):
+class DenoisingScoreMatching(ScoreObjective):
     r"""Denoising score matching at one or several noise levels.
 
     Args:
@@ -136,6 +133,8 @@ class DenoisingScoreMatching(Objective):
         True
     """
 
+    why_smooth = "gradients of {who} do not see the jumps move with the parameters"
+
     def __init__(
         self,
         noise_std: float | Sequence[float],
@@ -169,13 +168,11 @@ class DenoisingScoreMatching(Objective):
             raise ValueError(f"weighting must be 'uniform', 'variance' or None, got {value!r}")
         return value or ("variance" if len(self.levels) > 1 else "uniform")
 
-    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Any:
-        """Draws :class:`Noise` beside every datum, and a level for each."""
-        refuse_contrast(noise, self)
-        u = Unconstrained(p, "DenoisingScoreMatching").coordinates(x)
+    def draw_at(self, space: Unconstrained, u: Tensor) -> Noise:
+        """Draws noise beside every datum, and a level for each."""
         z = torch.randn((self.num_noise, *u.shape), dtype=u.dtype, device=u.device)
         levels = torch.tensor(self.levels, dtype=u.dtype, device=u.device)
-        shape = (self.num_noise, *rows_of(p, x))
+        shape = (self.num_noise, *space.rows(u))
         return Noise(z, levels[torch.randint(len(levels), shape, device=u.device)])
 
     def per_datum(self, p: EnergyDistribution, x: Tensor, contrast: Noise, log_z: Tensor) -> Tensor:
@@ -183,7 +180,7 @@ class DenoisingScoreMatching(Objective):
 
         In squared score units; in pure numbers with the weighting by variance.
         """
-        space = Unconstrained(p, "DenoisingScoreMatching")
+        space = self.space(p)
         loss = space.over_event(self._terms(p, space.coordinates(x), contrast))
         if self.weighting == "uniform":
             loss = loss / contrast.noise_std.square()
@@ -204,12 +201,11 @@ class DenoisingScoreMatching(Objective):
 
     def _score(self, p: EnergyDistribution, u: Tensor, noise_std: Tensor) -> Tensor:
         """Returns minus the gradient of the energy of every point's own level."""
-        score = self._space(p, noise_std).score(u)
+        score = self._at_levels(p, noise_std).score(u)
         return score / _over_event(noise_std, u) if self.conditioning == "scale" else score
 
-    def _space(self, p: EnergyDistribution, noise_std: Tensor) -> Unconstrained:
-        law = _at_level(p, noise_std) if self.conditioning == "argument" else p
-        return Unconstrained(law, "DenoisingScoreMatching")
+    def _at_levels(self, p: EnergyDistribution, noise_std: Tensor) -> Unconstrained:
+        return self.space(_at_level(p, noise_std) if self.conditioning == "argument" else p)
 
     def check_unconditional(
         self, name: str, p: EnergyDistribution, x: Tensor, known: Tensor | None
@@ -217,7 +213,7 @@ class DenoisingScoreMatching(Objective):
         """Raises if the energy does not know the level, or its slope jumps."""
         level = torch.full(rows_of(p, x), min(self.levels), dtype=x.dtype, device=x.device)
         try:
-            refuse_jumps(name, self._space(p, level), x, WHY_NOT)
+            self.check_smooth(name, self._at_levels(p, level), x)
         except TypeError as error:
             if "noise_std" not in str(error):
                 raise

@@ -63,6 +63,9 @@ class DeterministicObjective(Objective):
             p: The EBM.
             x: Data, ``sample + batch + event``.
             mask: Which rows count, for losses that pool rows.
+
+        Raises:
+            NotImplementedError: If the subclass does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define row_losses(p, x, mask)")
 
@@ -70,11 +73,11 @@ class DeterministicObjective(Objective):
         """Returns the loss per datum in nats; neither a contrast nor log Z is used."""
         return self.row_losses(p, x, self.evaluation.mask)
 
-    def _log_normalizer(
+    def log_normalizer_of(
         self, name: str, p: EnergyDistribution, x: Tensor, contrast: Any
     ) -> Tensor | None:
         """Needs none; a site that is due to be checked is."""
-        if self._is_check_due(name):
+        if self.is_check_due(name):
             with torch.no_grad():
                 self.check(name, p, x)
         return None

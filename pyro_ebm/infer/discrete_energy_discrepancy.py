@@ -97,7 +97,11 @@ class DiscreteEnergyDiscrepancy(PerturbationContrast):
         return super().space(p)
 
     def perturbation_of(self, p: EnergyDistribution, noise: Any) -> Perturbation:
-        """Returns the perturbation; a guide cannot hold one of discrete sites."""
+        """Returns the perturbation; a guide cannot hold one of discrete sites.
+
+        Raises:
+            ValueError: If the guide holds one.
+        """
         if noise is not None:
             raise ValueError(
                 "DiscreteEnergyDiscrepancy takes its perturbation as an argument, but the guide "

@@ -25,7 +25,7 @@ AWAY = 1000.0
 def check_loss(loss: float, step: int, objective: Any) -> None:
     """Raises ``NonFiniteEnergyError`` if the loss is not finite though no EBM site said so."""
     if not math.isfinite(loss):
-        sites = ", ".join(map(repr, getattr(objective, "_sites", {})))
+        sites = ", ".join(map(repr, getattr(objective, "sites", {})))
         where = f"EBM site {sites}: the" if sites else "the"
         raise NonFiniteEnergyError(
             f"{where} loss of {type(objective).__name__} is {loss} at step {step}. Look for "
@@ -68,7 +68,7 @@ def is_running_away(losses: Sequence[float]) -> bool:
 
 def warn_running_away(losses: Sequence[float], objective: Any) -> None:
     """Says so, naming sites and step."""
-    sites = ", ".join(map(repr, getattr(objective, "_sites", {}))) or "none"
+    sites = ", ".join(map(repr, getattr(objective, "sites", {}))) or "none"
     warnings.warn(
         f"{type(objective).__name__} at EBM sites {sites}: the loss per datum was "
         f"{losses[0]:.3g} and is {losses[-1]:.3g} at step {len(losses)}, still gaining speed: it "
@@ -86,7 +86,7 @@ def are_finite(parameters: Mapping[str, Tensor]) -> bool:
 
 def _sites_of(parameter: Tensor, objective: Any) -> str:
     """The EBM sites whose energy's module holds a parameter; else all that there are."""
-    sites = getattr(objective, "_sites", {})
+    sites = getattr(objective, "sites", {})
     owners = [
         name
         for name, p in sites.items()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,10 @@ def fit(
     if seed is not None:
         pyro.set_rng_seed(seed)
     batches = Batches(_as_tuple(data, "data"), batch_size)
-    run = TrainingRun(model, guide or _no_guide, objective, batches, options)
     with _scheduled(objective, schedule):
+        run = TrainingRun(model, guide or _no_guide, objective, batches, options)
         if patience is not None:
+            _check_points(options, num_steps)
             check_criterion(
                 objective,
                 has_validation=validation is not None,
@@ -162,6 +164,14 @@ def fit(
             load_checkpoint(options.checkpoint, run)
         _train(run, num_steps)
     return run.result
+
+
+def _check_points(options: Options, num_steps: int) -> None:
+    if options.validate_every > num_steps:
+        raise ValueError(
+            f"patience counts validation points, and with validate_every={options.validate_every} "
+            f"there is none in {num_steps} steps: lower validate_every"
+        )
 
 
 def _train(run: TrainingRun, num_steps: int) -> None:
@@ -220,6 +230,12 @@ def _check_objective(objective: Any, optim: Any) -> None:
             "optim must be a class of torch optimizers, such as torch.optim.Adam, or a partial of "
             "one: fit makes it with the rate lr once the parameters are known. Got "
             f"{type(optim).__name__}"
+        )
+    made = optim.func if isinstance(optim, partial) else optim
+    if isinstance(made, type) and issubclass(made, torch.optim.LBFGS):
+        raise TypeError(
+            "fit takes one step per batch, and LBFGS evaluates a closure as often as it likes: use "
+            "optim=torch.optim.Adam, or LBFGS in a loop of your own over objective(model, guide)"
         )
 
 

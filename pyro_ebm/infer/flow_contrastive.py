@@ -170,7 +170,7 @@ class FlowContrastive(NCE):
     ) -> Tensor:
         """Log Z of a site, as far as it is known or learned."""
         if log_z is None:
-            log_z = self._log_normalizer(name, p, x, self.draw(p, x, noise))
+            log_z = self.log_normalizer_of(name, p, x, self.draw(p, x, noise))
         return log_z.detach()  # type: ignore[union-attr]
 
     def _remember(self, accuracy: Tensor) -> None:
@@ -187,6 +187,9 @@ class FlowContrastive(NCE):
             x: Data.
             noise: The guide's site.
             log_z: c, held.
+
+        Raises:
+            ValueError: If the flow cannot draw with gradients.
         """
         q = contrast_law(self._flow(p, noise), p, x, needs_density=True, who=type(self).__name__)
         if not q.has_rsample:

@@ -21,10 +21,11 @@ from torch import Tensor
 from pyro_ebm.chains import Record
 from pyro_ebm.chains.record import to_numpy
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer.calibration import Calibration, Choice, calibration_of
+from pyro_ebm.infer.calibration import Calibration, calibration_of
 from pyro_ebm.infer.data_structure import check_model
 from pyro_ebm.infer.loss_of_model import ModelLoss
 from pyro_ebm.infer.posterior_result import Posterior
+from pyro_ebm.infer.score_covariance import Choice
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
 from pyro_ebm.ops.arguments import one_of, positive

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_ebm.ops.evaluation_mode import evaluation_mode
 from pyro_ebm.ops.rng import rng_preserved
 
 SEED = 20_231_113  # of the draws at every point
@@ -35,17 +36,9 @@ def held_out(modules: Collection[nn.Module]) -> Iterator[None]:
     Args:
         modules: Those that take part; each of their submodules returns to its own mode.
     """
-    parts = [part for module in modules for part in module.modules()]
-    modes = [part.training for part in parts]
-    for module in modules:
-        module.eval()
-    try:
-        with torch.no_grad(), rng_preserved():
-            torch.manual_seed(SEED)
-            yield
-    finally:
-        for part, mode in zip(parts, modes, strict=True):
-            part.training = mode
+    with torch.no_grad(), rng_preserved(), evaluation_mode(modules):
+        torch.manual_seed(SEED)
+        yield
 
 
 def criterion_of(

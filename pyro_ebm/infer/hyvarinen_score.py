@@ -46,11 +46,12 @@ from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
 from pyro_ebm.chains.observations import Conditioned, Site, is_subsample
+from pyro_ebm.chains.per_draw import at_all_draws
 from pyro_ebm.chains.record import as_record
 from pyro_ebm.distributions import GeneralizedEBM, unwrap
 from pyro_ebm.distributions.layers import mask_of, num_reinterpreted
 from pyro_ebm.errors import NonFiniteEnergyError
-from pyro_ebm.infer.score_matching import has_jumps
+from pyro_ebm.infer.smoothness import has_jumps
 from pyro_ebm.infer.unconstrained import Unconstrained
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.constraints import plain
@@ -260,42 +261,18 @@ def _observed(site: Site) -> Tensor:
 # --- derivatives in x, for many draws at once
 
 
-def _derivatives(conditioned: Conditioned, like: Any, name: str) -> tuple[Tensor, Tensor]:
+def _derivatives(conditioned: Conditioned, like: Any, name: str) -> tuple[Tensor, ...]:
     """Gradients ``(S, N, d)`` and Laplacians ``(S, N)`` of the log density, in double precision."""
-    node, size = like.nodes[name], conditioned.num_draws
-    step = max(1, _CHUNK // max(1, node["value"].numel()))
-    chunks = [slice(i, min(i + step, size)) for i in range(0, size, step)]
-    try:
-        parts = [_of_many(conditioned, like, name, chunk) for chunk in chunks]
-        found = [torch.cat(part) for part in zip(*parts, strict=True)]
-    except Exception:  # whatever a model raises when its latents gain a dimension
-        found = []
-    some = sorted({i * (size - 1) // _NUM_CHECKED for i in range(_NUM_CHECKED + 1)})
-    truth = _one_by_one(conditioned, name, some)
-    if found and all(_agree(f[some], t) for f, t in zip(found, truth, strict=True)):
-        return found[0], found[1]
-    return _one_by_one(conditioned, name, range(size))
+    node = like.nodes[name]
+    num_rows, chunk = node["fn"].batch_shape.numel(), _CHUNK // max(1, node["value"].numel())
+
+    def read(trace: Any, num_draws: int) -> tuple[Tensor, ...]:
+        return _of_site(trace.nodes[name], num_rows, num_draws)
+
+    return at_all_draws(conditioned, like, read, chunk=max(1, chunk), num_checked=_NUM_CHECKED)
 
 
-def _agree(values: Tensor, truth: Tensor) -> bool:
-    return values.shape == truth.shape and torch.allclose(values, truth, 1e-4, equal_nan=True)
-
-
-def _of_many(conditioned: Conditioned, like: Any, name: str, chunk: slice) -> tuple[Tensor, Tensor]:
-    site = conditioned.batched_trace(chunk, like).nodes[name]
-    return _of_site(site, like.nodes[name]["fn"].batch_shape, chunk.stop - chunk.start)
-
-
-def _one_by_one(
-    conditioned: Conditioned, name: str, indices: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    sites = (conditioned.trace(conditioned.values(i)).nodes[name] for i in indices)
-    parts = [_of_site(site, site["fn"].batch_shape, 1) for site in sites]
-    slopes, traces = zip(*parts, strict=True)
-    return torch.cat(slopes), torch.cat(traces)
-
-
-def _of_site(site: Site, rows: torch.Size, num_draws: int) -> tuple[Tensor, Tensor]:
+def _of_site(site: Site, num_rows: int, num_draws: int) -> tuple[Tensor, Tensor]:
     fn = site["fn"]
     x = site["value"].detach().expand(fn.batch_shape + fn.event_shape).clone().requires_grad_()
     with torch.enable_grad():
@@ -305,7 +282,7 @@ def _of_site(site: Site, rows: torch.Size, num_draws: int) -> tuple[Tensor, Tens
         for j, part in enumerate(flat.unbind(-1) if slope.requires_grad else ()):
             second = torch.autograd.grad(part.sum(), x, retain_graph=True, materialize_grads=True)
             trace = trace + second[0].reshape(flat.shape)[..., j]
-    shape = (num_draws, rows.numel())
+    shape = (num_draws, num_rows)
     slopes, traces = flat.detach().double(), trace.detach().double()
     return slopes.reshape(*shape, -1), traces.reshape(shape)
 

@@ -274,7 +274,8 @@ def _around(boxes: Iterable[Box]) -> Box:
 
 def _spread(q: Tensor) -> Tensor:
     """Those of positions ``(S, D)`` that lie furthest from each other, the middle one first."""
-    scaled = (q - q.mean(0)) / q.std(0).clamp_min(torch.finfo(q.dtype).tiny)
+    tiny = torch.finfo(q.dtype).tiny  # coordinates that stand still are at no distance
+    scaled = (q - q.mean(0)) / q.std(0).clamp_min(tiny)
     chosen = [int(scaled.norm(dim=1).argmin())]
     distance = torch.full_like(scaled[:, 0], torch.inf)
     for _ in range(min(_MOST_BOXES, len(q)) - 1):

@@ -50,9 +50,12 @@ class KALE(BaseContrast):
             generator alone.
         c_update: ``"closed_form"`` moves log Z towards the batch's :math:`\log E_Q e^{-E}` by
             ``c_rate``, ``"newton"`` by a Newton step :math:`c - (1 - S)/S`, ``"gradient"`` makes it
-            a parameter. The first two follow a mean of logarithms, which is too low by about half
-            the relative variance of a batch's mean weight, and the energy follows c: on batches of
-            few base draws take ``"gradient"`` or a larger ``num_base``.
+            a parameter. The first two follow a mean over batches of logarithms or of inverses of
+            S, the batch's mean weight: that is too low by about half of the relative variance of S,
+            or by all of it, and the energy follows c. For data a width off a Gaussian base a slope
+            of 1 comes out as .75 (closed form) or .65 (Newton) with one base draw a batch, as .83
+            with two. On batches of few base draws take ``"gradient"``, which has no such error, or
+            a larger ``num_base``.
         c_rate: Weight of the newest batch, in (0, 1].
         **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
 

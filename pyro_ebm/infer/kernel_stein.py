@@ -76,10 +76,15 @@ class KernelStein(DeterministicObjective):
         self.length_scale = length_scale
 
     def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns the mean of the Stein kernel between a row and all rows that count."""
+        """Returns the mean of the Stein kernel between a row and all rows that count.
+
+        Raises:
+            ValueError: If there is one row.
+            NotImplementedError: On a support that is not continuous.
+        """
         space = Unconstrained(p, "KernelStein")
         u = space.coordinates(p.broadcast_value(x))
-        rows = u.shape[: u.dim() - space.event_dim]
+        rows = space.rows(u)
         score = space.score(u).reshape(rows.numel(), -1)
         u = u.reshape(score.shape)
         if len(u) < 2:

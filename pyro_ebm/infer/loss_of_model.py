@@ -222,5 +222,5 @@ def _is_convex(hessian: Tensor) -> bool:
 def _solve_convex(hessian: Tensor, gradient: Tensor) -> Tensor:
     """A Newton step with curvatures by their size, so that it always leads downhill."""
     values, vectors = torch.linalg.eigh(hessian)
-    floor = values.abs().amax() * torch.finfo(values.dtype).eps
+    floor = values.abs().amax() * torch.finfo(values.dtype).eps  # below it they are rounding
     return vectors @ ((vectors.mT @ gradient) / values.abs().clamp_min(floor))

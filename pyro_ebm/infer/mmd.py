@@ -57,7 +57,11 @@ class MMD(SampleComparison):
     """
 
     def compare(self, data: Tensor, draws: Tensor) -> Tensor:
-        """Returns the terms of the U-statistic, in units of the kernel."""
+        """Returns the terms of the U-statistic, in units of the kernel.
+
+        Raises:
+            ValueError: If there are fewer than two data or draws.
+        """
         if min(len(data), len(draws)) < 2:
             raise ValueError(
                 f"MMD compares rows with each other, got {len(data)} data and {len(draws)} draws: "

@@ -110,7 +110,8 @@ def nce_posterior(
             ones included, are what is sampled.
         *args: Its arguments, with the full data.
         noise: A normalized distribution on the support of the EBM, ``"gaussian"`` for one fitted
-            to the data, or ``None`` for the base; tails no lighter than those of the data.
+            to the data of every site, or ``None`` for the base; tails no lighter than those of the
+            data.
         guide: Holds the noise of sites that differ in theirs, in sites of the same names.
         num_noise: :math:`\nu`, noise draws per datum, a whole number: a weight on fewer draws would
             understate their error.
@@ -147,7 +148,7 @@ def nce_posterior(
     """
     check_model(model, "an NCE posterior")
     call = _Call(model, args, kwargs)
-    _check_rows(call, noise)
+    _check_rows(call)
     size = whole("num_samples", num_samples, least=4)
     ratio = whole("num_noise", num_noise, least=1)
     sets = []
@@ -172,18 +173,13 @@ class _Call(NamedTuple):
 # --- one noise set
 
 
-def _check_rows(call: _Call, noise: Any) -> None:
+def _check_rows(call: _Call) -> None:
     """Looks at one run of the model, before any noise is asked whether it suits the data."""
     with rng_preserved(), torch.no_grad(), poutine.block():
         nodes = poutine.trace(call.model).get_trace(*call.args, **call.kwargs).nodes
     observed = {n: s for n, s in nodes.items() if s["type"] == "sample" and s["is_observed"]}
     laws = {name: unwrap(site["fn"]) for name, site in observed.items()}
     found = {name: law for name, law in laws.items() if law is not None}
-    if noise == "gaussian" and len(found) > 1:
-        raise ValueError(
-            f"nce_posterior: noise='gaussian' is fitted to one site, and there are "
-            f"{sorted(found)}: give guide= with a noise for each"
-        )
     for name, law in found.items():
         rows = rows_of(law, law.broadcast_value(observed[name]["value"]))
         if rows.numel() <= 1:

@@ -7,14 +7,14 @@ The gradient of :math:`-\log p` is :math:`E_d \nabla U - E_p \nabla U`. The seco
 
 The gradient is right as far as the chains have converged. The value is no likelihood: it hovers
 around zero and may have either sign. Since it tells nothing, the chains are watched instead: how
-many ran off or stay where they are, and whether they have lost the data.
+many ran off or stay where they are, and whether their energies run apart from the data's.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -28,18 +28,15 @@ from pyro_ebm.errors import (
     NonFiniteEnergyError,
     SurrogateWarning,
 )
-from pyro_ebm.infer.checks import SETTLED
+from pyro_ebm.infer.adapted_step import AdaptedStep
+from pyro_ebm.infer.chain_watch import ChainWatch
 from pyro_ebm.infer.contrast import Contrast, contrast_law, gap, rows_of
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.infer.transitions import KernelFactory, Moved, Mover, Transition
-from pyro_ebm.mcmc.mala import MALA
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.initial_points import initial_points
 
 Start = Literal["data", "base"]
-
-DEFAULT_KERNEL = partial(MALA, step_size=0.1)
-LEAST_ACCEPTANCE = 0.01
 
 
 class NegativePhase(Objective):
@@ -47,7 +44,8 @@ class NegativePhase(Objective):
 
     Args:
         num_steps: k, steps of the kernel at every use.
-        kernel: Makes the kernel on continuous supports.
+        kernel: Makes the kernel on continuous supports; by default MALA whose step follows the data
+            and the acceptance (:mod:`~pyro_ebm.infer.adapted_step`).
         transition: A function ``(p, x) -> x'`` instead of it.
         start: Where chains start.
         num_negatives: M, chains beside every datum.
@@ -57,6 +55,7 @@ class NegativePhase(Objective):
     """
 
     is_held_out_criterion = False
+    is_replayable = False  # chains are watched by their values, and the step follows them
     why_not_frozen = (
         "with its negatives held the loss is unbounded below in the parameters. For Bayes freeze "
         "NCE or RankingNCE, use PseudoLikelihood or ScoreMatching, or the exchange kernels of "
@@ -87,8 +86,9 @@ class NegativePhase(Objective):
         self.start = start
         self.energy_penalty = energy_penalty
         self.max_gap = max_gap
-        who = type(self).__name__
-        self.move = Mover(self.num_steps, kernel, transition, default=DEFAULT_KERNEL, user=who)
+        self.move = Mover(self.num_steps, kernel, transition, user=type(self).__name__)
+        self.steps: dict[str, AdaptedStep] = {}
+        self.watches: dict[str, ChainWatch] = {}
 
     @property
     def _where(self) -> str:
@@ -104,16 +104,55 @@ class NegativePhase(Objective):
         """Returns ``num`` starts beside every datum that are not the data.
 
         They are draws of the guide's law, of this objective's or of the base, else points spread
-        over the support. Shape ``(num,) + x.shape``.
+        over the support, where it is continuous as widely as the data. Shape ``(num,) + x.shape``.
         """
         own = self.start if isinstance(self.start, Distribution) else p.base
         law, lead = (own if noise is None else noise), torch.Size((num,))
         if law is None:
-            return initial_points(
-                p.support, lead + rows_of(p, x), p.event_shape, dtype=x.dtype, device=x.device
-            )
+            shape = lead + rows_of(p, x)
+            points = initial_points(p.support, shape, p.event_shape, dtype=x.dtype, device=x.device)
+            return self._step(p, x).spread(p, points) if _is_continuous(p) else points
         law = contrast_law(law, p, x, needs_density=False, who=type(self).__name__)
         return law.sample(lead).to(x)
+
+    # --- how they move
+
+    def moved(self, p: EnergyDistribution, x: Tensor, start: Tensor) -> Moved:
+        """Returns where chains are that start at ``start``, beside the data ``x``."""
+        moved = self._by_default(p, x, start) if self.move.takes_default(p) else self.move(p, start)
+        if _is_continuous(p):
+            self._note_move(p, x, moved.x - start)
+        return moved
+
+    def _by_default(self, p: EnergyDistribution, x: Tensor, start: Tensor) -> Moved:
+        """Moves by the adapted step, and adapts it, in training alone."""
+        step = self._step(p, x)
+        self.evaluation.note(step_size=torch.tensor(step.share))
+        moved = self.move(p, start, step.kernel)
+        if self.evaluation.has_graph and moved.acceptance is not None:
+            step.adapt(moved.acceptance)
+        return moved
+
+    def _note_move(self, p: EnergyDistribution, x: Tensor, moves: Tensor) -> None:
+        """How far chains moved, root mean square, in standard deviations of the batch."""
+        rows = self.evaluation.rows(x, len(rows_of(p, x)))
+        width = rows.std(0, correction=0)
+        relative = (moves / width)[..., width > 0] if width.dim() else moves / width
+        if bool((width > 0).any()):
+            self.evaluation.note(moved=relative.square().mean().sqrt())
+
+    def _step(self, p: EnergyDistribution, x: Tensor) -> AdaptedStep:
+        """The site's step, which has seen this batch; one of its own for a batch held out."""
+        return self.evaluation.once("step", lambda: self._seen_step(p, x))
+
+    def _seen_step(self, p: EnergyDistribution, x: Tensor) -> AdaptedStep:
+        site, trains = self.evaluation.site, self.evaluation.has_graph
+        step = self.steps.get(site) or AdaptedStep()
+        if trains:
+            self.steps[site] = step
+        if trains or not step.num_rows:
+            step.see(p, self.evaluation.rows(x, len(rows_of(p, x))))
+        return step
 
     # --- what chains did
 
@@ -159,7 +198,8 @@ class NegativePhase(Objective):
         difference = gap(potential)
         self.evaluation.note(energy_gap=difference)
         self._check_gap(difference.detach())
-        self._check_acceptance()
+        if self.evaluation.has_graph:
+            self._watch_chains(p, x, contrast, potential.detach())
         if not self.energy_penalty:
             return difference
         squares = energy.square()
@@ -180,19 +220,33 @@ class NegativePhase(Objective):
                 "Lower the learning rate, raise num_steps, set energy_penalty, or use spectral norm"
             )
 
-    def _check_acceptance(self) -> None:
-        """Warns if chains stay where they start: then nothing is learned however small the loss."""
-        rate = self.evaluation.notes.get("acceptance")
-        is_checked = self.is_checked_now(self.evaluation.site)
-        if rate is None or float(rate) >= LEAST_ACCEPTANCE or not is_checked:
-            return
-        if self.num_steps_taken >= SETTLED:
-            warnings.warn(
-                f"{self._where}: the kernel accepts {float(rate):.2%} of its proposals, so that "
-                "chains stay where they are and the gradient means little. Use a smaller step size",
-                SurrogateWarning,
-                stacklevel=2,
-            )
+    def _watch_chains(
+        self, p: EnergyDistribution, x: Tensor, contrast: Contrast, potential: Tensor
+    ) -> None:
+        """Says what has been wrong with the chains for many steps."""
+        watch = self.watches.setdefault(self.evaluation.site, ChainWatch())
+        watch.see(self.evaluation, potential)
+        for sentence in watch.verdicts(int(self.num_steps_taken)):
+            warnings.warn(f"{self._where}, {sentence}", SurrogateWarning, stacklevel=2)
+
+    # --- saving
+
+    def get_extra_state(self) -> Any:
+        """Returns steps and watches of every site, which are part of the state."""
+        return {"steps": _saved(self.steps), "watches": _saved(self.watches)}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Restores them."""
+        self.steps = {site: AdaptedStep(**saved) for site, saved in state["steps"].items()}
+        self.watches = {site: ChainWatch(**saved) for site, saved in state["watches"].items()}
+
+
+def _saved(by_site: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {site: dict(vars(one)) for site, one in by_site.items()}
+
+
+def _is_continuous(p: EnergyDistribution) -> bool:
+    return p.base_measure == "lebesgue"
 
 
 def _energy_and_potential(p: EnergyDistribution, x: Tensor) -> tuple[Tensor, Tensor]:

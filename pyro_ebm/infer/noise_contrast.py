@@ -51,6 +51,9 @@ class NoiseContrast(Objective):
         refit_every: Steps after which ``"gaussian"`` noise is fitted anew.
         refit_to: What it is then fitted to.
         **options: As for :class:`~pyro_ebm.infer.objective.Objective`.
+
+    Raises:
+        ValueError: If an argument is out of range, or there is no fitted noise to refit.
     """
 
     def __init__(

@@ -39,7 +39,6 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.known_normalizer import parameters_of
 from pyro_ebm.infer import checks, conditional
-from pyro_ebm.infer.contrast import Contrast
 from pyro_ebm.infer.enumeration import EnumeratingELBO
 from pyro_ebm.infer.evaluation import Evaluation, evaluating
 from pyro_ebm.infer.frozen import FrozenObjective, freeze
@@ -70,6 +69,8 @@ class Objective(EnumeratingELBO, nn.Module):
         trains_energy: Whether the energy is what is learned, rather than the law that draws.
         is_replayable: Whether every training step does the same operations.
         log_normalizers: Learned log Z by site, in nats.
+        sites: The EBM of every site at its last evaluation; not part of the state.
+        examples: The data there.
         fitted: What was fitted to the first batch of every site, by its name; part of the state.
         is_frozen: Whether the contrast is fixed, so that the surrogate is one function.
         why_not_frozen: What speaks against fixing it and what to do instead, or ``None``.
@@ -97,9 +98,9 @@ class Objective(EnumeratingELBO, nn.Module):
         self.diagnostics: dict[str, dict[str, Tensor]] = {}
         self.num_steps_taken: Tensor
         self.register_buffer("num_steps_taken", torch.zeros((), dtype=torch.long))
-        self._sites: dict[str, EnergyDistribution] = {}
+        self.sites: dict[str, EnergyDistribution] = {}
         self._name = f"{type(self).__name__}_{next(_instances)}"
-        self._examples: dict[str, Tensor] = {}
+        self.examples: dict[str, Tensor] = {}
         self.evaluation = Evaluation()
         self._checked: dict[str, int] = {}
         self._seen_alone: set[str] = set()
@@ -107,10 +108,16 @@ class Objective(EnumeratingELBO, nn.Module):
 
     # --- what a subclass defines
 
-    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast | None:
+    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Any:
         """Draws the contrast for data ``x``; ``None`` for deterministic objectives.
 
-        It is called without gradients.
+        It is called without gradients. ``per_datum`` gets what it returns, such as a
+        :class:`~pyro_ebm.infer.contrast.Contrast`.
+
+        Args:
+            p: The EBM.
+            x: The data, ``sample + batch + event``.
+            noise: The law that the guide holds at the site, or ``None``.
         """
         return None
 
@@ -122,11 +129,19 @@ class Objective(EnumeratingELBO, nn.Module):
         """
 
     def initial_log_normalizer(self, p: EnergyDistribution, x: Tensor, contrast: Any) -> Tensor:
-        """Returns a first estimate of log Z in nats from one contrast."""
+        """Returns a first estimate of log Z in nats from one contrast.
+
+        Raises:
+            NotImplementedError: If the objective does not learn log Z.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not learn log Z")
 
     def second_player(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Tensor:
-        """Returns the second player's loss per datum, for objectives with a ``schedule``."""
+        """Returns the second player's loss per datum, for objectives with a ``schedule``.
+
+        Raises:
+            NotImplementedError: If the objective has no second player.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no second player")
 
     def update_log_normalizer(
@@ -146,22 +161,28 @@ class Objective(EnumeratingELBO, nn.Module):
             KeyError: If nothing was learned for this site, or it was not evaluated since a copy or
                 a load.
         """
-        if _key(site) not in self.log_normalizers or site not in self._sites:
-            known = sorted(self._sites) or "none"
+        if _key(site) not in self.log_normalizers or site not in self.sites:
+            known = sorted(self.sites) or "none"
             raise KeyError(
                 f"no log Z was learned for site {site!r}; sites evaluated so far: {known}"
             )
         value = self.log_normalizers[_key(site)].detach().clone()
-        moves = parameters_of(self._sites[site], self._examples[site])
+        moves = parameters_of(self.sites[site], self.examples[site])
         return LogNormalizer(value, method=type(self).__name__, parameters=moves)
 
-    def _log_normalizer(
+    def log_normalizer_of(
         self, name: str, p: EnergyDistribution, x: Tensor, contrast: Any
     ) -> Tensor | None:
-        """The site's own log Z where it holds for all parameters, else the objective's."""
+        """Returns the site's own log Z where it holds for all parameters, else the objective's.
+
+        ``None`` where the loss does without. Here the site is checked, where that is due.
+
+        Raises:
+            ValueError: If rows need a log Z each and this objective has one for all.
+        """
         learned = _key(name) in self.log_normalizers
         known = log_normalizer_of_rows(p, x) if covers_parameters(p, learned=learned) else None
-        if self._is_check_due(name):
+        if self.is_check_due(name):
             self.check_unconditional(name, p, x, known)
         if known is not None or not self.learns_log_normalizer:
             return known
@@ -181,9 +202,9 @@ class Objective(EnumeratingELBO, nn.Module):
     def keeps_log_normalizer(self, site: str) -> bool:
         """Whether log Z of a site is one number that this objective has learned."""
         learned = _key(site) in self.log_normalizers
-        return learned and not covers_parameters(self._sites[site], learned=True)
+        return learned and not covers_parameters(self.sites[site], learned=True)
 
-    def _is_check_due(self, name: str) -> bool:
+    def is_check_due(self, name: str) -> bool:
         """Whether to check a site: at first sight, then ever more rarely while training.
 
         An energy may become conditional as it learns. Counted in steps, which are saved: energies
@@ -217,7 +238,7 @@ class Objective(EnumeratingELBO, nn.Module):
             one_for_all = member.pools_rows or member.keeps_log_normalizer(name)
             if name in self._seen_alone or not one_for_all:
                 continue
-            if conditional.needs_arguments(member._sites[name], member._examples[name]):
+            if conditional.needs_arguments(member.sites[name], member.examples[name]):
                 self._seen_alone.add(name)
                 latents = model_trace.iter_stochastic_nodes()
                 values = {n: site["value"].detach() for n, site in latents}
@@ -268,9 +289,9 @@ class Objective(EnumeratingELBO, nn.Module):
         Rows where ``mask`` is false take no part in anything that is pooled over rows.
         """
         data = p.broadcast_value(x.detach())
-        if name not in self._sites:
+        if name not in self.sites:
             checks.site(name, p, data, observed=observed, objective=self)
-        self._sites[name], self._examples[name] = p, data
+        self.sites[name], self.examples[name] = p, data
         with evaluating(self, mask, name) as evaluation:
             loss = self._loss(name, p, data, noise, log_z)
         self.diagnostics[name] = self.diagnostics.get(name, {}) | evaluation.notes
@@ -289,7 +310,7 @@ class Objective(EnumeratingELBO, nn.Module):
         with torch.no_grad():
             contrast = self.draw(p, x, noise)
         if log_z is None:
-            log_z = self._log_normalizer(name, p, x, contrast)
+            log_z = self.log_normalizer_of(name, p, x, contrast)
         return self.per_datum(p, x, contrast, _or_zero(log_z))
 
     # --- the ELBO
@@ -332,7 +353,7 @@ class Objective(EnumeratingELBO, nn.Module):
             if member.is_checked_now(name):
                 checks.free_of_latents(name, model_trace, guide_trace, member)
         self._check_contexts(model, model_trace, handler.used, args, kwargs)
-        checks.registered(model_trace, handler.used, self._sites, self._optimized)
+        checks.registered(model_trace, handler.used, self.sites, self._optimized)
         return model_trace, guide_trace
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -402,7 +423,7 @@ class Objective(EnumeratingELBO, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What was seen of the model stays behind: energies may be closures over graphs."""
-        seen: dict[str, Any] = {"_sites": {}, "_examples": {}, "evaluation": Evaluation()}
+        seen: dict[str, Any] = {"sites": {}, "examples": {}, "evaluation": Evaluation()}
         return {**self.__dict__, **seen}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ class PerSite(Objective):
         self.learns_log_normalizer = any(
             m.learns_log_normalizer and m.learns_by_gradient for m in each
         )
+        self.is_replayable = all(m.is_replayable for m in each)
         self.is_held_out_criterion = all(
             m.is_held_out_criterion and m.schedule is None for m in each
         )
@@ -52,18 +53,26 @@ class PerSite(Objective):
         return tuple(member.parameter_prefix for member in self.members.values())
 
     def per_datum(self, p: EnergyDistribution, x: Tensor, contrast: Any, log_z: Tensor) -> Tensor:
-        """Not used: every site is scored by its own objective."""
+        """Not used: every site is scored by its own objective.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError("PerSite scores every site by the objective given for it")
 
     def site_log_prob(self, name: str, p: EnergyDistribution, x: Tensor, **options: Any) -> Tensor:
-        """Returns minus the loss per datum of the site's own objective."""
+        """Returns minus the loss per datum of the site's own objective.
+
+        Raises:
+            ValueError: If there is none for the site.
+        """
         if name not in self.members:
             raise ValueError(
                 f"no objective for EBM site {name!r}; the given ones are for {sorted(self.members)}"
             )
         member = self.members[name]
         log_prob = member.site_log_prob(name, p, x, **options)
-        self._sites[name] = p
+        self.sites[name] = p
         self.diagnostics[name] = member.diagnostics[name]
         return log_prob
 

@@ -52,8 +52,8 @@ class PersistentContrastiveDivergence(NegativePhase):
             every step. A buffer much larger than a batch moves a chain rarely.
         restart_prob: Share of the chains used that start afresh.
         start: Where they start: ``"base"``, the base or, without one, points spread over the
-            support; ``"data"``, random rows of the batch; or a distribution. A guide site of the
-            same name goes before it.
+            support, where it is continuous twice as widely as the data; ``"data"``, random rows of
+            the batch; or a distribution. A guide site of the same name goes before it.
         num_negatives: M, chains beside every datum, over which U(x-) is averaged.
         energy_penalty: As for :class:`ContrastiveDivergence`.
         max_gap: As for :class:`ContrastiveDivergence`.
@@ -82,8 +82,6 @@ class PersistentContrastiveDivergence(NegativePhase):
     """
 
     pools_rows = True  # any chain may stand beside any row
-
-    is_replayable = False  # its chains go on
 
     def __init__(
         self,
@@ -187,7 +185,7 @@ class PersistentContrastiveDivergence(NegativePhase):
         buffer = self._buffer(lead.numel(), fresh, x.device)
         which, restarts = self._chosen(buffer, lead.numel())
         states = _refreshed(buffer.positions[which], restarts, fresh)  # type: ignore[index]
-        moved = self.move(p, states.reshape(lead + p.event_shape))
+        moved = self.moved(p, x, states.reshape(lead + p.event_shape))
         lost = moved.lost.flatten()
         states = _refreshed(moved.x.reshape(states.shape), lost, fresh)
         if self.evaluation.has_graph:
@@ -228,13 +226,17 @@ class PersistentContrastiveDivergence(NegativePhase):
     # --- saving
 
     def get_extra_state(self) -> Any:
-        """Returns the chains of every site, which are part of the state as the parameters are."""
+        """Returns the chains of every site too, which are part of the state as parameters are."""
+        return {**super().get_extra_state(), "chains": self._saved_chains()}
+
+    def _saved_chains(self) -> dict[str, Any]:
         return {site: buffer.state_dict() for site, buffer in self.chains.items()}
 
     def set_extra_state(self, state: Any) -> None:
-        """Restores the chains."""
+        """Restores them."""
+        super().set_extra_state(state)
         self.chains = {}
-        for site, saved in state.items():
+        for site, saved in state["chains"].items():
             self.chains[site] = self._new_buffer(self.size or len(saved["ages"]))
             self.chains[site].load_state_dict(saved)
 

@@ -15,17 +15,32 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
-from pyro_ebm.infer.contrast import Contrast
+from pyro_ebm.infer.contrast import with_data
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.infer.perturbations import Perturbation
 from pyro_ebm.infer.perturbed_space import PerturbedSpace
+
+
+class Negatives(NamedTuple):
+    """Data perturbed there and back, in the coordinates that are perturbed.
+
+    Args:
+        points: Shape ``(M,) + rows + event``.
+        log_ratio: The log of :math:`q(y|x')` over the density that the points are drawn from, in
+            nats, ``(M,) + rows``: log c(y) for draws of the way back. ``None`` where it is 0.
+        log_mass: log c(y) in nats, ``rows``; ``None`` where it is 0.
+    """
+
+    points: Tensor
+    log_ratio: Tensor | None = None
+    log_mass: Tensor | None = None
 
 
 class PerturbationContrast(Objective):
@@ -36,6 +51,12 @@ class PerturbationContrast(Objective):
         num_negatives: M.
         stabilization: :math:`w > 0`.
         **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
+
+    Raises:
+        ValueError: If a number is not positive.
+
+    Warns:
+        SurrogateWarning: If ``stabilization`` is not 1.
     """
 
     def __init__(
@@ -75,31 +96,28 @@ class PerturbationContrast(Objective):
         """Returns the perturbation, given what a guide holds at the site, or ``None``."""
         return self.perturbation
 
-    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
+    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Negatives:
         """Draws the negatives, in the coordinates that are perturbed."""
         space, perturbation = self.space(p), self.perturbation_of(p, noise)
         y = perturbation.there(space.coordinates(x), space.layout)
         points = perturbation.back(y, self.num_negatives, space.layout)
         log_mass = perturbation.log_mass(y, space.layout)
         if log_mass is None:
-            return Contrast(points)
-        return Contrast(points, -log_mass.expand(points.shape[: 1 + log_mass.dim()]), -log_mass)
+            return Negatives(points)
+        return Negatives(points, log_mass.expand(points.shape[: 1 + log_mass.dim()]), log_mass)
 
     def per_datum(
-        self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
+        self, p: EnergyDistribution, x: Tensor, contrast: Negatives, log_z: Tensor
     ) -> Tensor:
-        r"""Returns the stabilized log mean exponential difference of potentials, in nats.
-
-        The contrast's log densities are those of :math:`\rho_y` less those of q, minus log c.
-        """
+        """Returns the stabilized log mean exponential difference of potentials, in nats."""
         space = self.space(p)
-        points = contrast.with_data(space.coordinates(x))
+        points = with_data(space.coordinates(x), contrast.points)
         potential = space.potential(points)
         differences = potential[:1] - potential[1:]
         stabilizer = torch.full_like(differences[:1], math.log(self.stabilization))
         self.evaluation.note(accuracy=(differences < 0).double())
-        if contrast.log_noise is not None and contrast.log_noise_data is not None:
-            differences = differences - contrast.log_noise
-            stabilizer = stabilizer - contrast.log_noise_data
+        if contrast.log_ratio is not None and contrast.log_mass is not None:
+            differences = differences + contrast.log_ratio
+            stabilizer = stabilizer + contrast.log_mass
         loss = torch.logsumexp(torch.cat([differences, stabilizer]), 0)
         return loss - math.log(self.num_negatives)

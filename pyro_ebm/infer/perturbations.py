@@ -116,7 +116,11 @@ class LawNoise:
         self.law = law
 
     def there(self, x: Tensor, layout: Layout) -> Tensor:
-        """Draws y."""
+        """Draws y.
+
+        Raises:
+            ValueError: If the law's events are not those of the coordinates.
+        """
         event = x.shape[x.dim() - layout.event_dim :]
         if self.law.event_shape != event:
             raise ValueError(

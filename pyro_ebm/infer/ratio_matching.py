@@ -39,7 +39,11 @@ class RatioMatching(DeterministicObjective):
     """
 
     def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns the sum over sites of squared flip probabilities, between 0 and d."""
+        """Returns the sum over sites of squared flip probabilities, between 0 and d.
+
+        Raises:
+            NotImplementedError: If sites have not two values each.
+        """
         x = p.broadcast_value(x)
         values = site_values_of(p, "RatioMatching").to(x.device)
         if len(values) != 2:

@@ -43,8 +43,7 @@ from torch.distributions import constraints
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.contrast import Contrast, gap
-from pyro_ebm.infer.objective import Objective
-from pyro_ebm.infer.score_matching import refuse_contrast
+from pyro_ebm.infer.score_objective import ScoreObjective
 from pyro_ebm.infer.unconstrained import Unconstrained
 from pyro_ebm.ops.arguments import positive, whole
 from pyro_ebm.ops.short_langevin import Langevin
@@ -53,7 +52,7 @@ from pyro_ebm.ops.spaces import UnconstrainedSpace
 Sampler = Callable[[EnergyDistribution, Tensor], Tensor]
 
 
-class RecoveryLikelihood(Objective):
+class RecoveryLikelihood(ScoreObjective):
     r"""Maximum recovery likelihood.
 
     Args:
@@ -89,6 +88,7 @@ class RecoveryLikelihood(Objective):
         True
     """
 
+    why_smooth = None
     is_held_out_criterion = False
     why_not_frozen = (
         "its negatives are drawn from the model at its present parameters, so that with the draws "
@@ -110,11 +110,12 @@ class RecoveryLikelihood(Objective):
         self.num_negatives = whole("num_negatives", num_negatives, least=1)
         self.sampler = sampler
 
-    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
-        """Draws negatives from the law of the datum given its noised copies."""
-        refuse_contrast(noise, self)
-        space = self._space(p)
-        u = space.coordinates(x)
+    def draw_at(self, space: Unconstrained, u: Tensor) -> Contrast:
+        """Draws negatives from the law of the datum given its noised copies.
+
+        Raises:
+            ValueError: If the sampler returns another shape.
+        """
         z = torch.randn((self.num_negatives, *u.shape), dtype=u.dtype, device=u.device)
         start = u + self.noise_std * z
         law = self.conditional(space, start)
@@ -150,8 +151,8 @@ class RecoveryLikelihood(Objective):
             squared = space.over_event((u - near).square())
             return space.potential(u) + squared / (2 * self.noise_std**2)
 
-        num_rows_dims = near.dim() - space.event_dim
-        rows, event = near.shape[:num_rows_dims], near.shape[num_rows_dims:]
+        rows = space.rows(near)
+        event = near.shape[len(rows) :]
         return EnergyDistribution(
             energy, event_shape=event, support=constraints.real, batch_shape=rows
         )
@@ -160,9 +161,5 @@ class RecoveryLikelihood(Objective):
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
     ) -> Tensor:
         """Returns the potential of the datum less that of its negatives, in nats."""
-        space = self._space(p)
+        space = self.space(p)
         return gap(space.potential(contrast.with_data(space.coordinates(x))))
-
-    @staticmethod
-    def _space(p: EnergyDistribution) -> Unconstrained:
-        return Unconstrained(p, "RecoveryLikelihood")

@@ -37,6 +37,10 @@ class SampleComparison(Objective):
         num_base: Draws per batch, rounded up to a multiple of its rows; ``None`` draws as many as
             there are rows.
         **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
+
+    Raises:
+        TypeError: If the kernel is none.
+        ValueError: If ``num_base`` is not positive.
     """
 
     needs_density = False
@@ -61,7 +65,12 @@ class SampleComparison(Objective):
         self.num_base = num_base
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
-        """Draws from the generator, with gradients where they are enabled."""
+        """Draws from the generator, with gradients where they are enabled.
+
+        Raises:
+            ValueError: If the law that draws cannot do so with gradients, or has no parameters.
+            TypeError: If the data are integers.
+        """
         law = contrast_law(noise, p, x, needs_density=False, who=type(self).__name__)
         if not law.has_rsample:
             raise ValueError(
@@ -119,7 +128,7 @@ class SampleComparison(Objective):
                 "would pair a datum with its own copies: say vectorize_particles=False"
             )
         contrast = self.draw(p, x, noise)  # with gradients: the draws are what is trained
-        if self._is_check_due(name):
+        if self.is_check_due(name):
             _check_rows_alike(name, p, x, noise, type(self).__name__)
         return self.per_datum(p, x, contrast, x.new_zeros(()))
 

@@ -26,7 +26,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,21 +34,12 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.deterministic import DeterministicObjective
 from pyro_ebm.infer.objective import Objective
+from pyro_ebm.infer.score_objective import Probes, ScoreObjective, probed_loss, signs
 from pyro_ebm.infer.unconstrained import Unconstrained
 from pyro_ebm.ops.arguments import one_of, whole
 
 
-class Probes(NamedTuple):
-    """Directions along which second derivatives are taken.
-
-    Args:
-        directions: Shape ``(M,) + rows + event`` in unconstrained coordinates.
-    """
-
-    directions: Tensor
-
-
-class ScoreMatching(DeterministicObjective):
+class ScoreMatching(ScoreObjective, DeterministicObjective):
     """Score matching with the exact trace, or with Hutchinson's estimate of it.
 
     With the exact trace it draws nothing, and ``surrogate(model, ScoreMatching())`` is a target of
@@ -89,24 +80,23 @@ class ScoreMatching(DeterministicObjective):
         return Objective.freeze(self, model, *args, guide=guide, **kwargs)
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Any:
-        """Draws :class:`Probes` for every datum; nothing for the exact trace."""
-        if self.trace == "exact":
-            return None
-        refuse_contrast(noise, self)
-        u = Unconstrained(p, "ScoreMatching").coordinates(x)
+        """Draws probes for every datum; nothing for the exact trace."""
+        return None if self.trace == "exact" else super().draw(p, x, noise)
+
+    def draw_at(self, space: Unconstrained, u: Tensor) -> Probes:
+        """Draws signs."""
         return Probes(signs(u, self.num_probes))
 
     def per_datum(
         self, p: EnergyDistribution, x: Tensor, contrast: Probes | None, log_z: Tensor
     ) -> Tensor:
         """Returns half the squared score plus the trace of its Jacobian, in squared score units."""
-        space = Unconstrained(p, "ScoreMatching")
+        space = self.space(p)
         u = space.coordinates(p.broadcast_value(x))
-        if contrast is None:
-            score, trace = space.score_and_trace(u)
-            return 0.5 * space.over_event(score.square()) + trace
-        score, second = space.score_and_curvatures(u, contrast.directions)
-        return 0.5 * space.over_event(score.square()) + second.mean(0)
+        if contrast is not None:
+            return probed_loss(space, u, contrast.directions)
+        score, trace = space.score_and_trace(u)
+        return 0.5 * space.over_event(score.square()) + trace
 
     def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns the loss per datum, with fresh probes where it uses any."""
@@ -115,66 +105,4 @@ class ScoreMatching(DeterministicObjective):
 
     def check(self, name: str, p: EnergyDistribution, x: Tensor) -> None:
         """Raises ``ValueError`` if the slope of the energy moves by jumps."""
-        refuse_jumps(name, Unconstrained(p, "ScoreMatching"), x)
-
-    def check_unconditional(
-        self, name: str, p: EnergyDistribution, x: Tensor, known: Tensor | None
-    ) -> None:
-        """Checks a site that is about to be frozen; conditional energies are welcome."""
-        self.check(name, p, x)
-
-
-def signs(u: Tensor, num: int) -> Tensor:
-    """Returns independent signs (Rademacher variables), ``(num,)`` + the shape of ``u``."""
-    return 2.0 * torch.randint(0, 2, (num, *u.shape), device=u.device).to(u.dtype) - 1.0
-
-
-def refuse_contrast(noise: Any, objective: Objective) -> None:
-    """Raises ``ValueError`` if a guide holds a contrast for an objective that has its own law."""
-    if noise is not None:
-        raise ValueError(
-            f"{type(objective).__name__} draws what it needs by a law of its own, but the guide "
-            f"holds {type(noise).__name__} as the site's contrast: take the site out of the guide"
-        )
-
-
-WHY_NOT = "{who} sees the pieces only"
-
-
-@torch.no_grad()
-def refuse_jumps(name: str, space: Unconstrained, x: Tensor, why: str = WHY_NOT) -> None:
-    """Raises ``ValueError`` if the slope of an energy moves by jumps.
-
-    Args:
-        name: The site.
-        space: Its coordinates.
-        x: Its data.
-        why: What is wrong with that, ``{who}`` standing for the objective.
-    """
-    if has_jumps(space, space.coordinates(space.p.broadcast_value(x))):
-        raise ValueError(
-            f"EBM site {name!r}: the energy's slope jumps between pieces on which its second "
-            f"derivative is constant, as that of a ReLU network does, and "
-            f"{why.format(who=space.who)}: use smooth activations (SiLU, softplus, tanh) or NCE"
-        )
-
-
-def has_jumps(space: Unconstrained, u: Tensor) -> bool:
-    """Whether the slope changes by more than a second derivative that is the same everywhere.
-
-    For a quadratic the two agree, for a smooth energy the second derivative varies.
-    """
-    end = -u - 0.5
-    along = end - u
-    middle = torch.func.vjp(space.score, 0.5 * (u + end))[1](along)[0]
-    (start, first), (other, last) = (_pulled(space, at, along) for at in (u, end))
-    size = along.abs().amax() * torch.finfo(u.dtype).eps ** 0.5
-    scale = size * (1 + torch.stack([first, middle, last, start, other]).abs().amax())
-    is_constant = torch.stack([first - middle, last - middle]).abs().amax() <= scale
-    return bool(is_constant & ((other - start - middle).abs().amax() > scale))
-
-
-def _pulled(space: Unconstrained, u: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
-    """The score, and its derivative along a direction: Hessians are symmetric."""
-    score, pull_back = torch.func.vjp(space.score, u)[:2]
-    return score, pull_back(along)[0]
+        self.check_unconditional(name, p, x, None)

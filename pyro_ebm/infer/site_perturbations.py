@@ -85,7 +85,11 @@ class BernoulliFlips:
         self.rate = rate
 
     def there(self, x: Tensor, layout: Layout) -> _Changed:
-        """Draws y."""
+        """Draws y.
+
+        Raises:
+            NotImplementedError: If a site has another number of values than two.
+        """
         start = _Changed.of(x, layout, "BernoulliFlips")
         if bool((start.sites.num != 2).any()):
             raise NotImplementedError(
@@ -114,7 +118,11 @@ class SiteFlip:
     """
 
     def there(self, x: Tensor, layout: Layout) -> _Changed:
-        """Draws y."""
+        """Draws y.
+
+        Raises:
+            ValueError: If events are one site of two values.
+        """
         start = _Changed.of(x, layout, "SiteFlip")
         if start.sites.num.tolist() == [2]:
             raise ValueError(

@@ -35,20 +35,14 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer.objective import Objective
-from pyro_ebm.infer.score_matching import (
-    Probes,
-    refuse_contrast,
-    refuse_jumps,
-    signs,
-)
+from pyro_ebm.infer.score_objective import Probes, ScoreObjective, probed_loss, signs
 from pyro_ebm.infer.unconstrained import Unconstrained
 from pyro_ebm.ops.arguments import one_of, whole
 
 Directions = Literal["rademacher", "gaussian", "sphere"]
 
 
-class SlicedScoreMatching(Objective):
+class SlicedScoreMatching(ScoreObjective):
     """Sliced score matching.
 
     Args:
@@ -93,11 +87,8 @@ class SlicedScoreMatching(Objective):
         self.variance_reduced = variance_reduced
         self.directions = one_of("directions", directions, get_args(Directions))
 
-    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Any:
-        """Draws :class:`Probes` for every datum, in unconstrained coordinates."""
-        refuse_contrast(noise, self)
-        space = self._space(p)
-        u = space.coordinates(x)
+    def draw_at(self, space: Unconstrained, u: Tensor) -> Probes:
+        """Draws directions for every datum."""
         if self.directions == "rademacher":
             return Probes(signs(u, self.num_projections))
         v = torch.randn((self.num_projections, *u.shape), dtype=u.dtype, device=u.device)
@@ -107,22 +98,13 @@ class SlicedScoreMatching(Objective):
         self, p: EnergyDistribution, x: Tensor, contrast: Probes, log_z: Tensor
     ) -> Tensor:
         """Returns the loss of a datum, averaged over its directions, in squared score units."""
-        space = self._space(p)
-        score, second = space.score_and_curvatures(space.coordinates(x), contrast.directions)
+        space = self.space(p)
+        u = space.coordinates(x)
         if self.variance_reduced:
-            return 0.5 * space.over_event(score.square()) + second.mean(0)
+            return probed_loss(space, u, contrast.directions)
+        score, second = space.score_and_curvatures(u, contrast.directions)
         slope = space.over_event(contrast.directions * score)
         return (0.5 * slope.square() + second).mean(0)
-
-    def check_unconditional(
-        self, name: str, p: EnergyDistribution, x: Tensor, known: Tensor | None
-    ) -> None:
-        """Raises ``ValueError`` if the slope of the energy moves by jumps."""
-        refuse_jumps(name, self._space(p), x)
-
-    @staticmethod
-    def _space(p: EnergyDistribution) -> Unconstrained:
-        return Unconstrained(p, "SlicedScoreMatching")
 
 
 def _on_sphere(v: Tensor, event_dim: int) -> Tensor:

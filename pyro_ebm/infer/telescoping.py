@@ -33,12 +33,11 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer.contrast import Contrast, contrast_law, rows_of
+from pyro_ebm.infer.contrast import contrast_law, rows_of, with_data
 from pyro_ebm.infer.objective import Objective
+from pyro_ebm.infer.waymarks import Waymarks, equal_steps
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.spaces import bijection
-
-GRID = 4096  # mixing weights at which the path's length is measured, from 1e-6 to 1
 
 
 @runtime_checkable
@@ -154,10 +153,13 @@ class TelescopingNCE(Objective):
             )
         return given
 
-    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
+    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Waymarks:
         """Draws noise beside every datum and makes the waymarks between the two.
 
         Noise is the last of them; its density is taken at both ends of the last bridge.
+
+        Raises:
+            NotImplementedError: On a support that is not continuous.
         """
         who = type(self).__name__
         if p.base_measure != "lebesgue":
@@ -172,7 +174,8 @@ class TelescopingNCE(Objective):
         weights = self._weights(p, x, start, end).reshape((-1,) + (1,) * start.dim())
         points = space((1 - weights**2).sqrt() * start + weights * end)
         before = points[-2] if self.num_bridges > 1 else x
-        return Contrast(points, q.log_prob(points[-1:]), q.log_prob(before))
+        log_noise = torch.cat([q.log_prob(before).unsqueeze(0), q.log_prob(points[-1:])])
+        return Waymarks(points, log_noise)
 
     def _weights(self, p: EnergyDistribution, x: Tensor, start: Tensor, end: Tensor) -> Tensor:
         if self.waymarks is not None:
@@ -184,13 +187,13 @@ class TelescopingNCE(Objective):
         return self.fitted[site].to(start)
 
     def log_ratios(
-        self, p: EnergyDistribution, x: Tensor, contrast: Contrast
+        self, p: EnergyDistribution, x: Tensor, contrast: Waymarks
     ) -> tuple[Tensor, Tensor]:
         """Returns the m log ratios without log Z at both their ends, each ``(m,) + rows``."""
         return self.evaluation.once("log_ratios", lambda: _log_ratios(p, x, contrast))
 
     def per_datum(
-        self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
+        self, p: EnergyDistribution, x: Tensor, contrast: Waymarks, log_z: Tensor
     ) -> Tensor:
         """Returns the mean logistic loss over bridges of one datum, in nats."""
         before, after = (r - log_z / self.num_bridges for r in self.log_ratios(p, x, contrast))
@@ -207,7 +210,7 @@ class TelescopingNCE(Objective):
         self.evaluation.note(accuracy=found.max())
 
     def initial_log_normalizer(
-        self, p: EnergyDistribution, x: Tensor, contrast: Contrast
+        self, p: EnergyDistribution, x: Tensor, contrast: Waymarks
     ) -> Tensor:
         """Returns the sum of the bridges' importance sampling estimates."""
         after = self.log_ratios(p, x, contrast)[1]
@@ -247,11 +250,11 @@ def bridges_of(p: EnergyDistribution, x: Tensor) -> Tensor:
         return energy.bridges(p.broadcast_value(x))
 
 
-def _log_ratios(p: EnergyDistribution, x: Tensor, contrast: Contrast) -> tuple[Tensor, Tensor]:
-    points = contrast.with_data(x)
+def _log_ratios(p: EnergyDistribution, x: Tensor, contrast: Waymarks) -> tuple[Tensor, Tensor]:
+    points = with_data(x, contrast.points)
     values = -bridges_of(p, points)
     ends = (values[:, :-1].diagonal(), values[:, 1:].diagonal())  # bridges in the last dim
-    base_over_noise = -torch.stack([contrast.log_noise_data, contrast.log_noise[-1]])  # type: ignore[list-item, index]
+    base_over_noise = -contrast.log_noise
     if p.base is not None:
         base_over_noise = base_over_noise + p.base.log_prob(points[-2:])
     before, after = (
@@ -259,49 +262,3 @@ def _log_ratios(p: EnergyDistribution, x: Tensor, contrast: Contrast) -> tuple[T
         for e, change in zip(ends, base_over_noise, strict=True)
     )
     return before, after
-
-
-@torch.no_grad()
-def equal_steps(start: Tensor, end: Tensor, num_steps: int) -> Tensor:
-    r"""Returns mixing weights whose Gaussian stand-ins are equally far apart.
-
-    The length of the path is :math:`\int (\sum_j \dot\mu_j^2 / v_j + \tfrac12 \dot v_j^2 /
-    v_j^2)^{1/2}\, d\alpha` with the mean :math:`\mu` and the variances :math:`v` of :math:`x_\alpha
-    = \sqrt{1 - \alpha^2}\, x_0 + \alpha x_m`.
-
-    Args:
-        start: Data, ``(R,) + event``.
-        end: Noise, shaped alike.
-        num_steps: m.
-
-    Returns:
-        Weights :math:`\alpha_1 < \dots < \alpha_m = 1`, ``(m,)``.
-
-    Raises:
-        ValueError: If there are fewer than two rows, or rows that are not finite.
-
-    Example:
-        >>> near, far = 0.001 * torch.randn(20_000), torch.randn(20_000)
-        >>> equal_steps(near, far, 3).log10().round(decimals=1)
-        tensor([-2., -1., 0.])
-    """
-    if len(start) < 2:
-        raise ValueError(
-            "TelescopingNCE spaces its waymarks on the first batch, which has one row only: give "
-            "waymarks="
-        )
-    ends = [u.reshape(len(u), -1) for u in (start, end)]
-    (m0, m1), (v0, v1) = ([u.mean(0) for u in ends], [u.var(0) for u in ends])
-    grid = torch.logspace(-6.0, 0.0, GRID, dtype=start.dtype, device=start.device)[:, None]
-    keep = (1 - grid**2).clamp_min(0.0)
-    mean, variance = keep.sqrt() * m0 + grid * m1, keep * v0 + grid**2 * v1
-    steps = mean.diff(dim=0).square() / variance[1:] + 0.5 * variance.log().diff(dim=0).square()
-    length = steps.sum(-1).sqrt().cumsum(0)
-    if not length[-1].isfinite():
-        raise ValueError(
-            "TelescopingNCE spaces its waymarks by means and variances of data and noise in the "
-            "first batch, which are not finite: look for NaN in the data, or give waymarks="
-        )
-    wanted = torch.arange(1, num_steps, dtype=length.dtype, device=length.device) / num_steps
-    inner = grid[1:, 0][torch.searchsorted(length, wanted * length[-1])]
-    return torch.cat([inner, inner.new_ones(1)])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,18 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.infer import divergence
 from pyro_ebm.infer.captured_step import CapturedStep
-from pyro_ebm.infer.checkpoint import modules_of, save_checkpoint
+from pyro_ebm.infer.checkpoint import save_checkpoint
 from pyro_ebm.infer.early_stopping import EarlyStopping, State, checked_value
 from pyro_ebm.infer.fit_result import FitResult
 from pyro_ebm.infer.held_out import criterion_of, held_out
 from pyro_ebm.infer.minibatch import Batches
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.infer.optimizers import new_optimizer
+from pyro_ebm.infer.run_modules import modules_of, noting_calls
+from pyro_ebm.infer.run_settings import settings_of
 
 _OWN = "log_normalizer of "
+_UNDECAYED = {"weight_decay": 0.0}  # log Z is as large as it is: shrinking it bends the energy
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class TrainingRun:
         self.stopping = None if options.patience is None else EarlyStopping(options.patience)
         self.parameters: dict[str, Tensor] = {}
         self.groups: list[list[str]] = []
+        self.called: list[nn.Module] = []
+        self.settings = settings_of(objective, options.optim, options.lr, batches.batch_size)
         self.result = FitResult()
         self._criterion = criterion_of(
             options.criterion, objective, model, guide, options.validation
@@ -136,7 +142,8 @@ class TrainingRun:
 
     def _loss(self, batch: tuple[Tensor, ...], scaling: Any) -> Tensor:
         """The loss per datum on a batch; parameters met for the first time are taken in."""
-        with poutine.trace(param_only=True) as capture, scaling:
+        watched = noting_calls(self.called) if not self.parameters else nullcontext()
+        with poutine.trace(param_only=True) as capture, scaling, watched:
             own = self._announce_modules()
             loss = self.objective.differentiable_loss(self.model, self.guide, *batch)
         self._collect(capture.trace, own)
@@ -156,7 +163,8 @@ class TrainingRun:
     @torch.no_grad()
     def materialize(self) -> None:
         """Runs the model once so that every parameter exists and has its place in the optimizer."""
-        self._loss(*next(self.batches))
+        with self._unnoted():
+            self._loss(*next(self.batches))
 
     def _new_capture(self) -> CapturedStep | None:
         options, objective = self.options, self.objective
@@ -224,6 +232,7 @@ class TrainingRun:
             {
                 "params": [self.parameters[name] for name in names],
                 "lr": options.lr * self._boost(names[0]),
+                **(_UNDECAYED if names[0].startswith(_OWN) else {}),
             }
             for names in groups
         ]
@@ -235,6 +244,11 @@ class TrainingRun:
         self.optimizer = new_optimizer(options.optim, made, options.lr)
         if options.lr_schedule is not None:
             self.scheduler = options.lr_schedule(self.optimizer)
+            if isinstance(self.scheduler, ReduceLROnPlateau) and self._criterion is None:
+                raise ValueError(
+                    "ReduceLROnPlateau moves at validation points, of which there are none: give "
+                    "validation= (held-out data) or criterion="
+                )
 
     def regroup(self, groups: list[list[str]]) -> None:
         """Makes the optimizer anew for groups in the order in which they once turned up."""
@@ -293,15 +307,29 @@ class TrainingRun:
                     result.diagnostic_steps.setdefault(curve, []).append(result.num_steps)
                     self._recorded[site, name] = value
         if self.options.ema is not None:
-            self._average(1 - self.options.ema)
+            self._average(self.options.ema)
 
-    def _average(self, weight: float) -> None:
+    def _average(self, decay: float) -> None:
+        """Moves the averages: of all steps so far, each weighing ``decay`` of the one after it."""
         averaged = self.result.averaged
+        weight = (1 - decay) / (1 - decay**self.result.num_steps)
         for name, p in self.parameters.items():
             if name in averaged:
                 averaged[name].lerp_(p, weight)
             else:
                 averaged[name] = p.detach().clone()
+
+    @contextmanager
+    def _unnoted(self) -> Iterator[None]:
+        """Keeps what is noted in a run that is no training step out of the curves."""
+        own = self.objective.modules() if isinstance(self.objective, nn.Module) else ()
+        parts = [part for part in own if isinstance(part, Objective)]
+        kept = [dict(part.diagnostics) for part in parts]
+        try:
+            yield
+        finally:
+            for part, notes in zip(parts, kept, strict=True):
+                part.diagnostics = notes
 
     def _describe(self, loss: float) -> str:
         found = getattr(self.objective, "diagnostics", {})

@@ -115,7 +115,6 @@ class Mover:
         kernel: KernelFactory | None,
         transition: Transition | None,
         *,
-        default: KernelFactory,
         user: str,
     ) -> None:
         if kernel is not None and transition is not None:
@@ -124,13 +123,23 @@ class Mover:
             _check_callable(name, given, user)
         self.num_steps = num_steps
         self.kernel = kernel
-        self.default = default
         self.transition = transition
         self.user = user
 
+    def takes_default(self, p: EnergyDistribution) -> bool:
+        """Whether states under a law are moved by a kernel that was not given."""
+        return self.kernel is None and self.transition is None and p.base_measure == "lebesgue"
+
     @torch.no_grad()
-    def __call__(self, p: EnergyDistribution, x: Tensor) -> Moved:
+    def __call__(
+        self, p: EnergyDistribution, x: Tensor, default: KernelFactory | None = None
+    ) -> Moved:
         """Returns where chains are that start at ``x``, ``lead + rows + event``.
+
+        Args:
+            p: The law, of every row.
+            x: Where they start.
+            default: Makes the kernel where it :meth:`takes_default`.
 
         Raises:
             TypeError: If a kernel was given and the support is not continuous.
@@ -141,7 +150,7 @@ class Mover:
         if self.transition is not None:
             return self._by_function(p, x)
         if law.base_measure == "lebesgue":
-            return self._by_kernel(law, x)
+            return self._by_kernel(law, x, self.kernel or default)  # type: ignore[arg-type]
         if self.kernel is not None:
             raise TypeError(
                 f"{self.user}: a kernel needs a continuous support, got {law.support}; leave it "
@@ -149,8 +158,8 @@ class Mover:
             )
         return self._by_sweeps(law, x)
 
-    def _by_kernel(self, law: EnergyDistribution, x: Tensor) -> Moved:
-        kernel = (self.kernel or self.default)(law)
+    def _by_kernel(self, law: EnergyDistribution, x: Tensor, make: KernelFactory) -> Moved:
+        kernel = make(law)
         check_resumable(kernel, self.user)
         target = EachRow(law, x)
         potential = CapturedPotential(target, capture=False)

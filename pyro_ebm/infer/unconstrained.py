@@ -107,6 +107,10 @@ class Unconstrained:
         size = max(1, MOST_NUMBERS // max(1, u.numel()))
         return score, torch.vmap(second, chunk_size=size)(directions)
 
+    def rows(self, u: Tensor) -> torch.Size:
+        """Returns the shape of the rows of ``u``, ``rows + event``."""
+        return u.shape[: u.dim() - self.event_dim]
+
     def over_event(self, values: Tensor) -> Tensor:
         """Returns the sum over an event's coordinates, ``rows``, of ``rows + event``."""
         return values.sum(tuple(range(-self.event_dim, 0))) if self.event_dim else values

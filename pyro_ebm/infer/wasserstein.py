@@ -99,13 +99,13 @@ class WassersteinCritic(BaseContrast):
 
     def penalty(self, p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor:
         """Returns the penalty per datum on the length of the critic's slope."""
-        norm = torch.linalg.vector_norm(self._slope(p, x, contrast), dim=-1)  # no NaN at slope 0
+        norm = torch.linalg.vector_norm(self.slope(p, x, contrast), dim=-1)  # no NaN at slope 0
         self.evaluation.note(gradient_norm=norm)
         return self.gradient_penalty * (norm - self.centre).square()
 
     def second_player(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Tensor:
         """Returns the generator's loss: its draws' mean energy, energy held."""
-        values = self._values_of_generator(p, x, noise)
+        values = self.values_of_generator(p, x, noise)
         loss = -values.mean(0)
         self.evaluation.note(generator_loss=loss)
         return loss.expand(rows_of(p, x))

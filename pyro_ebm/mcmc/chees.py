@@ -23,32 +23,44 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.hmc import HMC, MAX_STEPS
+from pyro_ebm.mcmc.hmc import HMC
 from pyro_ebm.mcmc.kernel import Info, State
 from pyro_ebm.mcmc.metric import whitened
+from pyro_ebm.ops.arguments import positive
 
 COST = 0.25  # alpha
 MEMORY = 0.9  # of C and its slope, per iteration
 RATE = 0.1  # of log T per unit of slope
-LARGEST_SLOPE = 2.0
-LONGEST = 20.0  # T in whitened units: beyond, slopes are all noise
+MAX_SLOPE = 2.0
 OUTLIER = 10.0  # medians
 
 
 class ChEESHMC(HMC):
     """HMC with a trajectory length tuned by ChEES; wants 32 chains or more.
 
-    Takes the arguments of :class:`HMC`; ``trajectory_length`` is the first one, which is kept until
-    the metric is known.
+    Args:
+        target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
+        max_trajectory_length: T at most, in units of the whitened coordinates: far beyond a period
+            slopes are all noise. What T came to is in the state's ``tuning``.
+        **options: Those of :class:`HMC`; ``trajectory_length`` is the first one, which is kept
+            until the metric is known, and T never takes more than ``max_steps``.
 
     Example:
         >>> ChEESHMC(lambda: None).jitter
         True
     """
+
+    def __init__(
+        self, target: Any = None, *, max_trajectory_length: float = 20.0, **options: Any
+    ) -> None:
+        super().__init__(target, **options)
+        self.max_trajectory_length = positive("max_trajectory_length", max_trajectory_length)
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
         """Returns HMC's, and nothing seen of C."""
@@ -72,7 +84,12 @@ class ChEESHMC(HMC):
         total = weights.sum().clamp_min(1e-12)
         criterion = 0.25 * (weights * change.square()).sum() / total
         slope = (weights * change * along).sum() / total
-        return moved.with_tuning(**_climb(state, criterion, slope)), info
+        return moved.with_tuning(**_climb(state, criterion, slope, self._longest(state))), info
+
+    def _longest(self, state: State) -> Tensor:
+        """What T may be, by its own bound and that on the steps."""
+        of_steps = self.max_steps * state.tuning["step_size"]
+        return of_steps.clamp_max(self.max_trajectory_length)
 
 
 def _centred(state: State, end: State, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,13 +107,12 @@ def _share_of_outliers(change: Tensor) -> Tensor:
     return (OUTLIER * size.median() / size.clamp_min(1e-30)).clamp_max(1.0)
 
 
-def _climb(state: State, criterion: Tensor, slope: Tensor) -> dict[str, Tensor]:
+def _climb(state: State, criterion: Tensor, slope: Tensor, longest: Tensor) -> dict[str, Tensor]:
     """One step uphill of log C - alpha log T; T stays between one leapfrog step and the longest."""
     old = state.tuning
     criterion = MEMORY * old["criterion"] + (1.0 - MEMORY) * criterion
     slope = MEMORY * old["criterion_slope"] + (1.0 - MEMORY) * slope
-    steepness = (slope / criterion.clamp_min(1e-30) - COST).clamp(-LARGEST_SLOPE, LARGEST_SLOPE)
+    steepness = (slope / criterion.clamp_min(1e-30) - COST).clamp(-MAX_SLOPE, MAX_SLOPE)
     length = old["trajectory_length"].log() + RATE * steepness.nan_to_num(0.0)
-    step = old["step_size"]
-    length = torch.minimum(length.exp().clamp_max(LONGEST), MAX_STEPS * step).maximum(step)
+    length = torch.minimum(length.exp(), longest).maximum(old["step_size"])
     return {"trajectory_length": length, "criterion": criterion, "criterion_slope": slope}

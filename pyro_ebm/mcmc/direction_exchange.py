@@ -26,24 +26,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.exchange import Exchange
+from pyro_ebm.mcmc.exchange_kernel import ExchangeKernel
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget
 from pyro_ebm.mcmc.kernel import Info, State
 from pyro_ebm.mcmc.metric import stretched
-from pyro_ebm.mcmc.metropolis import accept
-from pyro_ebm.mcmc.target import Target
 from pyro_ebm.ops.arguments import positive
 
 __all__ = ["DirectionExchange"]
 
 
-class DirectionExchange(Exchange):
+class DirectionExchange(ExchangeKernel):
     """Exchange by jumps along differences between chains.
 
     Args:
@@ -65,20 +63,26 @@ class DirectionExchange(Exchange):
         super().__init__(model, **options)
         self.noise = positive("noise", noise)
 
-    def bind(self, *args: Any, initial_params: Any = None, **kwargs: Any) -> Target:
-        """Returns the model as a target without its missing log Z's."""
+    def bind(self, *args: Any, initial_params: Any = None, **kwargs: Any) -> ExchangeTarget:
+        """Returns the model as a target without its missing log Z's.
+
+        Raises:
+            ValueError: If every chain has data of its own.
+        """
         target = super().bind(*args, initial_params=initial_params, **kwargs)
-        assert isinstance(target, ExchangeTarget)
         if target.each is not None:
             raise ValueError(
                 "DirectionExchange needs chains of one posterior, got data for each chain: use "
                 "Exchange"
             )
-        self._target = target
         return target
 
     def init(self, potential: CapturedPotential, q: Tensor) -> State:
-        """Returns the first state, with the natural parameters there."""
+        """Returns the first state, with the natural parameters there.
+
+        Raises:
+            ValueError: If there are too few chains.
+        """
         num_chains, dim = q.shape
         if num_chains < 2 * (dim + 2):
             raise ValueError(
@@ -99,23 +103,14 @@ class DirectionExchange(Exchange):
         self, potential: CapturedPotential, state: State, resting: Tensor
     ) -> tuple[State, Info]:
         """Moves a half by the positions of the other, ``(C', D)``."""
-        q = state.position + self.jumps(state, resting)
-        naturals = self._target.naturals(q)
-        to = replace(state, position=q, potential=potential.value(q), extra=naturals)
-        moved, accept_prob = accept(state, to, self.log_accept(potential, state, to))
-        return moved, {"acceptance_rate": accept_prob, "non_finite": ~torch.isfinite(to.potential)}
+        to = self.at(potential, state, state.position + self.jumps(state, resting))
+        return self.decided(potential, state, to)
 
     def jumps(self, state: State, resting: Tensor) -> Tensor:
         """Returns a jump for every chain of a half, by the positions of the other, ``(C', D)``."""
         noise = stretched(torch.randn_like(state.position), state.tuning["root"])
         along = _differences(resting, len(noise)) / math.sqrt(2.0)
         return state.tuning["step_size"] * (along + self.noise * noise)
-
-    def proposal_log_prob(self, potential: CapturedPotential, state: State, to: State) -> NoReturn:
-        """Raises: the density of a jump depends on the other half of the chains."""
-        raise NotImplementedError(
-            "DirectionExchange has no proposal density of a chain by itself: see jumps()"
-        )
 
 
 def _differences(points: Tensor, number: int) -> Tensor:

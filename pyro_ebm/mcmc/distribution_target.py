@@ -16,6 +16,7 @@ from pyro_ebm.mcmc.target import (
     Target,
     Values,
     check_names,
+    lead_of,
 )
 from pyro_ebm.ops.constraints import base_measure, plain
 from pyro_ebm.ops.initial_points import initial_points, like_of
@@ -91,15 +92,14 @@ class DistributionTarget(Target):
         return {self._name: self._shaped(q)}
 
     def join(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Returns positions for the unconstrained value."""
+        """Returns positions for the unconstrained value.
+
+        Raises:
+            ValueError: If a name is missing or unknown, or a shape does not fit.
+        """
         check_names(values, {self._name})
         u = values[self._name]
-        lead = u.shape[: u.dim() - len(self.shape)]
-        if u.shape[len(lead) :] != self.shape:
-            raise ValueError(
-                f"{self._name} of shape {tuple(u.shape)} does not end in {tuple(self.shape)}"
-            )
-        return u.reshape(lead + (self.dim,))
+        return u.reshape(lead_of(self._name, u, self.shape) + (self.dim,))
 
     def position_of(self, x: Tensor) -> Tensor:
         """Returns positions ``lead + (D,)`` for values of the sampled law, on their support."""

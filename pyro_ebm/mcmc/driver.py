@@ -19,18 +19,15 @@ from tqdm.auto import tqdm
 
 from pyro_ebm.chains import Record, summary
 from pyro_ebm.chains.record import to_numpy
-from pyro_ebm.errors import ApproximateSampleWarning, NonFiniteEnergyError
+from pyro_ebm.errors import ApproximateSampleWarning
 from pyro_ebm.mcmc.adaptation import Adaptation
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.kernel import Info, Kernel, State, finite_start
+from pyro_ebm.mcmc.kernel import Info, Kernel, State
+from pyro_ebm.mcmc.progress import Progress
+from pyro_ebm.mcmc.starts import Starts
 from pyro_ebm.mcmc.target import Target, Values
 from pyro_ebm.ops.arguments import whole
-from pyro_ebm.ops.rank_rhat import rank_rhat
 from pyro_ebm.ops.rng import rng_preserved
-
-_POSTFIX_EVERY = 0.25  # seconds
-_SHOWN_CHAINS, _SHOWN_DRAWS = 64, 200  # of the R-hat in the bar, for ranking all takes long
-_RESOLUTION = 0.5  # nats
 
 
 class MCMC:
@@ -136,7 +133,8 @@ class MCMC:
             target = self.kernel.bind(*args, initial_params=initial_params, **kwargs)
         potential = CapturedPotential(target, compile=self.compile)
         warmup_steps = 0 if initial_state is not None else self.warmup_steps
-        state = self._start(target, potential, initial_params, initial_state)
+        starts = Starts(self.kernel, target, potential, self.num_chains)
+        state = starts.first_state(initial_params, initial_state)
         self._check_names(target, state.position)
         if initial_state is None:
             state = self.kernel.find_step_size(potential, state)
@@ -152,103 +150,12 @@ class MCMC:
         self._warn_of_lost_chains()
         self.seconds = time.perf_counter() - started
 
-    def _start(
-        self,
-        target: Target,
-        potential: CapturedPotential,
-        initial_params: Mapping[str, Tensor] | None,
-        initial_state: State | None,
-    ) -> State:
-        if initial_state is not None:
-            state = self._taken_over(target, potential, initial_state)
-        else:
-            q = self._first_positions(target, potential, initial_params)
-            potential.check_repeatable(q)
-            state = self.kernel.init(potential, q)
-        bad = int((~torch.isfinite(state.potential)).sum())
-        if bad:
-            raise NonFiniteEnergyError(
-                f"{target!r}: the potential is not finite where {bad} of {self.num_chains} chains "
-                "start, and they could not leave: give other initial_params"
-            )
-        self._check_resolution(target, state)
-        return state
-
-    def _taken_over(self, target: Target, potential: CapturedPotential, given: State) -> State:
-        """A former run's state, with U of this run's target."""
-        self._check_start(target, given.position)
-        self._check_kind(potential, given)
-        potential.check_repeatable(given.position)
-        return self.kernel.refreshed(potential, given)
-
-    def _first_positions(
-        self,
-        target: Target,
-        potential: CapturedPotential,
-        initial_params: Mapping[str, Tensor] | None,
-    ) -> Tensor:
-        if initial_params is None:
-            return finite_start(target, potential.value, self.num_chains)
-        with rng_preserved():
-            like = target.draw_start(1)
-        q = target.join(self._checked(initial_params, like))
-        self._check_start(target, q)
-        return q
-
-    @staticmethod
-    def _check_resolution(target: Target, state: State) -> None:
-        size = float(state.potential.abs().max())
-        step = size * torch.finfo(state.potential.dtype).eps
-        if step > _RESOLUTION:
-            warnings.warn(
-                f"{target!r}: the potential is about {size:.1g} nats, "
-                f"which {state.potential.dtype} resolves to {step:.1g}, and acceptance is by its "
-                "differences: use float64, or take off a constant",
-                stacklevel=4,
-            )
-
-    def _checked(self, params: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-        """The starting values in the dtype of the target."""
-        for name, value in params.items():
-            if not isinstance(value, Tensor) or value.shape[:1] != (self.num_chains,):
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"initial_params[{name!r}] must be a tensor with num_chains = "
-                    f"{self.num_chains} as its first dim, got {got}"
-                )
-        return {name: value.to(like) for name, value in params.items()}
-
-    def _check_kind(self, potential: CapturedPotential, state: State) -> None:
-        """Raises unless the state is one that this kernel makes."""
-        name = type(self.kernel).__name__
-        if state.kernel not in ("", self.kernel.kind):
-            raise ValueError(
-                f"initial_state was tuned for {state.kernel}, and this is {self.kernel.kind}"
-            )
-        with rng_preserved():
-            own = self.kernel.init(potential, state.position)
-        for what in ("tuning", "extra"):
-            have, want = (_shapes(getattr(s, what)) for s in (state, own))
-            if have != want:
-                raise ValueError(
-                    f"initial_state is not one of {name} as it is made here: its {what} has "
-                    f"{have}, expected {want}"
-                )
-
     def _check_names(self, target: Target, q: Tensor) -> None:
         known = target.constrain(q[:1]).keys()
         unknown = set(self.save_params or ()) - known
         if unknown:
             raise ValueError(
                 f"save_params names {sorted(unknown)}, and {target!r} has {sorted(known)}"
-            )
-
-    def _check_start(self, target: Target, q: Tensor) -> None:
-        want = (self.num_chains, target.dim)
-        if tuple(q.shape) != want:
-            raise ValueError(
-                f"starting values for {q.shape[0]} chains and {q.shape[1]} unconstrained "
-                f"coordinates were given, expected {want[0]} and {want[1]}"
             )
 
     def _keep_nothing(self, target: Target, state: State) -> None:
@@ -263,7 +170,7 @@ class MCMC:
             return state
         adaptation = Adaptation(self.kernel, num_steps)
         state = adaptation.begin(state)
-        show = _Postfix(bar, "warmup")
+        show = Progress(bar, "warmup")
         for _ in range(num_steps):
             state, info = self.kernel.warm_step(
                 potential, state, metric_is_final=adaptation.metric_is_final
@@ -273,7 +180,7 @@ class MCMC:
         return adaptation.finish(state)
 
     def _draw(self, potential: CapturedPotential, state: State, bar: Any) -> None:
-        show = _Postfix(bar, "sample", self)
+        show = Progress(bar, "sample", self._kept_lp)
         for i in range(self.num_samples):
             diverging: list[Tensor] = []
             for _ in range(self.thinning):
@@ -310,6 +217,11 @@ class MCMC:
                 self._stats[name] = value.new_empty(shape)
             self._stats[name][:, i] = value
         self._num_kept = i + 1
+
+    def _kept_lp(self) -> Tensor | None:
+        """The log densities of the draws so far, ``(num_chains, draws)``, if they are known."""
+        lp = self._stats.get("lp")
+        return None if lp is None else lp[:, : self._num_kept]
 
     # --- reading
 
@@ -378,43 +290,3 @@ class MCMC:
 
 def _with_generator(state: State) -> State:
     return replace(state, rng=torch.get_rng_state())
-
-
-def _shapes(values: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes; a metric may be a diagonal or a matrix."""
-    return {n: () if n == "root" else tuple(v.shape) for n, v in sorted(values.items())}
-
-
-class _Postfix:
-    """What the progress bar says: acceptance, step size, divergences, running R-hat."""
-
-    def __init__(self, bar: Any, phase: str, mcmc: MCMC | None = None) -> None:
-        bar.set_description(phase)
-        self.bar, self.mcmc = bar, mcmc
-        self.divergences = 0
-        self.shown = 0.0
-
-    def __call__(self, state: State, info: Info) -> None:
-        self.bar.update()
-        if self.bar.disable:
-            return
-        if "diverging" in info:
-            self.divergences += int(info["diverging"].sum())
-        now = time.perf_counter()
-        if now - self.shown > _POSTFIX_EVERY:
-            self.shown = now
-            self.bar.set_postfix_str(self._text(state, info), refresh=False)
-
-    def _text(self, state: State, info: Info) -> str:
-        parts = []
-        if "acceptance_rate" in info:
-            parts.append(f"acceptance {float(info['acceptance_rate'].mean()):.2f}")
-        if "step_size" in state.tuning:
-            parts.append(f"step {float(state.tuning['step_size'].median()):.2e}")
-        if self.divergences:
-            parts.append(f"divergences {self.divergences}")
-        if self.mcmc is not None and self.mcmc._num_kept >= 8 and "lp" in self.mcmc._stats:
-            every = -(-self.mcmc._num_kept // _SHOWN_DRAWS)
-            lp = self.mcmc._stats["lp"][:_SHOWN_CHAINS, : self.mcmc._num_kept : every].T
-            parts.append(f"R-hat of lp {float(rank_rhat(lp)):.2f}")
-        return ", ".join(parts)

@@ -26,6 +26,8 @@ MAX_SHRINKS = 200
 class EllipticalSlice(PriorKernel):
     """Elliptical slice sampling, for targets with a Gaussian base.
 
+    A chain that stays where it is has an ``acceptance_rate`` of 0, all others of 1.
+
     Args:
         target: An ``EnergyDistribution`` or ``GeneralizedEBM`` whose base or prior is Gaussian with
             independent coordinates.

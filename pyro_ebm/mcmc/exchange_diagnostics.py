@@ -45,9 +45,8 @@ from torch import Tensor
 from pyro_ebm.mcmc.auxiliary import Auxiliary
 from pyro_ebm.mcmc.direction_exchange import DirectionExchange
 from pyro_ebm.mcmc.driver import MCMC
-from pyro_ebm.mcmc.exchange import best_for
+from pyro_ebm.mcmc.exchange_kernel import best_for
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget
-from pyro_ebm.mcmc.natural_map import NaturalMap
 from pyro_ebm.mcmc.target import Values
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.stein_kernel import imq_stein_kernel
@@ -57,7 +56,7 @@ __all__ = ["ExchangeDiagnostics", "exchange_diagnostics"]
 LEVEL = 0.01
 """How often each of the two speaks up against exact draws."""
 
-LEAST_BLOCKS = 40
+MIN_BLOCKS = 40
 NUM_SIGNS = 4000
 LONG_SWEEPS = 200
 _BLOCKS_PER_ENTRY = 4
@@ -161,7 +160,7 @@ def exchange_diagnostics(
         >>> found.num_draws, found.auxiliary
         (80, '4 auxiliary draws each by 8 sweeps from the data')
     """
-    target, blocks = _draws(mcmc, whole("max_draws", max_draws, least=LEAST_BLOCKS))
+    target, blocks = _draws(mcmc, whole("max_draws", max_draws, least=MIN_BLOCKS))
     auxiliary = auxiliary or best_for(target, LONG_SWEEPS)
     q = blocks.flatten(0, 1)
     found = bartlett(target, q, auxiliary, whole("num_auxiliary", num_auxiliary, least=2))
@@ -184,7 +183,7 @@ def exchange_diagnostics(
 # --- draws
 
 
-def _draws(mcmc: MCMC, most: int) -> tuple[ExchangeTarget, Tensor]:
+def _draws(mcmc: MCMC, max_draws: int) -> tuple[ExchangeTarget, Tensor]:
     """Evenly spaced unconstrained draws of the run, in blocks, ``(B, N, D)``."""
     target, draws = mcmc.positions()
     if isinstance(mcmc.kernel, DirectionExchange):
@@ -203,12 +202,13 @@ def _draws(mcmc: MCMC, most: int) -> tuple[ExchangeTarget, Tensor]:
             "data set"
         )
     num_chains, num_draws = draws.shape[:2]
-    draws = draws[:most].flip(1)[:, :: -(-num_draws * min(num_chains, most) // most)].flip(1)
-    per_chain = -(-LEAST_BLOCKS // num_chains)
+    every = -(-num_draws * min(num_chains, max_draws) // max_draws)
+    draws = draws[:max_draws].flip(1)[:, ::every].flip(1)
+    per_chain = -(-MIN_BLOCKS // num_chains)
     length = draws.shape[1] // per_chain
     if length == 0:
         raise ValueError(
-            f"exchange_diagnostics needs at least {LEAST_BLOCKS} draws of all chains together, "
+            f"exchange_diagnostics needs at least {MIN_BLOCKS} draws of all chains together, "
             f"got {draws.shape[0] * draws.shape[1]}: run more of them"
         )
     kept = draws[:, draws.shape[1] - per_chain * length :]
@@ -236,7 +236,7 @@ def bartlett(target: ExchangeTarget, q: Tensor, auxiliary: Auxiliary, number: in
     """
     with pyro.validation_enabled(is_validate=False), torch.enable_grad():
         leaf = q.detach().requires_grad_()
-        naturals = NaturalMap(target)(leaf)
+        naturals = target.naturals_with_graph(leaf)
         drawn = [_statistics(target, naturals, auxiliary) for _ in range(number)]
         pulled = torch.stack([_pulled(naturals, values, leaf) for values in drawn], 1)
         mean = {name: torch.stack([values[name] for values in drawn]).mean(0) for name in naturals}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -22,7 +23,7 @@ from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc.captured import CapturedFunction
 from pyro_ebm.mcmc.each_chain import EachChain
 from pyro_ebm.mcmc.explain import name_of
-from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
+from pyro_ebm.mcmc.model_target import ModelTarget, set_up
 from pyro_ebm.mcmc.target import Values
 from pyro_ebm.mcmc.vmap_safe import VmapSafe, vmap_safe_operations
 from pyro_ebm.ops.rng import rng_preserved
@@ -64,7 +65,11 @@ class ExchangeTarget(ModelTarget):
     def watch(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Remembers the model and looks at its sites once."""
+        """Remembers the model and looks at its sites once.
+
+        Raises:
+            ValueError: If no observed EBM site lacks its log Z, or data lie off a support.
+        """
         self._run = lambda: model(*args, **kwargs)
         self._scored = VmapSafe()(surrogate(model, UnnormalizedSites()))
         self._arguments = args, kwargs
@@ -112,12 +117,17 @@ class ExchangeTarget(ModelTarget):
     def _sites_at(self, q: Tensor) -> _Sites:
         """The EBM sites at one position."""
         with poutine.block(), _Sites() as sites:
-            poutine.condition(self._run, self.constrain(q))()
+            poutine.condition(self._run, self.on_support(q))()
         return sites
 
     def naturals(self, q: Tensor) -> Values:
         """Returns the natural parameters of every site, ``(C,) + B + (p,)``."""
         return dict(zip(self.energies, self._captured(q), strict=True))
+
+    def naturals_with_graph(self, q: Tensor) -> Values:
+        """Returns the same, differentiable in q: what goes by derivatives needs their slopes."""
+        with pyro.validation_enabled(is_validate=False), torch.enable_grad():
+            return dict(zip(self.energies, self._naturals(q), strict=True))
 
     def _naturals(self, q: Tensor) -> tuple[Tensor, ...]:
         def one(row: Tensor) -> tuple[Tensor, ...]:
@@ -167,6 +177,11 @@ def exchange_target(
 ) -> ExchangeTarget:
     """Returns the target of a Pyro model with these arguments.
 
+    Args:
+        model: The model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+
     Raises:
         TypeError: If the model is not a function.
         ValueError: If no observed EBM site lacks its log Z, or one is scaled.
@@ -178,8 +193,7 @@ def exchange_target(
         )
     each = model if isinstance(model, EachChain) else None
     scored = surrogate(model, UnnormalizedSites())
-    bare = target_of_model(scored, args, kwargs, each=each, name=name_of(model))
-    target = ExchangeTarget.__new__(ExchangeTarget)
-    target.__dict__.update(bare.__dict__)
+    target = ExchangeTarget(*set_up(scored, args, kwargs, each=each, name=name_of(model)))
+    target.hold_flat()
     target.watch(model, args, kwargs)
     return target

@@ -44,6 +44,11 @@ def explained(
     if found is None:
         return error
     site, remedy = found
+    if site.endswith("_unobserved"):  # Pyro's name for what obs_mask= leaves out
+        remedy = (
+            "is latent by obs_mask= and cannot be sampled here: leave its rows out by "
+            "poutine.mask(mask=obs_mask) around the site, which is the same posterior of all else"
+        )
     return TypeError(f"{name_of(model)}: site {site!r} {remedy}. Pyro said: {first_line(error)}")
 
 

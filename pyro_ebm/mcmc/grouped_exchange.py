@@ -20,23 +20,23 @@ all groups and draws for all of them, and is accepted or not by all together.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.exchange import Exchange, target_of
+from pyro_ebm.mcmc.exchange_kernel import ExchangeKernel, target_of
+from pyro_ebm.mcmc.exchange_target import ExchangeTarget
 from pyro_ebm.mcmc.group_terms import GroupTerms
 from pyro_ebm.mcmc.kernel import Info, State
-from pyro_ebm.mcmc.target import Target
+from pyro_ebm.mcmc.metropolis import decisions
 from pyro_ebm.ops.arguments import probability, whole
 
 _GAIN, _DECAY = 2.0, 0.6  # of the groups' log jump sizes, per iteration of the warm-up
 
 
-class GroupedExchange(Exchange):
+class GroupedExchange(ExchangeKernel):
     """Exchange with the groups of a plate accepted one by one, many chains in one batch.
 
     Args:
@@ -80,20 +80,20 @@ class GroupedExchange(Exchange):
         self.group_accept_prob = probability("group_accept_prob", group_accept_prob)
         self.num_shared_moves = whole("num_shared_moves", num_shared_moves, least=1)
 
-    def bind(self, *args: Any, initial_params: Any = None, **kwargs: Any) -> Target:
+    def bind(self, *args: Any, initial_params: Any = None, **kwargs: Any) -> ExchangeTarget:
         """Returns the model as a target, and finds its groups."""
         target = super().bind(*args, initial_params=initial_params, **kwargs)
-        self._groups = GroupTerms(target, self.plate)  # type: ignore[arg-type]
+        self.groups = GroupTerms(target, self.plate)
         return target
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
         """Returns jump sizes and unit scales of groups and shared parameters."""
-        number, size = self._groups.blocks.shape
+        number, size = self.groups.blocks.shape
         return {
             **super().first_tuning(q),
             "group_step_size": q.new_full((number,), self.step_size or 1.0),
             "group_root": torch.eye(size, dtype=q.dtype, device=q.device).repeat(number, 1, 1),
-            "shared_root": torch.eye(len(self._groups.shared), dtype=q.dtype, device=q.device),
+            "shared_root": torch.eye(len(self.groups.shared), dtype=q.dtype, device=q.device),
             "group_updates": q.new_zeros(()),
             "seen": q.new_zeros(q.shape[1]),
         }
@@ -115,21 +115,19 @@ class GroupedExchange(Exchange):
 
     def _move_groups(self, potential: CapturedPotential, state: State) -> tuple[State, Tensor]:
         """The state after one jump of every group, and acceptance probabilities, ``(C, G)``."""
-        groups, target = self._groups, target_of(potential)
+        groups, target = self.groups, target_of(potential)
         q = self._jumped(state)
         new, log_ratio = target.naturals(q), groups(q) - groups(state.position)
         for name in groups.site_dims:
             terms = self.log_ratios(target, name, state.extra, new)
             log_ratio = log_ratio + groups.sums_of(name, terms)
-        log_ratio = torch.where(torch.isfinite(log_ratio), log_ratio, -torch.inf)
-        moves = torch.rand_like(log_ratio).log() < log_ratio
-        q = groups.joined(moves, q, state.position)
-        state = replace(state, position=q, potential=potential.value(q), extra=target.naturals(q))
-        return state, log_ratio.clamp(max=0.0).exp()
+        moves, accept_prob = decisions(log_ratio)
+        moved = self.at(potential, state, groups.joined(moves, q, state.position))
+        return moved, accept_prob
 
     def _jumped(self, state: State) -> Tensor:
         """Positions after a jump in the coordinates of every group."""
-        blocks, q = self._groups.blocks, state.position.clone()
+        blocks, q = self.groups.blocks, state.position.clone()
         noise = torch.randn(len(q), *blocks.shape, dtype=q.dtype, device=q.device)
         jumps = torch.einsum("gij,cgj->cgi", state.tuning["group_root"], noise)
         q[:, blocks] += state.tuning["group_step_size"][:, None] * jumps
@@ -139,11 +137,12 @@ class GroupedExchange(Exchange):
         self, potential: CapturedPotential, state: State, accepted: Tensor
     ) -> tuple[State, Info]:
         mean = accepted.mean(1)
-        if len(self._groups.shared) == 0:
+        if len(self.groups.shared) == 0:
             return state, {"acceptance_rate": mean}
         infos = []
         for _ in range(self.num_shared_moves):
-            state, info = super().step(potential, state)
+            to = self.at(potential, state, self._shared_jumped(state))
+            state, info = self.decided(potential, state, to)
             infos.append(info)
         rate = torch.stack([info["acceptance_rate"] for info in infos]).mean(0)
         lost = torch.stack([info["non_finite"] for info in infos]).any(0)
@@ -153,20 +152,12 @@ class GroupedExchange(Exchange):
             "group_acceptance_rate": mean,
         }
 
-    def propose(self, potential: CapturedPotential, state: State) -> State:
-        """Returns a jump of the shared coordinates, with the natural parameters there."""
-        shared, q = self._groups.shared, state.position.clone()
+    def _shared_jumped(self, state: State) -> Tensor:
+        """Positions after a jump in the shared coordinates."""
+        shared, q = self.groups.shared, state.position.clone()
         noise = torch.randn(len(q), len(shared), dtype=q.dtype, device=q.device)
         q[:, shared] += state.tuning["step_size"] * (noise @ state.tuning["shared_root"].T)
-        extra = target_of(potential).naturals(q)
-        return replace(state, position=q, potential=potential.value(q), extra=extra)
-
-    def proposal_log_prob(self, potential: CapturedPotential, state: State, to: State) -> NoReturn:
-        """Raises: an iteration is many jumps."""
-        raise NotImplementedError(
-            "GroupedExchange has no proposal density: an iteration jumps in blocks, each accepted "
-            "by itself"
-        )
+        return q
 
     # --- tuning
 
@@ -177,7 +168,7 @@ class GroupedExchange(Exchange):
         if torch.equal(variances, state.tuning["seen"]):
             return state
         covariance = root @ root.T if root.dim() == 2 else root.square().diag()
-        blocks, shared = self._groups.blocks, self._groups.shared
+        blocks, shared = self.groups.blocks, self.groups.shared
         of_groups = covariance[blocks[:, :, None], blocks[:, None, :]]
         return state.with_tuning(
             group_root=torch.linalg.cholesky(of_groups),

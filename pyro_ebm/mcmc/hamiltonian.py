@@ -13,16 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.kernel import MAX_ENERGY_ERROR, Info, Kernel, State
-from pyro_ebm.mcmc.metric import METRICS, pulled_back, stretched
+from pyro_ebm.mcmc.kernel import MAX_ENERGY_ERROR, Info, State
+from pyro_ebm.mcmc.metric import pulled_back, stretched
 from pyro_ebm.mcmc.metropolis import accept
-from pyro_ebm.ops.arguments import one_of, positive, probability
+from pyro_ebm.mcmc.tuned_kernel import TunedKernel
 
 _MAX_DOUBLINGS = 50
 
@@ -30,52 +29,19 @@ Drift = Callable[[Tensor, Tensor], Tensor]
 Kick = Callable[[Tensor, Tensor, float], Tensor]
 
 
-class LeapfrogKernel(Kernel):
-    """Base of the kernels that move by leapfrog steps, with the options that they share.
+class LeapfrogKernel(TunedKernel):
+    """Base of the kernels that move by leapfrog steps.
 
-    Args:
-        target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
-        step_size: The first leapfrog step; found by doubling if not given.
-        target_accept_prob: What the step size is adapted to; :attr:`best_accept_prob` by default.
-        adapt_step_size: Whether warm-up tunes the step size.
-        adapt_mass_matrix: Whether warm-up tunes the metric.
-        metric: ``"diagonal"``, ``"fisher"`` or ``"dense"`` (:mod:`pyro_ebm.mcmc.metric`);
-            ``"auto"`` is dense with at least as many chains as coordinates, up to 256 of them.
-        **options: Those of :class:`Kernel`: ``potential_fn``, ``inverse_temperature``.
+    Takes the options of :class:`~pyro_ebm.mcmc.tuned_kernel.TunedKernel`; the first step size is
+    found by doubling if not given.
     """
 
     best_accept_prob = 0.8
 
-    def __init__(
-        self,
-        target: Any = None,
-        *,
-        step_size: float | None = None,
-        target_accept_prob: float | None = None,
-        adapt_step_size: bool = True,
-        adapt_mass_matrix: bool = True,
-        metric: str = "auto",
-        **options: Any,
-    ) -> None:
-        super().__init__(target, **options)
-        wanted = self.best_accept_prob if target_accept_prob is None else target_accept_prob
-        self.step_size = None if step_size is None else positive("step_size", step_size)
-        self.target_accept_prob = probability("target_accept_prob", wanted)
-        self.adapt_step_size = adapt_step_size
-        self.adapt_mass_matrix = adapt_mass_matrix
-        self.metric = one_of("metric", metric, METRICS)
-
-    def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
-        """Returns the given or a unit step size, and a unit metric."""
-        return {
-            "step_size": q.new_tensor(self.step_size or 1.0),
-            "root": q.new_ones(q.shape[1]),
-        }
-
     def find_step_size(self, potential: CapturedPotential, state: State) -> State:
         """Doubles or halves the step until the acceptance of one leapfrog crosses the wanted one.
 
-        A step size that was given stays.
+        A step size that was given stays; none is found beyond fifty doublings or halvings.
         """
         direction = 0
         for _ in range(_MAX_DOUBLINGS if self.step_size is None else 0):
@@ -153,7 +119,15 @@ def _along_root(root: Tensor, step_size: Tensor) -> tuple[Drift, Kick]:
 def metropolis(
     state: State, end: State, p_start: Tensor, p_end: Tensor, num_steps: int
 ) -> tuple[State, Info]:
-    """Accepts or rejects the end of a trajectory, chain by chain."""
+    """Accepts or rejects the end of a trajectory, chain by chain.
+
+    Args:
+        state: Its beginning.
+        end: Its end.
+        p_start: Whitened momenta at the beginning, ``(C, D)``.
+        p_end: Those at the end.
+        num_steps: L, for the statistics.
+    """
     energy = total_energy(state, p_start)
     error = total_energy(end, p_end) - energy
     error = torch.where(error.isnan(), torch.inf, error)

@@ -5,6 +5,11 @@ accepts by :math:`\min(1, e^{-\Delta H})`. The length :math:`T` is multiplied by
 :math:`u \in (0, 2)` of mean one that all chains share, so that no trajectory length resonates with
 a period of the target, and no chain waits for another.
 
+Where the step size is so small that T would need more than ``max_steps`` of them, trajectories are
+cut short: draws are still those of the target, T is no longer what was asked for, and ``n_steps``
+in the diagnostics stands at that number. While every chain still has a step size of its own, early
+in the warm-up, ten steps are the most.
+
 References:
     Neal, MCMC using Hamiltonian dynamics, Handbook of MCMC, 2011. arXiv:1206.1901.
 """
@@ -21,9 +26,8 @@ from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.hamiltonian import LeapfrogKernel, draw_momentum, leapfrog, metropolis
 from pyro_ebm.mcmc.kernel import Info, State
-from pyro_ebm.ops.arguments import positive
+from pyro_ebm.ops.arguments import positive, whole
 
-MAX_STEPS = 1000
 _STARTS = 2**10
 SETTLING_STEPS = 10  # as long as the scale of the target is unknown
 
@@ -35,7 +39,9 @@ class HMC(LeapfrogKernel):
         target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
         trajectory_length: T, in units of the whitened coordinates; :math:`\pi/2` by default.
         jitter: Whether trajectory lengths vary.
-        **options: Those of :class:`~pyro_ebm.mcmc.hamiltonian.LeapfrogKernel`: ``step_size``,
+        max_steps: Leapfrog steps of a trajectory at most, however small they are: the bound of what
+            one iteration costs.
+        **options: Those of :class:`~pyro_ebm.mcmc.tuned_kernel.TunedKernel`: ``step_size``,
             ``target_accept_prob`` (.8), ``adapt_step_size``, ``adapt_mass_matrix``, ``metric``.
 
     Example:
@@ -55,11 +61,13 @@ class HMC(LeapfrogKernel):
         *,
         trajectory_length: float = math.pi / 2,
         jitter: bool = True,
+        max_steps: int = 1000,
         **options: Any,
     ) -> None:
         super().__init__(target, **options)
         self.trajectory_length = positive("trajectory_length", trajectory_length)
         self.jitter = jitter
+        self.max_steps = whole("max_steps", max_steps, least=1)
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
         """Returns step size, metric and trajectory length."""
@@ -94,7 +102,11 @@ class HMC(LeapfrogKernel):
         return 2.0 * van_der_corput(int(state.tuning["iteration"]) + 1) if self.jitter else 1.0
 
     def num_steps(self, state: State) -> int:
-        """Returns L of this iteration."""
+        """Returns L of this iteration.
+
+        Raises:
+            NonFiniteEnergyError: If the step size has shrunk to nothing.
+        """
         length = self.share(state) * float(state.tuning["trajectory_length"])
         step_size = float(state.tuning["step_size"].median())
         if not step_size > 0:
@@ -103,7 +115,7 @@ class HMC(LeapfrogKernel):
                 "however small was accepted. Is there noise in the energy, or a gradient that is "
                 "not the potential's?"
             )
-        largest = SETTLING_STEPS if is_settling(state) else MAX_STEPS
+        largest = SETTLING_STEPS if is_settling(state) else self.max_steps
         return min(largest, max(1, math.ceil(length / step_size)))
 
 

@@ -30,7 +30,7 @@ Info = dict[str, Tensor]
 MAX_ENERGY_ERROR = 1000.0
 """Nats above which a trajectory counts as divergent."""
 
-_TRIES = 100
+_MAX_TRIES = 100
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,11 @@ class State:
         return cls(**torch.load(path, weights_only=True))
 
     def restore_rng(self) -> None:
-        """Sets torch's CPU generator to where it stood: a run on the CPU goes on bit for bit."""
+        """Sets torch's CPU generator to where it stood: a run on the CPU goes on bit for bit.
+
+        Raises:
+            ValueError: If the state was taken in the middle of a run.
+        """
         if self.rng is None:
             raise ValueError("this state was taken before its run ended: it notes no generator")
         torch.set_rng_state(self.rng)
@@ -86,6 +90,10 @@ class Kernel(ABC):
             ``initial_params`` of the run then gives their shapes.
         inverse_temperature: :math:`\beta`, multiplied into the energy of a distribution and never
             into its base; other than 1, the draws are not the distribution's and are marked so.
+
+    Raises:
+        TypeError: If there is not one of target and ``potential_fn``, the target is nothing that
+            can be sampled, or what is tempered is no distribution.
     """
 
     adjusted = True
@@ -128,7 +136,17 @@ class Kernel(ABC):
     # --- binding
 
     def bind(self, *args: Any, initial_params: Any = None, **kwargs: Any) -> Target:
-        """Returns the target with its arguments."""
+        """Returns the target with its arguments.
+
+        Args:
+            *args: Arguments of the model.
+            initial_params: The run's starting values, which say what a ``potential_fn`` takes.
+            **kwargs: Keyword arguments of the model.
+
+        Raises:
+            TypeError: If a distribution is given arguments.
+            ValueError: If nothing says what a ``potential_fn`` takes.
+        """
         if self.potential_fn is not None:
             return ModelTarget(self.potential_fn, self._shapes_of(initial_params))
         if isinstance(self.given, _DISTRIBUTIONS):
@@ -236,7 +254,13 @@ _DISTRIBUTIONS = (EnergyDistribution,)
 
 
 def chosen(which: Tensor, new: State, old: State) -> State:
-    """Returns the new state for the chains of ``which``, ``(C,)``, and the old one for the rest."""
+    """Returns the new state for the chains of ``which`` and the old one for the rest.
+
+    Args:
+        which: Chains, ``(C,)``.
+        new: A state of all of them.
+        old: Another one, whose tuning and generator are kept.
+    """
     rows = which[:, None].expand_as(old.position).contiguous()  # used twice
     return replace(
         old,
@@ -272,16 +296,22 @@ def ran_off(state: State) -> Tensor:
 def finite_start(target: Target, value: Callable[[Tensor], Tensor], num_chains: int) -> Tensor:
     """Returns starting positions ``(C, D)`` of finite potential.
 
+    Args:
+        target: What is to be sampled.
+        value: Its potential at positions ``(C, D)``, ``(C,)``.
+        num_chains: C.
+
     Raises:
         NonFiniteEnergyError: If some chain finds none in a hundred tries.
     """
     q = target.draw_start(num_chains)
-    for _ in range(_TRIES):
+    for _ in range(_MAX_TRIES):
         bad = ~torch.isfinite(value(q))
         if not bool(bad.any()):
             return q
         q = torch.where(bad[:, None], target.draw_start(num_chains), q)
     raise NonFiniteEnergyError(
         f"{target!r}: no starting point of finite potential was found for {int(bad.sum())} of "
-        f"{num_chains} chains in {_TRIES} tries. Give initial_params=, or look for NaN in the model"
+        f"{num_chains} chains in {_MAX_TRIES} tries. Give initial_params=, or look for NaN in the "
+        "model"
     )

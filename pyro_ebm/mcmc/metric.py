@@ -25,7 +25,7 @@ from pyro_ebm.mcmc.kernel import State
 from pyro_ebm.ops.adaptation import PooledCovariance, PooledVariance
 
 METRICS = ("auto", "diagonal", "fisher", "dense")
-LARGEST_DENSE = 256
+MAX_DENSE_DIM = 256
 _SMALL = 1e-3  # what few draws are shrunk towards
 _WEIGHT = 5.0
 
@@ -48,10 +48,16 @@ def whitened(x: Tensor, root: Tensor) -> Tensor:
 
 
 def resolved(metric: str, num_chains: int, dim: int) -> str:
-    """Returns what ``"auto"`` means: dense where the chains of one iteration span the space."""
+    """Returns what ``"auto"`` means: dense where the chains of one iteration span the space.
+
+    Args:
+        metric: Its name; any but ``"auto"`` is returned as it is.
+        num_chains: C.
+        dim: D.
+    """
     if metric != "auto":
         return metric
-    return "dense" if 1 < dim <= min(num_chains, LARGEST_DENSE) else "diagonal"
+    return "dense" if 1 < dim <= min(num_chains, MAX_DENSE_DIM) else "diagonal"
 
 
 class MetricEstimate:

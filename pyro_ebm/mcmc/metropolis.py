@@ -53,11 +53,29 @@ def accept(state: State, proposal: State, log_ratio: Tensor) -> tuple[State, Ten
     Returns:
         The next state and the acceptance probabilities ``(C,)``.
     """
+    moves, accept_prob = decisions(log_ratio)
+    return chosen(moves, proposal, state), accept_prob
+
+
+def decisions(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns which moves are accepted, and with what probability they are, of any shape.
+
+    Args:
+        log_ratio: Log acceptance ratios; what is not finite is rejected.
+    """
     log_ratio = torch.where(torch.isfinite(log_ratio), log_ratio, -torch.inf)
     moves = torch.rand_like(log_ratio).log() < log_ratio
-    return chosen(moves, proposal, state), log_ratio.clamp(max=0.0).exp()
+    return moves, log_ratio.clamp(max=0.0).exp()
 
 
 def normal_log_prob(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """Returns the log density of independent Gaussians less its normalizer, ``(C,)``."""
+    """Returns the log density of independent Gaussians, ``(C,)``, up to a constant.
+
+    Its normalizer, scale included, is left out: both directions of a move share it.
+
+    Args:
+        x: Where, ``(C, D)``.
+        mean: Means that broadcast with it.
+        scale: Standard deviations that broadcast with it.
+    """
     return -0.5 * ((x - mean) / scale).square().sum(-1)

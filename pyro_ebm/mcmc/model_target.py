@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -22,7 +22,7 @@ from pyro_ebm.errors import MissingNormalizerError
 from pyro_ebm.mcmc.each_chain import EachChain, over_rows
 from pyro_ebm.mcmc.explain import explained, first_line, name_of
 from pyro_ebm.mcmc.fixed_supports import check_fixed_supports
-from pyro_ebm.mcmc.target import Target, Values, check_names
+from pyro_ebm.mcmc.target import Target, Values, check_names, lead_of
 from pyro_ebm.mcmc.vmap_safe import VmapSafe, vmap_safe_operations
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine.check_model import check_structure, has_energies
@@ -39,6 +39,9 @@ class ModelTarget(Target):
         transforms: Name to the transform *to* unconstrained space; missing names are real.
         name: What messages call it.
         each: The model behind it, if every chain has data of its own.
+
+    Raises:
+        ValueError: If there is nothing to sample.
     """
 
     def __init__(
@@ -198,15 +201,16 @@ class ModelTarget(Target):
         return values, volumes
 
     def join(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Returns positions for unconstrained values by site."""
+        """Returns positions for unconstrained values by site.
+
+        Raises:
+            ValueError: If a name is missing or unknown, or a shape does not fit.
+        """
         check_names(values, self._shapes.keys())
         parts = []
         for site, shape in self._shapes.items():
             u = values[site]
-            lead = u.shape[: u.dim() - len(shape)]
-            if u.shape[len(lead) :] != shape:
-                raise ValueError(f"{site} of shape {tuple(u.shape)} does not end in {tuple(shape)}")
-            parts.append(u.reshape(lead + (-1,)))
+            parts.append(u.reshape(lead_of(site, u, shape) + (-1,)))
         return torch.cat(parts, -1)
 
     def draw_start(self, num_chains: int) -> Tensor:
@@ -240,15 +244,45 @@ def _check_data(trace: Any) -> None:
             check_observed(name, law.support, site["value"].detach(), mask)
 
 
+class SetUp(NamedTuple):
+    """A model made ready for a run: the arguments of :class:`ModelTarget`."""
+
+    potential_fn: Potential
+    like: Mapping[str, Tensor]
+    transforms: Mapping[str, Transform]
+    name: str
+    each: EachChain | None
+
+
 def target_of_model(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ModelTarget:
+    """Returns the target of a Pyro model with these arguments.
+
+    Args:
+        model: The model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+
+    Raises:
+        MissingNormalizerError: If a latent would be inferred through an EBM without its log Z.
+        ValueError: If a site cannot be sampled; the message names it.
+        NonFiniteEnergyError: If there is nowhere to start.
+    """
+    target = ModelTarget(*set_up(model, args, kwargs))
+    target.hold_flat()
+    return target
+
+
+def set_up(
     model: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
     each: EachChain | None = None,
     name: str | None = None,
-) -> ModelTarget:
-    """Returns the target of a Pyro model with these arguments.
+) -> SetUp:
+    """Returns what a target of a Pyro model is made of, once nothing stands against it.
 
     Args:
         model: The model.
@@ -282,6 +316,4 @@ def target_of_model(
     if has_energies(trace):
         check_structure(model, args, kwargs)
         _check_data(trace)
-    target = ModelTarget(potential_fn, params, transforms, name or name_of(model), each)
-    target.hold_flat()
-    return target
+    return SetUp(potential_fn, params, transforms, name or name_of(model), each)

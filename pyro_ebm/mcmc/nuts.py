@@ -44,7 +44,7 @@ class NUTS(LeapfrogKernel):
     Args:
         target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
         max_tree_depth: Doublings at most; the longest chain sets the pace of all.
-        **options: Those of :class:`~pyro_ebm.mcmc.hamiltonian.LeapfrogKernel`.
+        **options: Those of :class:`~pyro_ebm.mcmc.tuned_kernel.TunedKernel`.
 
     Example:
         >>> NUTS(lambda: None).max_tree_depth

@@ -42,7 +42,7 @@ class PriorKernel(Kernel):
     def init(self, potential: CapturedPotential, q: Tensor) -> State:
         """Returns the first state, with energies."""
         state = super().init(potential, q)
-        energy = self._energy_of(potential, q, state.potential)
+        energy = self.energy_of(potential, q, state.potential)
         return replace(state, extra={"energy": energy})
 
     def refreshed(self, potential: CapturedPotential, state: State) -> State:
@@ -50,19 +50,20 @@ class PriorKernel(Kernel):
         fresh = super().refreshed(potential, state)
         if fresh is state:
             return state
-        energy = self._energy_of(potential, fresh.position, fresh.potential)
+        energy = self.energy_of(potential, fresh.position, fresh.potential)
         return replace(fresh, extra={**state.extra, "energy": energy})
 
     def at(self, potential: CapturedPotential, state: State, q: Tensor) -> State:
         """Returns the state with other positions."""
         if self.needs_gradient:
             u, gradient = potential(q)
-            energy = self._energy_of(potential, q, u)
+            energy = self.energy_of(potential, q, u)
         else:
             energy = potential.energy(q)
             nothing = torch.zeros_like(energy)
-            u, gradient = energy - self._energy_of(potential, q, nothing), state.gradient
+            u, gradient = energy - self.energy_of(potential, q, nothing), state.gradient
         return replace(state, position=q, potential=u, gradient=gradient, extra={"energy": energy})
 
-    def _energy_of(self, potential: CapturedPotential, q: Tensor, u: Tensor) -> Tensor:
+    def energy_of(self, potential: CapturedPotential, q: Tensor, u: Tensor) -> Tensor:
+        """Returns E at positions ``(C, D)`` of potential u, ``(C,)``."""
         return gaussian_energy(u, q, self.prior(potential))

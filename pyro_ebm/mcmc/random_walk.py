@@ -10,25 +10,27 @@ References:
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.kernel import State
-from pyro_ebm.mcmc.metric import METRICS, stretched, whitened
+from pyro_ebm.mcmc.metric import stretched, whitened
 from pyro_ebm.mcmc.metropolis import MetropolisKernel, normal_log_prob
-from pyro_ebm.ops.arguments import one_of, positive, probability
+from pyro_ebm.mcmc.tuned_kernel import TunedKernel
+
+FIRST_STEP_SIZE = 1.0
+BEST_ACCEPT_PROB = 0.234
 
 
-class RandomWalk(MetropolisKernel):
+class RandomWalk(TunedKernel, MetropolisKernel):
     r"""Random-walk Metropolis.
 
     Args:
         target: A Pyro model, an ``EnergyDistribution`` or a ``GeneralizedEBM``.
-        step_size: The first standard deviation of the jumps.
-        target_accept_prob: What the step size is adapted to.
+        step_size: The first standard deviation of the jumps; 1 by default.
+        target_accept_prob: What the step size is adapted to; .234 by default.
         adapt_step_size: Whether warm-up tunes the step size.
         adapt_mass_matrix: Whether warm-up tunes the metric.
         metric: ``"auto"``, ``"diagonal"`` or ``"dense"`` (:mod:`pyro_ebm.mcmc.metric`).
@@ -40,38 +42,12 @@ class RandomWalk(MetropolisKernel):
     """
 
     needs_gradient = False
-
-    def __init__(
-        self,
-        target: Any = None,
-        *,
-        step_size: float = 1.0,
-        target_accept_prob: float = 0.234,
-        adapt_step_size: bool = True,
-        adapt_mass_matrix: bool = True,
-        metric: str = "auto",
-        **options: Any,
-    ) -> None:
-        super().__init__(target, **options)
-        self.step_size = positive("step_size", step_size)
-        self.target_accept_prob = probability("target_accept_prob", target_accept_prob)
-        self.adapt_step_size = adapt_step_size
-        self.adapt_mass_matrix = adapt_mass_matrix
-        without_gradient = [m for m in METRICS if m != "fisher"]
-        self.metric = one_of("metric", metric, without_gradient)
-
-    def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
-        """Returns the first jump size and unit scales."""
-        return {
-            "step_size": q.new_tensor(self.step_size),
-            "root": q.new_ones(q.shape[1]),
-        }
+    first_step_size = FIRST_STEP_SIZE
+    best_accept_prob = BEST_ACCEPT_PROB
 
     def propose(self, potential: CapturedPotential, state: State) -> State:
         """Returns a jump of every chain; one evaluation of U."""
-        q = state.position + state.tuning["step_size"] * stretched(
-            torch.randn_like(state.position), state.tuning["root"]
-        )
+        q = walked(state, state.tuning["step_size"])
         return replace(state, position=q, potential=potential.value(q))
 
     def log_accept(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
@@ -82,3 +58,14 @@ class RandomWalk(MetropolisKernel):
         """Returns the log density of the jump."""
         jump = whitened(to.position - state.position, state.tuning["root"])
         return normal_log_prob(jump, torch.zeros_like(jump), state.tuning["step_size"])
+
+
+def walked(state: State, step_size: Tensor) -> Tensor:
+    """Returns positions after a jump of every chain, ``(C, D)``.
+
+    Args:
+        state: Where the chains are, with their metric.
+        step_size: The jumps' standard deviation in whitened coordinates, 0-d or ``(C, 1)``.
+    """
+    noise = stretched(torch.randn_like(state.position), state.tuning["root"])
+    return state.position + step_size * noise

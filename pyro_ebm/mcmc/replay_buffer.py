@@ -25,7 +25,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import ApproximateSampleWarning
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.kernel import Kernel, State, check_untempered, finite_start
+from pyro_ebm.mcmc.kernel import Kernel, State, check_untempered, finite_start, ran_off
 from pyro_ebm.mcmc.target import Target
 from pyro_ebm.mcmc.ula import ULA
 from pyro_ebm.ops.arguments import share, whole
@@ -207,7 +207,7 @@ class ReplayBuffer(Slots):
         slots, restarts = self.choose(num)
         q = _restarted(target, potential, self.positions[slots], restarts)  # type: ignore[index]
         state = kernel.init(potential, q)
-        lost = ~torch.isfinite(state.potential)
+        lost = ran_off(state)
         if bool(lost.any()):  # the law has changed since
             state = kernel.init(potential, _restarted(target, potential, q, lost))
         self.ages[slots[restarts | lost]] = 0

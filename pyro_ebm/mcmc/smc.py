@@ -53,6 +53,9 @@ class SMCPlan:
     Args:
         ladder: Inverse temperatures after each rung, rising to 1, ``(K,)``.
         tunings: The kernel's tuning at each rung.
+
+    Raises:
+        ValueError: If the ladder does not rise to 1, or there is not a tuning for each rung.
     """
 
     ladder: Tensor
@@ -156,13 +159,7 @@ class SMC:
         self._particles = None
         q = self.target.draw_start(self.num_particles)
         beta = q.new_zeros(())  # raised in place, and the law follows
-        kernel = self.kernel(self.target.law.temper(beta))
-        check_untempered(kernel, "SMC")
-        if not (kernel.adjusted and kernel.goes_on_from_position):
-            raise TypeError(
-                "SMC needs a kernel that keeps its target from any position, and "
-                f"{type(kernel).__name__} does not: use HMC or MALA"
-            )
+        kernel = self._kernel_at(beta)
         potential = CapturedPotential(kernel.bind(), capture=False)
         weighing = CapturedPotential(self.target, capture=False)
         self._rungs = rungs = _Rungs()
@@ -185,6 +182,17 @@ class SMC:
                 ApproximateSampleWarning,
                 stacklevel=2,
             )
+
+    def _kernel_at(self, beta: Tensor) -> Kernel:
+        """The kernel of the moves, whose law follows beta."""
+        kernel = self.kernel(self.target.law.temper(beta))
+        check_untempered(kernel, "SMC")
+        if not (kernel.adjusted and kernel.goes_on_from_position):
+            raise TypeError(
+                "SMC needs a kernel that keeps its target from any position, and "
+                f"{type(kernel).__name__} does not: use HMC or MALA"
+            )
+        return kernel
 
     def _climb(self, beta: Tensor, energy: Tensor) -> Tensor:
         """Raises beta in place to the next rung; returns the log weights, ``(N,)``."""

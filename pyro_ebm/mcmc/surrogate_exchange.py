@@ -35,20 +35,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.exchange import Exchange
+from pyro_ebm.mcmc.exchange_kernel import ExchangeKernel
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget
 from pyro_ebm.mcmc.hamiltonian import draw_momentum, leapfrog
 from pyro_ebm.mcmc.kernel import Info, State
-from pyro_ebm.mcmc.metric import stretched
 from pyro_ebm.mcmc.metropolis import accept
-from pyro_ebm.mcmc.natural_map import NaturalMap
-from pyro_ebm.mcmc.target import Target
+from pyro_ebm.mcmc.random_walk import walked
+from pyro_ebm.mcmc.target import Target, Values
 from pyro_ebm.ops.arguments import share, whole
 
 __all__ = ["SurrogateExchange"]
@@ -56,11 +55,11 @@ __all__ = ["SurrogateExchange"]
 LogNormalizerOf = Callable[[Tensor], Tensor]
 """Natural parameters ``(...) + (p,)`` to log Z in nats, ``(...)``, up to a constant."""
 
-LONGEST = math.pi / 2  # of a trajectory in whitened units: a quarter of a period
+QUARTER_PERIOD = math.pi / 2  # of a trajectory in whitened units: the longest one
 _JITTER = 0.2
 
 
-class SurrogateExchange(Exchange):
+class SurrogateExchange(ExchangeKernel):
     """Exchange by trajectories of a surrogate, mixed with random-walk moves.
 
     Warm-up tunes the length of trajectories to the acceptance rate, up to a quarter of a period.
@@ -104,7 +103,7 @@ class SurrogateExchange(Exchange):
         **options: Any,
     ) -> None:
         self.num_steps = whole("num_steps", num_steps, least=1)
-        self.largest_step_size = LONGEST / self.num_steps
+        self.largest_step_size = QUARTER_PERIOD / self.num_steps
         first = 0.5 * self.largest_step_size if step_size is None else step_size
         super().__init__(model, step_size=first, **options)
         functions = surrogate.values() if isinstance(surrogate, Mapping) else [surrogate]
@@ -116,11 +115,9 @@ class SurrogateExchange(Exchange):
         self.surrogate = surrogate
         self.random_walk_share = share("random_walk_share", random_walk_share)
 
-    def bind(self, *args: Any, initial_params: Any = None, **kwargs: Any) -> Target:
+    def bind(self, *args: Any, initial_params: Any = None, **kwargs: Any) -> ExchangeTarget:
         """Returns the model as a target without its missing log Z's."""
         target = super().bind(*args, initial_params=initial_params, **kwargs)
-        assert isinstance(target, ExchangeTarget)
-        self._target = target
         self._trajectories = CapturedPotential(SurrogateTarget(target, self.surrogate))
         return target
 
@@ -142,12 +139,13 @@ class SurrogateExchange(Exchange):
         gain = 0.5 * (p.square() - p_end.square()).sum(1)
         rate = self._walk_rate(state.position)
         walks = torch.rand_like(gain) < rate
-        q = torch.where(walks[:, None], self._walked(state), end)
+        # Shorter than trajectories: the variance of their log ratio is twice as large.
+        length = self.num_steps * state.tuning["step_size"] / math.sqrt(2.0)
+        q = torch.where(walks[:, None], walked(state, length), end)
         gain = torch.where(walks, torch.log(self._walk_rate(q) / rate), gain)
         gain = torch.where(gain.isnan(), -torch.inf, gain)
         q = torch.where(torch.isfinite(gain)[:, None], q, state.position)
-        naturals = self._target.naturals(q)
-        return replace(state, position=q, potential=potential.value(q), extra=naturals), gain
+        return self.at(potential, state, q), gain
 
     def trajectory(self, state: State, p: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
         """Returns the end of every chain's trajectory, position and momentum, ``(C, D)``.
@@ -171,23 +169,9 @@ class SurrogateExchange(Exchange):
         known = torch.isfinite(self._trajectories.value(q))
         return torch.where(known, self.random_walk_share, 1.0).to(q.dtype)
 
-    def _walked(self, state: State) -> Tensor:
-        """Jumps shorter than trajectories: the variance of their log ratio is twice as large."""
-        length = self.num_steps * state.tuning["step_size"] / math.sqrt(2.0)
-        return state.position + length * stretched(
-            torch.randn_like(state.position), state.tuning["root"]
-        )
 
-    def proposal_log_prob(self, potential: CapturedPotential, state: State, to: State) -> NoReturn:
-        """Raises: the end of a trajectory has no density in closed form."""
-        raise NotImplementedError(
-            "SurrogateExchange has no proposal density: its trajectories are reversible, see "
-            "trajectory()"
-        )
-
-
-class SurrogateTarget(NaturalMap):
-    """An exchange target with a surrogate for every log Z that is missing.
+class SurrogateTarget(Target):
+    """The target of an exchange with a surrogate for every log Z that is missing.
 
     Args:
         target: The target.
@@ -200,7 +184,7 @@ class SurrogateTarget(NaturalMap):
     def __init__(
         self, target: ExchangeTarget, surrogate: LogNormalizerOf | Mapping[str, LogNormalizerOf]
     ) -> None:
-        super().__init__(target)
+        self.target, self.dim, self.is_vectorized = target, target.dim, target.is_vectorized
         if not isinstance(surrogate, Mapping):
             surrogate = dict.fromkeys(list(target.energies)[:1], surrogate)
         if surrogate.keys() != target.energies.keys():
@@ -210,10 +194,17 @@ class SurrogateTarget(NaturalMap):
             )
         self._functions = dict(surrogate)
 
+    def __repr__(self) -> str:
+        return repr(self.target)
+
     def potential(self, q: Tensor) -> Tensor:
-        """Returns U with the surrogates of log Z in nats, ``(C,)``, differentiable."""
-        u = super().potential(q)
-        for name, natural in self(q).items():
+        """Returns U with the surrogates of log Z in nats, ``(C,)``, differentiable.
+
+        Raises:
+            ValueError: If a surrogate returns another shape than that of one log Z for each set.
+        """
+        u = self.target.potential(q)
+        for name, natural in self.target.naturals_with_graph(q).items():
             log_z = self._functions[name](natural)
             if log_z.shape != natural.shape[:-1]:
                 raise ValueError(
@@ -221,5 +212,21 @@ class SurrogateTarget(NaturalMap):
                     f"natural parameters of shape {tuple(natural.shape)}; expected "
                     f"{tuple(natural.shape[:-1])}, without the last dim"
                 )
-            u = u + (log_z.to(u.dtype) * self.weights[name]).reshape(len(q), -1).sum(1)
+            u = u + (log_z.to(u.dtype) * self.target.weights[name]).reshape(len(q), -1).sum(1)
         return u
+
+    def constrain(self, q: Tensor) -> Values:
+        """Returns the sites' values on their supports."""
+        return self.target.constrain(q)
+
+    def split(self, q: Tensor) -> Values:
+        """Returns the unconstrained values by name."""
+        return self.target.split(q)
+
+    def join(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Returns positions for unconstrained values by name."""
+        return self.target.join(values)
+
+    def draw_start(self, num_chains: int) -> Tensor:
+        """Returns starting positions ``(C, D)``."""
+        return self.target.draw_start(num_chains)

@@ -89,10 +89,33 @@ class Target(ABC):
 
 
 def gaussian_energy(potential: Tensor, q: Tensor, prior: GaussianPrior) -> Tensor:
-    """Returns E for ``U = E - log N(q; prior)``, ``(C,)``."""
+    """Returns E for ``U = E - log N(q; prior)``, ``(C,)``.
+
+    Args:
+        potential: U in nats, ``(C,)``.
+        q: Positions, ``(C, D)``.
+        prior: The Gaussian part.
+    """
     z = (q - prior.loc) / prior.scale
     log_prior = -0.5 * z.square() - prior.scale.log() - 0.5 * torch.log(z.new_tensor(2 * torch.pi))
     return potential + log_prior.sum(-1)
+
+
+def lead_of(name: str, u: Tensor, shape: torch.Size) -> torch.Size:
+    """Returns the dims of a value before those of its own shape.
+
+    Args:
+        name: What the value is called.
+        u: The value, ``lead + shape``.
+        shape: Its own shape.
+
+    Raises:
+        ValueError: If the value does not end in that shape.
+    """
+    lead = u.shape[: u.dim() - len(shape)]
+    if u.shape[len(lead) :] != shape:
+        raise ValueError(f"{name} of shape {tuple(u.shape)} does not end in {tuple(shape)}")
+    return lead
 
 
 def check_names(values: Mapping[str, Tensor], wanted: Set[str]) -> None:

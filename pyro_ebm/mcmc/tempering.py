@@ -11,8 +11,9 @@ at every iteration, and stays only where the energy of the draw is infinite. In 
 of all chains take one step of pCN, in one batch.
 
 During warm-up the ladder is respaced so that all pairs are rejected equally often, and every
-replica has a step size of its own. The sum of rejection rates, the communication barrier
-:math:`\Lambda`, says how many replicas are wanted: about :math:`2 \Lambda + 2`.
+replica has a step size of its own, between 1e-4 and 1. The sum of rejection rates, the
+communication barrier :math:`\Lambda`, says how many replicas are wanted: about :math:`2 \Lambda +
+2`.
 
 References:
     Syed, Bouchard-Côté, Deligiannidis, Doucet, Non-reversible parallel tempering, JRSS B 84, 2022.
@@ -32,6 +33,7 @@ from pyro_ebm.mcmc.kernel import Info, State
 from pyro_ebm.mcmc.prior_kernel import PriorKernel
 from pyro_ebm.ops.arguments import probability, whole
 
+MIN_STEP_SIZE = 1e-4  # of a replica, as a share of the prior's scale; 1 is a fresh draw
 RATE = 0.05  # of the log step size, per iteration of the warm-up
 RESPACE_AT = (50, 100, 200, 400, 800, 1600)
 
@@ -106,7 +108,7 @@ class ParallelTempering(PriorKernel):
     def _at_top(self, potential: CapturedPotential, state: State) -> State:
         """The state whose position and U are those of the replica at beta = 1."""
         top, energy = state.extra["replicas"][-1], state.extra["energies"][-1]
-        u = energy - self._energy_of(potential, top, torch.zeros_like(energy))
+        u = energy - self.energy_of(potential, top, torch.zeros_like(energy))
         return replace(state, position=top, potential=u)
 
     def _energies(self, potential: CapturedPotential, replicas: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ class ParallelTempering(PriorKernel):
 
     def _tuned(self, state: State, accept_prob: Tensor) -> State:
         change = RATE * (accept_prob.mean(1) - self.target_accept_prob)
-        steps = (state.tuning["replica_step_sizes"].log() + change).exp().clamp(1e-4, 1.0)
+        steps = (state.tuning["replica_step_sizes"].log() + change).exp().clamp(MIN_STEP_SIZE, 1.0)
         return state.with_tuning(replica_step_sizes=steps)
 
     def _explore(self, potential: CapturedPotential, state: State) -> tuple[State, Tensor]:

@@ -22,7 +22,7 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,12 +32,10 @@ from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc import HMC, SMC, Kernel
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
-from pyro_ebm.normalizers.bridge import bridged
-from pyro_ebm.normalizers.importance import from_weights
+from pyro_ebm.normalizers.annealed import annealed
 from pyro_ebm.normalizers.laws import KernelMaker, based, check_draws
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.log_normalizer import LogNormalizer
-from pyro_ebm.ops.log_space import log_mean_exp
 from pyro_ebm.ops.nan_energies import NaNCount
 
 NUM_PILOTS = 256
@@ -82,14 +80,11 @@ def ais(
     law = based(dist, "annealed importance sampling")
     path = Path.piloted(law, whole("num_rungs", num_rungs, least=2), kernel)
     forward = path.forward(whole("num_chains", num_chains, least=2))
-    up = from_weights(forward, "ais", start="base", law=law, seen=path.seen)
-    if draws is None:
-        return replace(up, lower=up.value)
-    backward = path.backward(path.target.position_of(check_draws(law, draws)))
-    start = "base and the draws"
-    both = bridged(-backward[None], forward, "ais, both ways", start=start, law=law, seen=path.seen)
-    upper = -log_mean_exp(backward) if draws_are_exact else None
-    return replace(both, lower=up.value, upper=upper)
+    backward = None
+    if draws is not None:
+        backward = path.backward(path.target.position_of(check_draws(law, draws)))
+    exact, seen = draws_are_exact, path.seen
+    return annealed(forward, backward, start="base", law=law, exact=exact, seen=seen)
 
 
 @dataclass
@@ -140,7 +135,11 @@ class Path:
         return log_weights
 
     def backward(self, q: Tensor) -> Tensor:
-        """Returns log weights of chains that start from draws of the law, ``(N,)``."""
+        """Returns log weights of chains that start from draws of the law, ``(N,)``.
+
+        Raises:
+            NonFiniteEnergyError: If the energy is not finite at one of the draws.
+        """
         if not bool(torch.isfinite(self._energy(q)).all()):
             raise NonFiniteEnergyError(f"{self.target!r}: the energy is not finite at a draw of it")
         log_weights = torch.zeros(len(q), dtype=torch.float64, device=q.device)

@@ -8,7 +8,8 @@ With the log ratios :math:`s = -U - \log q`, the optimal bridge of Meng and Wong
 the same equation as Bennett's acceptance ratio. It needs overlap of the two only, not a proposal
 with heavier tails; draws from chains count by their effective sample size. The proposal is a
 Gaussian in unconstrained coordinates fitted to one half of the draws, the other half is bridged:
-fitted to the same draws the estimate would be biased. Draws of another law betray themselves: for
+fitted to the same draws the estimate would be biased. Of discrete laws the proposal is a product of
+sites (:mod:`~pyro_ebm.normalizers.discrete_bridge`). Draws of another law betray themselves: for
 them bridges that are not optimal find another log Z.
 
 References:
@@ -29,6 +30,8 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.chain_size import carried_share, size_of_mean
+from pyro_ebm.normalizers.discrete_bridge import log_ratios
+from pyro_ebm.normalizers.discrete_path import is_discrete
 from pyro_ebm.normalizers.laws import check_inside, on_reals, parameters_at, single
 from pyro_ebm.ops.constraints import plain
 from pyro_ebm.ops.log_normalizer import LogNormalizer
@@ -45,8 +48,8 @@ def bridge(dist: EnergyDistribution, draws: Tensor) -> LogNormalizer:
     """Estimates log Z from draws of the law.
 
     Args:
-        dist: A distribution on a continuous support with ``batch_shape == ()``; of a generalized
-            EBM the latents are meant.
+        dist: A distribution with ``batch_shape == ()``, continuous or discrete; on infinitely many
+            discrete states it needs a base. Of a generalized EBM the latents are meant.
         draws: Draws of it, ``(chains, draws) + event_shape``, by ``MCMC.get_samples()["x"]`` or
             ``["x_latent"]``.
 
@@ -55,7 +58,8 @@ def bridge(dist: EnergyDistribution, draws: Tensor) -> LogNormalizer:
         averages.
 
     Raises:
-        NotImplementedError: If the support is not continuous.
+        NotImplementedError: If the support is neither continuous nor discrete, or has infinitely
+            many discrete states and no base.
         ValueError: If there are fewer draws than four times the coordinates, their shape is not
             that, some are NaN or outside of the support, or they do not spread.
         NonFiniteEnergyError: If the energy is not finite at a draw.
@@ -66,7 +70,10 @@ def bridge(dist: EnergyDistribution, draws: Tensor) -> LogNormalizer:
         >>> print(bridge(law, torch.randn(20, 100)))  # doctest: +ELLIPSIS
         log Z = 0.91... ± 0.00... nats (bridge, from the draws, ESS ... of 1000)
     """
-    law = on_reals(single(dist, "bridge sampling"), "bridge sampling")
+    law = single(dist, "bridge sampling")
+    if is_discrete(law):
+        return _of_states(law, draws)
+    on_reals(law, "bridge sampling")
     target = DistributionTarget(law)
     u = _positions(target, law, draws)
     half = u.shape[1] // 2
@@ -81,6 +88,13 @@ def bridge(dist: EnergyDistribution, draws: Tensor) -> LogNormalizer:
     at_draws = at_draws.reshape(kept.shape[:2])
     if not bool(torch.isfinite(at_draws).all()):
         raise NonFiniteEnergyError(f"{law!r}: the energy is not finite at a draw of the law")
+    x = draws.flatten(0, 1)[:1]
+    return bridged(at_draws, at_noise, "bridge", start="draws", law=law, at=x, seen=seen)
+
+
+def _of_states(law: EnergyDistribution, draws: Tensor) -> LogNormalizer:
+    seen = NaNCount()
+    at_draws, at_noise = log_ratios(law, draws, seen)
     x = draws.flatten(0, 1)[:1]
     return bridged(at_draws, at_noise, "bridge", start="draws", law=law, at=x, seen=seen)
 

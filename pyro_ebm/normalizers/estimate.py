@@ -1,9 +1,9 @@
 r"""Log Z by the routes that a distribution leaves open, and whether they agree.
 
-Exact sums and quadrature come first. Else a route that starts from the base (annealing) stands
-beside one that starts from draws of chains (bridge sampling). Two routes from one start miss the
-same modes and agree on the wrong value, so that their agreement is called agreement, and no more:
-chains that are started from the base as well share that start.
+Exact sums and quadrature come first. Else a route that starts from the base (annealing, or of a
+discrete law particles) stands beside one that starts from draws of chains (bridge sampling). Two
+routes from one start miss the same modes and agree on the wrong value, so that their agreement is
+called agreement, and no more: chains that are started from the base as well share that start.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.normalizers.ais import ais
 from pyro_ebm.normalizers.bridge import bridge, least_draws
+from pyro_ebm.normalizers.discrete_path import DiscretePath, draws_of_chains, is_discrete
 from pyro_ebm.normalizers.exact import States, exact
 from pyro_ebm.normalizers.from_uniform import from_uniform
 from pyro_ebm.normalizers.growth import check_grows
@@ -26,7 +27,6 @@ from pyro_ebm.normalizers.laws import law_of, on_reals, single
 from pyro_ebm.normalizers.quadrature import MAX_DIM, quadrature
 from pyro_ebm.normalizers.smc import smc
 from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic
-from pyro_ebm.ops.constraints import base_measure
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.spaces import UnconstrainedSpace
 
@@ -56,7 +56,8 @@ def estimate_log_normalizer(
             ``"from_uniform"``, ``"smc"``, ``"thermodynamic"``, ``"stepping_stones"`` or
             ``"bridge"``, with their defaults.
         draws: Draws of the law for the bridge, ``(chains, draws) + event_shape``, by preference
-            from chains that were started at data; drawn by 64 chains of HMC if not given.
+            from chains that were started at data; drawn by 64 chains of HMC, of a discrete law by
+            sweeps, if not given.
             Quadrature looks for modes there, too, and is compared with the bridge.
 
     Returns:
@@ -90,8 +91,9 @@ def _by_the_best_way(dist: EnergyDistribution, draws: Tensor | None) -> LogNorma
     states = States.finite(law)
     if law.is_exact_energy or (states is not None and states.number <= _MOST_STATES):
         return exact(dist)
-    if base_measure(law.support) != "lebesgue":
-        return _of_states(dist, states)
+    if is_discrete(law):
+        return _of_states(dist, draws)
+    on_reals(law, "estimate_log_normalizer")
     if UnconstrainedSpace.of(law.support, law.event_shape).size <= MAX_DIM:
         return _on_a_grid(dist, draws)
     single(dist, "estimate_log_normalizer")
@@ -108,17 +110,17 @@ def _on_a_grid(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer:
     return agreed(by_grid, bridge(dist, draws))
 
 
-def _of_states(dist: EnergyDistribution, states: States | None) -> LogNormalizer:
-    law = law_of(dist)
-    energy = law.energy_function
-    by_sweeps = isinstance(energy, ExponentialFamily) and energy.has_sweep and law.base is None
-    if states is None or not by_sweeps:
+def _of_states(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer:
+    """Annealing by a family's own sweeps, else particles beside a bridge."""
+    law = single(dist, "estimate_log_normalizer")
+    states, energy = States.finite(law), law.energy_function
+    if states is None and law.base is None:
         raise NotImplementedError(
-            f"{dist!r} is discrete with more than {_MOST_STATES} states, and its energy is no "
-            "ExponentialFamily with sweeps, which from_uniform anneals by: exact(dist, "
-            "max_states=...) sums more"
+            f"{dist!r} has infinitely many states and no base to start from: give base="
         )
-    return from_uniform(dist)
+    if isinstance(energy, ExponentialFamily) and energy.has_sweep and law.base is None:
+        return from_uniform(dist)
+    return agreed(smc(dist), _bridged(dist, draws))
 
 
 def agreed(one: LogNormalizer, other: LogNormalizer) -> LogNormalizer:
@@ -148,9 +150,14 @@ def _first_start(estimate: LogNormalizer) -> str:
 def _bridged(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer:
     if draws is not None:
         return bridge(dist, draws)
-    on_reals(single(dist, "bridge sampling"), "bridge sampling")
-    start = "support" if law_of(dist).base is None else "base"
-    return replace(bridge(dist, _drawn(dist)), start=f"{start}{_THROUGH_CHAINS}")
+    law = single(dist, "bridge sampling")
+    if is_discrete(law):
+        path = DiscretePath(law)
+        found, start = bridge(law, draws_of_chains(path)), path.start
+    else:
+        on_reals(law, "bridge sampling")
+        found, start = bridge(dist, _drawn(dist)), "support" if law.base is None else "base"
+    return replace(found, start=f"{start}{_THROUGH_CHAINS}")
 
 
 def _drawn(dist: EnergyDistribution) -> Tensor:

@@ -100,6 +100,12 @@ class States:
             )
         return states
 
+    def draw(self, number: int) -> Tensor:
+        """Returns states that are equally likely, ``(number,) + event_shape``."""
+        sites = (number, self.num_sites)
+        which = torch.randint(len(self.values), sites, device=self.values.device)
+        return self.values[which].reshape((number, *self.event_shape))
+
     def chunk(self, start: int) -> Tensor:
         """Returns at most a chunk of states from one number on, ``(n,) + event_shape``."""
         return self[torch.arange(start, min(start + CHUNK, self.number))]

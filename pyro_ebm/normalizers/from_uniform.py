@@ -26,13 +26,11 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import ExponentialFamily
-from pyro_ebm.normalizers.bridge import bridged
+from pyro_ebm.normalizers.annealed import annealed
 from pyro_ebm.normalizers.exact import States
-from pyro_ebm.normalizers.importance import from_weights
 from pyro_ebm.normalizers.laws import check_draws, single
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.log_normalizer import LogNormalizer
-from pyro_ebm.ops.log_space import log_mean_exp
 
 
 def from_uniform(
@@ -74,14 +72,10 @@ def from_uniform(
     law = single(dist, "annealing from the uniform law")
     ladder = _Ladder.of(law, num_steps, num_sweeps)
     forward = ladder.up(ladder.uniform(whole("num_chains", num_chains, least=2)))
-    up = from_weights(forward, "ais", start="uniform law", law=law)
-    if draws is None:
-        return _shifted(replace(up, lower=up.value), ladder.log_number)
-    backward = ladder.down(check_draws(law, draws))
-    start = "uniform law and the draws"
-    both = bridged(-backward[None], forward, "ais, both ways", start=start, law=law)
-    upper = -log_mean_exp(backward) if draws_are_exact else None
-    return _shifted(replace(both, lower=up.value, upper=upper), ladder.log_number)
+    backward = None if draws is None else ladder.down(check_draws(law, draws))
+    exact = draws_are_exact
+    found = annealed(forward, backward, start="uniform law", law=law, exact=exact)
+    return _shifted(found, ladder.log_number)
 
 
 class _Ladder(NamedTuple):

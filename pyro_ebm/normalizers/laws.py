@@ -62,8 +62,10 @@ def on_reals(law: EnergyDistribution, estimator: str) -> EnergyDistribution:
     if base_measure(law.support) != "lebesgue":
         raise NotImplementedError(
             f"{estimator} is for continuous supports, and {law!r} lives on {plain(law.support)}: "
-            "log Z of a discrete law is a sum over its states (exact), or an estimate by annealing "
-            "with the sweeps of an ExponentialFamily (from_uniform); mcmc.Exchange does without it"
+            "log Z of a discrete law is a sum over its states (exact), or an estimate by particles "
+            "(smc), from draws (bridge), along a ladder (thermodynamic, stepping_stones), or by "
+            "annealing with the sweeps of an ExponentialFamily (from_uniform); mcmc.Exchange does "
+            "without it"
         )
     return law
 

@@ -26,13 +26,13 @@ from torch.quasirandom import SobolEngine
 from pyro_ebm.ops.autograd import grad_of
 
 NUM_SCATTERED = 512
+NEGLIGIBLE = 36.0  # nats below the highest point: exp(-36) is under the rounding of a double
 _NUM_STEPS = 50
 _LONGER, _SHORTER = 1.6, 0.4
 _MOST_PEAKS = 40
 _NEAR = 2.0  # widths around a peak within which others are the same one
 _EXPONENTS = torch.arange(-34.0, 50.0)  # of two: distances that are tried for a width
 _FALL = 0.5
-_NEGLIGIBLE = 36.0
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -96,7 +96,7 @@ def find_peaks(log_density: LogDensity, starts: Tensor) -> Peaks:
 def _weighty(peaks: Peaks) -> Peaks:
     """Those whose mass is not negligible beside that of the largest."""
     log_mass = peaks.height + peaks.width.double().log().sum(1)
-    counts = log_mass >= log_mass.max() - _NEGLIGIBLE
+    counts = log_mass >= log_mass.max() - NEGLIGIBLE
     return Peaks(*(part[counts] for part in peaks))
 
 

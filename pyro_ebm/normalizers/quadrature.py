@@ -29,7 +29,7 @@ from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.growth import check_grows
 from pyro_ebm.normalizers.laws import check_inside, law_of, on_reals, parameters_behind
-from pyro_ebm.normalizers.peaks import Peaks, find_peaks, scattered
+from pyro_ebm.normalizers.peaks import NEGLIGIBLE, Peaks, find_peaks, scattered
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.nan_energies import NaNCount
 from pyro_ebm.ops.spaces import UnconstrainedSpace
@@ -37,7 +37,6 @@ from pyro_ebm.ops.spaces import UnconstrainedSpace
 MAX_DIM = 3
 FIRST_NODES = 33  # along every dim; halving a step of n nodes makes 2 n - 1
 MOST_NODES = 2**22
-_NEGLIGIBLE = 36.0  # nats below the highest point: exp(-36) is under the rounding of a double
 _NUM_STARTS, _MOST_DRAWS = 64, 4096
 _GROWTH, _MAX_GROWTHS = 1.5, 60
 
@@ -85,7 +84,7 @@ def quadrature(
             ``dist.with_log_normalizer(quadrature(dist, box=box))`` inside a model, with the box
             found once by :func:`find_box`.
         draws: Values of the law, ``lead + event_shape``, such as draws or data: the search for the
-            box begins there, too.
+            box begins there, too, at no more than 4096 of them that are evenly spaced.
         tolerance: Nats by which log Z may still move when steps are halved; not less than eight
             roundings of the box's dtype, in which the energy is evaluated.
 
@@ -109,7 +108,7 @@ def quadrature(
         value = integrand.log_sum(box)
         return integrand.result(value, torch.zeros_like(value.detach()), box)
     peaks = integrand.peaks(draws)
-    box = _box_around(integrand, peaks, 2 * _NEGLIGIBLE)
+    box = _box_around(integrand, peaks, 2 * NEGLIGIBLE)
     tolerance = max(tolerance, 8 * torch.finfo(box.low.dtype).eps)
     value, seen = integrand.counted_sum(box)
     while True:
@@ -197,7 +196,7 @@ def _outside(grid: Tensor, dim: int) -> Tensor:
 
 
 def find_box(
-    dist: EnergyDistribution, *, depth: float = 2 * _NEGLIGIBLE, draws: Tensor | None = None
+    dist: EnergyDistribution, *, depth: float = 2 * NEGLIGIBLE, draws: Tensor | None = None
 ) -> Box:
     """Returns a box of unconstrained coordinates that holds all of the mass.
 
@@ -225,7 +224,7 @@ def _box_around(integrand: _Integrand, peaks: Peaks, depth: float) -> Box:
         box = Box(low, high, FIRST_NODES)
         heights = integrand.heights(box)
         top = torch.maximum(heights.max(), peaks.height.max())
-        grows = [_open_faces(heights, dim, top - _NEGLIGIBLE) for dim in range(integrand.dim)]
+        grows = [_open_faces(heights, dim, top - NEGLIGIBLE) for dim in range(integrand.dim)]
         if not any(below or above for below, above in grows):
             return _resolving(_trimmed(box, heights, top - depth, inner), peaks)
         width = (_GROWTH - 1.0) * (high - low)

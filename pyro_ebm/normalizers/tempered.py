@@ -5,7 +5,8 @@ Both :func:`~pyro_ebm.normalizers.thermodynamic.thermodynamic` and
 from :math:`p_\beta \propto \mathrm{base}\, e^{-\beta E}` at rungs :math:`0 = \beta_0 < \dots <
 \beta_K = 1`. On a Gaussian base they are those of parallel tempering, whose replicas change places
 along the ladder, so that chains leave the modes that they are in. On another base chains are
-carried up and held at every rung by a kernel with tuning and ladder of an SMC run.
+carried up and held at every rung by a kernel with tuning and ladder of an SMC run. Chains of
+discrete laws are carried up by sweeps, without a base from the uniform law on their states.
 
 At :math:`\beta_0` the draws are fresh ones of the base. Chains are independent of each other, and
 what they have in common between rungs is left in the errors: those compare whole chains.
@@ -27,8 +28,10 @@ from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc import HMC, MCMC, ParallelTempering
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
-from pyro_ebm.normalizers.ais import Path
-from pyro_ebm.normalizers.laws import KernelMaker, based
+from pyro_ebm.normalizers.ais import NUM_PILOTS, Path, finer
+from pyro_ebm.normalizers.discrete_path import DiscretePath, energies_at_rungs, is_discrete
+from pyro_ebm.normalizers.discrete_smc import pilot_ladder
+from pyro_ebm.normalizers.laws import KernelMaker, based, single
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.nan_energies import NaNCount
 
@@ -83,21 +86,29 @@ def tempered(
     """Runs chains at all rungs of a ladder that is spaced by the law.
 
     Args:
-        dist: A distribution with a base and ``batch_shape == ()``.
+        dist: A distribution with a base and ``batch_shape == ()``; one on finitely many states
+            needs none.
         num_rungs: K; the base is one rung more.
         num_chains: Independent chains at every rung.
         num_samples: Draws of each.
         warmup_steps: Iterations before them; of chains that are held, half as many, at each rung.
         kernel: Makes the kernel of chains that are held. If not given, and the base is a Gaussian
-            with independent coordinates, parallel tempering; else HMC.
+            with independent coordinates, parallel tempering; else HMC. Discrete laws take none:
+            they move by sweeps.
 
     Raises:
-        ValueError: If the distribution has no base or is a batch.
+        ValueError: If the distribution has nothing to start from or is a batch, or a kernel is
+            given for a discrete one.
     """
-    law = based(dist, "tempering")
+    law = single(dist, "tempering")
     whole("num_rungs", num_rungs, least=2)
     whole("num_chains", num_chains, least=LEAST_CHAINS)
     whole("num_samples", num_samples, least=4)
+    if is_discrete(law):
+        if kernel is not None:
+            raise ValueError(f"{law!r} is discrete and moves by sweeps: leave kernel= out")
+        return _swept(law, (num_rungs, num_chains, num_samples), warmup_steps // 2)
+    law = based(dist, "tempering")
     if kernel is None and DistributionTarget(law).prior is not None:
         return _swapped(law, (num_rungs, num_chains, num_samples), warmup_steps)
     path = Path.piloted(law, num_rungs, kernel or HMC)
@@ -142,6 +153,18 @@ def _held(path: Path, num_chains: int, num_samples: int, burn_in: int) -> Temper
         parts.append(torch.stack(rows, -1)[None])
     ladder = torch.cat([path.ladder.new_zeros(1), path.ladder]).double().to(q.device)
     return TemperedRun(ladder, torch.cat(parts), seen)
+
+
+def _swept(law: EnergyDistribution, shape: tuple[int, int, int], burn_in: int) -> TemperedRun:
+    """Energies of chains of a discrete law that are carried up rung by rung."""
+    num_rungs, num_chains, num_samples = shape
+    path = DiscretePath(law)
+    ladder, _ = finer(pilot_ladder(path, NUM_PILOTS), num_rungs)
+    path.seen = NaNCount()
+    energies = energies_at_rungs(path, ladder, num_chains, num_samples, burn_in)
+    return TemperedRun(
+        torch.cat([ladder.new_zeros(1), ladder]).to(energies.device), energies, path.seen
+    )
 
 
 def _at_base(

@@ -31,7 +31,8 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.normalizers.chain_size import carried_share, size_of_mean
-from pyro_ebm.normalizers.laws import based, parameters_at
+from pyro_ebm.normalizers.discrete_path import DiscretePath, is_discrete
+from pyro_ebm.normalizers.laws import based, parameters_at, single
 from pyro_ebm.normalizers.tempered import TemperedRun, tempered
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 
@@ -42,7 +43,8 @@ def thermodynamic(dist: EnergyDistribution, run: TemperedRun | None = None) -> L
     """Estimates log Z by integrating mean energies from the base to the law.
 
     Args:
-        dist: A distribution with a base and ``batch_shape == ()``.
+        dist: A distribution with a base and ``batch_shape == ()``; one on finitely many states
+            needs none.
         run: Energies along a ladder, by :func:`~pyro_ebm.normalizers.tempered.tempered`; such a run
             with its defaults if not given.
 
@@ -51,7 +53,7 @@ def thermodynamic(dist: EnergyDistribution, run: TemperedRun | None = None) -> L
         the latter is larger a remark says so; ``ess`` is that of the mean energy at the worst rung.
 
     Raises:
-        ValueError: If the distribution has no base or is a batch.
+        ValueError: If the distribution has nothing to start from, or is a batch.
         NonFiniteEnergyError: If the base has draws of infinite energy.
 
     Example:
@@ -61,13 +63,13 @@ def thermodynamic(dist: EnergyDistribution, run: TemperedRun | None = None) -> L
         >>> print(thermodynamic(law))  # doctest: +ELLIPSIS
         log Z = -0.34... ± 0.00... nats (thermodynamic, from the base, ESS ... of 12800)
     """
-    law = based(dist, "thermodynamic integration")
+    law, start, log_mass = started(dist, "thermodynamic integration")
     run = tempered(law) if run is None else run
     energies = run.energies.double()
     if not bool(torch.isfinite(energies).all()):
         raise NonFiniteEnergyError(
-            f"{law!r}: the energy is infinite or NaN at draws of the base, so that its mean does "
-            "not exist: use stepping_stones"
+            f"{law!r}: the energy is infinite or NaN at draws of the {start}, so that its mean "
+            "does not exist: use stepping_stones"
         )
     by_chain = integral(run.ladder, energies)
     error = _error_of_mean(by_chain)
@@ -75,12 +77,12 @@ def thermodynamic(dist: EnergyDistribution, run: TemperedRun | None = None) -> L
     of_rule = (by_chain.mean() - halved.mean()).abs() / _ORDER
     remark = f"the rule's own error, {float(of_rule):.2g}, is the larger one: use more rungs"
     return LogNormalizer(
-        by_chain.mean(),
+        by_chain.mean() + log_mass,
         torch.hypot(error, of_rule),
         "thermodynamic",
         ess=min(size_of_mean(rung) for rung in energies),
         num_samples=energies[0].numel(),
-        start="base",
+        start=start,
         remarks=(remark,) if bool(of_rule > error) else (),
         parameters=parameters_at(law),
     )
@@ -90,14 +92,15 @@ def stepping_stones(dist: EnergyDistribution, run: TemperedRun | None = None) ->
     """Estimates log Z by importance sampling from each rung of a ladder to the next.
 
     Args:
-        dist: A distribution with a base and ``batch_shape == ()``.
+        dist: A distribution with a base and ``batch_shape == ()``; one on finitely many states
+            needs none.
         run: Energies along a ladder, as for :func:`thermodynamic`.
 
     Returns:
         ``LogNormalizer`` in nats; ``ess`` is that of the worst step.
 
     Raises:
-        ValueError: If the distribution has no base or is a batch.
+        ValueError: If the distribution has nothing to start from, or is a batch.
         NonFiniteEnergyError: If no draw of a rung has a finite energy.
 
     Example:
@@ -107,7 +110,7 @@ def stepping_stones(dist: EnergyDistribution, run: TemperedRun | None = None) ->
         >>> print(stepping_stones(law))  # doctest: +ELLIPSIS
         log Z = -0.34... ± 0.00... nats (stepping stones, from the base, ESS ... of 12800)
     """
-    law = based(dist, "stepping stones")
+    law, start, log_mass = started(dist, "stepping stones")
     run = tempered(law) if run is None else run
     log_weights = -run.ladder.diff()[:, None, None] * run.energies[:-1].double()
     tops = log_weights.amax((1, 2), keepdim=True)
@@ -117,15 +120,28 @@ def stepping_stones(dist: EnergyDistribution, run: TemperedRun | None = None) ->
     means = weights.mean((1, 2))
     by_chain = (weights.mean(2) / means[:, None]).sum(0)  # the delta method, chain by chain
     return LogNormalizer(
-        (means.log() + tops[:, 0, 0]).sum(),
+        (means.log() + tops[:, 0, 0]).sum() + log_mass,
         _error_of_mean(by_chain),
         "stepping stones",
         ess=min(size_of_mean(w) * carried_share(w) for w in weights),
         num_samples=weights[0].numel(),
-        start="base",
+        start=start,
         remarks=run.seen.remarks,
         parameters=parameters_at(law),
     )
+
+
+def started(dist: EnergyDistribution, estimator: str) -> tuple[EnergyDistribution, str, float]:
+    """Returns the law, what its path starts from, and log of that start's mass in nats.
+
+    Raises:
+        ValueError: If it has nothing to start from, or a batch shape.
+    """
+    law = single(dist, estimator)
+    if not is_discrete(law):
+        return based(dist, estimator), "base", 0.0
+    path = DiscretePath(law)
+    return law, path.start, path.log_mass
 
 
 def integral(ladder: Tensor, energies: Tensor) -> Tensor:

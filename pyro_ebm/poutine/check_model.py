@@ -26,9 +26,9 @@ from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
 from pyro_ebm.distributions.known_normalizer import problem_with
 from pyro_ebm.distributions.layers import mask_of
 from pyro_ebm.distributions.normalizer_guard import (
-    REMEDIES,
     factor_problem,
     names_of,
+    remedies,
     report,
 )
 from pyro_ebm.distributions.supports import tensors_in
@@ -260,7 +260,7 @@ def _problem(where: str, known: _Known, checks: Sequence[GradientCheck]) -> str 
     if known.uncovered:
         why = known.gap or "log Z was given as a constant"
         names = listed(known.uncovered)
-        return f"{where}: {why}, but latent {names} would be inferred through it. {REMEDIES}"
+        return f"{where}: {why}, but latent {names} would be inferred through it. {remedies(where)}"
     if free := [n for n in known.latents_of_log_z if n not in known.latents]:
         return (
             f"{where}: log_normalizer depends on latent {listed(free)} but the energy does not, so "

@@ -366,6 +366,45 @@ def test_a_sweep_is_as_likely_as_its_reverse():
     assert chi_square(other, log_rate, nu) > 5
 
 
+@pytest.mark.parametrize("dispersion", [1e3, 1e12, 1e17, 1e100, 1e308])
+def test_huge_dispersions_are_drawn_as_the_bernoulli_law_that_they_are(dispersion):
+    """Odds lambda, also where the mode and 1 are the same number."""
+    log_rate = numbers(-3.0, 0.5, 14.0)
+    x = ConwayMaxwellPoisson(log_rate, numbers(dispersion)[0]).sample((20_000,))
+    wanted = torch.sigmoid(log_rate)
+    error = (wanted * (1.0 - wanted) / 20_000).sqrt() + 1e-5
+    assert bool(((x.mean(0) - wanted).abs() < 5 * error).all())
+    assert float(x.max()) == 1.0
+
+
+# Laws far wider than Poisson, whose dispersion is nearly nothing: mode, dispersion, and a count.
+WIDE = [(2.0, 0.015, 1000.0), (2.0, 0.015, 1.0), (1.5, 0.004, 400.0), (40.0, 0.01, 10.0)]
+
+
+@pytest.mark.parametrize(("mode", "dispersion", "at"), WIDE)
+def test_steps_of_wide_laws_are_accepted_as_their_terms_say(mode, dispersion, at):
+    """200 000 steps from one count: ways up and down half of the time each, times min(1, ratio)."""
+    nu = numbers(dispersion)[0]
+    log_rate = nu * math.log(mode)
+    x = torch.full((200_000,), at, dtype=F64)
+    moved = ConwayMaxwellPoisson(log_rate, nu).sweep(x, 1)
+    up, down = (moved == at + 1).double().mean(), (moved == at - 1).double().mean()
+    log_terms = terms(log_rate, nu, 1100)
+    for share, to in ((up, at + 1), (down, at - 1)):
+        wanted = 0.5 * float((log_terms[int(to)] - log_terms[int(at)]).clamp(max=0.0).exp())
+        assert abs(float(share) - wanted) < 5 * (wanted * (1 - wanted) / 200_000) ** 0.5
+
+
+@pytest.mark.parametrize(("mode", "dispersion"), [(2.0, 0.01), (1.5, 0.004), (0.9, 0.02)])
+def test_wide_laws_have_their_draws_and_their_sum(mode, dispersion):
+    nu = numbers(dispersion)[0]
+    log_rate = nu * math.log(mode)
+    energy = ConwayMaxwellPoisson(log_rate, nu)
+    assert abs(chi_square(energy.sample((20_000,)), log_rate, nu)) < 5
+    wanted = torch.logsumexp(terms(log_rate, nu), -1)
+    torch.testing.assert_close(energy.log_normalizer(), wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_sweeps_start_at_whole_numbers_of_any_kind():
     energy = ConwayMaxwellPoisson(numbers(0.1, 0.2), 1.0)
     x = energy.sweep(torch.zeros(3, 2, dtype=torch.long), 4)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyro_ebm.infer.contrast import Contrast
-
 
 @pytest.fixture(autouse=True)
 def double_precision(fresh_state):
@@ -20,6 +18,16 @@ def rows_in(x, data):
     rows = x.dim() - event_dim
     same = (x.unsqueeze(rows) == data).reshape(x.shape[:rows] + (len(data), -1))
     return same.all(-1).to(torch.int8).argmax(-1)
+
+
+PER_ROW = {"log_noise_data", "between", "log_mass"}  # the rest has a dim of draws before the rows
+
+
+def beside(field, values, rows):
+    """Returns what a contrast holds beside these rows."""
+    if values is None:
+        return None
+    return values[rows] if field in PER_ROW else values[:, rows]
 
 
 @pytest.fixture
@@ -36,9 +44,7 @@ def attach():
 
         def draw(p, x, noise):
             rows = rows_in(x, data)
-            per_draw = [t if t is None else t[:, rows] for t in whole[:2]]
-            per_row = [t if t is None else t[rows] for t in whole[2:]]
-            return Contrast(*per_draw, *per_row)
+            return type(whole)(**{k: beside(k, t, rows) for k, t in whole._asdict().items()})
 
         objective.draw = draw
         return whole

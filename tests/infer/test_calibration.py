@@ -12,12 +12,9 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Ising
 from pyro_ebm.infer.calibration import (
     Calibration,
-    _from_rows,
     affine_factor,
     calibration_of,
-    covariance_of_sum,
     sandwich,
-    simulate,
 )
 from pyro_ebm.infer.discrete_fisher import DiscreteFisher
 from pyro_ebm.infer.generalized_bayes import GeneralizedBayes
@@ -25,6 +22,7 @@ from pyro_ebm.infer.kernel_stein import KernelStein
 from pyro_ebm.infer.loss_of_model import ModelLoss
 from pyro_ebm.infer.pseudo_likelihood import PseudoLikelihood
 from pyro_ebm.infer.ratio_matching import RatioMatching
+from pyro_ebm.infer.score_covariance import covariance_of_sum, from_rows, simulate
 from pyro_ebm.infer.score_matching import ScoreMatching
 from pyro_ebm.mcmc import HMC
 from pyro_ebm.ops.constraints import spins
@@ -215,7 +213,7 @@ def test_rows_of_pairs_count_twice():
 
     losses = [loss_of(location, KernelStein(length_scale=1.0), x) for x in torch.randn(3, 100)]
     loss, zero = losses[0], torch.zeros(1)
-    j = torch.stack([_from_rows(loss, zero)[0] for loss in losses]).mean()
+    j = torch.stack([from_rows(loss, zero)[0] for loss in losses]).mean()
     over_data = loss.simulated_gradients(zero, {"x": torch.randn(400, 100)}).var()
     assert 0.6 < (j / over_data).item() < 1.4
 

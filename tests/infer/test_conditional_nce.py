@@ -16,10 +16,10 @@ from torch.distributions import constraints
 from torch.nn.functional import softplus
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
-from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.errors import NonFiniteEnergyError, SurrogateWarning
 from pyro_ebm.infer import EnergyDiscrepancy
-from pyro_ebm.infer.conditional_nce import ConditionalNCE, doubled_scale
-from pyro_ebm.infer.contrast import Contrast
+from pyro_ebm.infer.conditional_nce import ConditionalNCE, NoisyCopies, doubled_scale
+from pyro_ebm.infer.perturbation_contrast import Negatives
 from pyro_ebm.poutine import surrogate
 
 NO_C = torch.zeros(())
@@ -88,7 +88,7 @@ def test_laws_that_are_not_symmetric_enter(forgets):
     objective = ConditionalNCE(num_noise=1, noise=biased)
     if forgets:
         inner = objective.draw
-        objective.draw = lambda *args: Contrast(inner(*args).points, NO_C)
+        objective.draw = lambda *args: NoisyCopies(inner(*args).points, NO_C)
     a = torch.tensor(1.0, requires_grad=True)
     loss = expected(objective, gaussian(a), *nodes())
     (slope,) = torch.autograd.grad(loss, a)
@@ -130,12 +130,12 @@ def test_states_enumerated():
     law = torch.softmax(p.unnormalized_log_prob(states), 0).detach()
     weight = law[pairs[:, 0]] * forth.exp()
     objective = ConditionalNCE(num_noise=1, noise=flips)
-    contrast = Contrast(y[None], (forth - back)[None])
+    contrast = NoisyCopies(y[None], (forth - back)[None])
     loss = (weight * objective.per_datum(p, x, contrast, NO_C)).sum()
     torch.testing.assert_close(torch.autograd.grad(loss, w)[0], torch.zeros(4), rtol=0, atol=1e-14)
     drawn = objective.draw(p, x, None)
     forth, back = flips(x).log_prob(drawn.points[0]), flips(drawn.points[0]).log_prob(x)
-    torch.testing.assert_close(drawn.log_noise[0], forth - back, rtol=0, atol=1e-14)
+    torch.testing.assert_close(drawn.log_ratio[0], forth - back, rtol=0, atol=1e-14)
 
 
 # --- limits
@@ -175,7 +175,7 @@ def test_its_own_noise_has_the_same_law(monkeypatch):
     conditional = ConditionalNCE(num_noise=1, scale=math.sqrt(2 * t), unit=1.0)
     x, step = (part.flatten() for part in torch.meshgrid(z, z, indexing="ij"))
     rows = EnergyDiscrepancy(time=t, num_negatives=1).per_datum(
-        p, x, Contrast((x + math.sqrt(2 * t) * step)[None]), NO_C
+        p, x, Negatives((x + math.sqrt(2 * t) * step)[None]), NO_C
     )
     discrepancy = (torch.outer(w, w).flatten() * rows).sum()
     loss = expected(conditional, p, z, w)
@@ -287,6 +287,15 @@ def test_scale_is_in_units():
     assert doubled_scale(100.0 * x, 100.0 * x.std(0)) == alone
     assert doubled_scale(x, x.std(0) / 4) == 4 * alone
     assert doubled_scale(mixed, mixed.std(0)) < alone
+
+
+@pytest.mark.parametrize(
+    ("unit", "nearest", "sentence"),
+    [(1e6, 2.0**-12, "already told.*give a unit="), (1e-6, 16.0, "not yet told.*give a unit=")],
+)
+def test_a_unit_far_from_the_spread_is_told(unit, nearest, sentence):
+    with pytest.warns(SurrogateWarning, match=sentence):
+        assert doubled_scale(torch.randn(500, 2), torch.full((2,), unit)) == nearest
 
 
 def test_few_rows_count_as_independent_coordinates():

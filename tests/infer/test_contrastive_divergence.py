@@ -612,7 +612,7 @@ def test_diagnostics():
     objective = ContrastiveDivergence(3, kernel=partial(MALA, step_size=1.5))
     loss = loss_of(objective, gaussian(1.0), torch.randn(4000))
     notes = objective.diagnostics["x"]
-    assert notes.keys() == {"energy_gap", "acceptance", "lost"}
+    assert notes.keys() == {"energy_gap", "acceptance", "lost", "moved"}
     assert float(notes["energy_gap"]) == pytest.approx(float(loss) / 4000, abs=1e-12)
     assert 0.5 < float(notes["acceptance"]) < 0.99
     assert float(notes["lost"]) == 0.0
@@ -666,7 +666,7 @@ def test_a_kernel_that_never_moves_is_said():
     objective = ContrastiveDivergence(kernel=partial(MALA, step_size=100.0))
     loss_of(objective, gaussian(a), torch.randn(50))
     objective.num_steps_taken.fill_(256)
-    with pytest.warns(SurrogateWarning, match=r"accepts 0\.\d\d% of its proposals"):
+    with pytest.warns(SurrogateWarning, match=r"accepted 0\.\d\d% of its proposals"):
         loss_of(objective, gaussian(a), torch.randn(50))
 
 

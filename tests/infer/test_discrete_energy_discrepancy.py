@@ -1,7 +1,7 @@
 """Discrete energy discrepancy: its identities by sums over all states, the truth as its minimizer,
 and one loss in many guises.
 
-A negative may carry an importance ratio: with log_noise = log rho - log q the loss averages
+A negative may carry an importance ratio: with log_ratio = log q - log rho the loss averages
 q e^-U / rho. Given all states, that average is the sum over them, and M is infinite.
 """
 
@@ -23,6 +23,7 @@ from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer import PseudoLikelihood, RankingNCE, fit
 from pyro_ebm.infer.contrast import Contrast
 from pyro_ebm.infer.discrete_energy_discrepancy import DiscreteEnergyDiscrepancy
+from pyro_ebm.infer.perturbation_contrast import Negatives
 from pyro_ebm.infer.perturbations import GaussianNoise, MixedColumns
 from pyro_ebm.infer.site_perturbations import BernoulliFlips, HeatKernel, MaskedSite, SiteFlip
 from pyro_ebm.ops.constraints import sphere
@@ -84,8 +85,8 @@ def exact(kernel, potential, x):
     p = by_table(potential, round(num ** (1 / d)), d)
     pairs = x[:, None].expand(num, num, d)
     points = x[:, None, None].expand(num, num, num, d)  # (M,) + rows (x, y)
-    log_noise = -(num * kernel).log()[:, None, :].expand(num, num, num)
-    contrast = Contrast(points, log_noise, torch.zeros(num, num))
+    log_ratio = (num * kernel).log()[:, None, :].expand(num, num, num)
+    contrast = Negatives(points, log_ratio, torch.zeros(num, num))
     objective = make(SiteFlip(), num, TINY)
     return objective.per_datum(p, pairs, contrast, NO_C)
 
@@ -126,10 +127,10 @@ def test_all_values_of_a_masked_site_give_the_pseudo_likelihood(num_values):
     hidden = torch.eye(d, dtype=torch.bool)[:, None]  # (d, 1, d)
     values = torch.arange(float(num_values))[:, None, None, None]
     points = torch.where(hidden, values, x)
-    mass = make(MaskedSite()).draw(p, x, None).log_noise_data
-    torch.testing.assert_close(mass, torch.full((num,), -math.log(num_values)), rtol=0, atol=1e-12)
-    minus = mass.expand(d, num)
-    contrast = Contrast(points, minus.expand(num_values, d, num), minus)
+    mass = make(MaskedSite()).draw(p, x, None).log_mass
+    torch.testing.assert_close(mass, torch.full((num,), math.log(num_values)), rtol=0, atol=1e-12)
+    mass = mass.expand(d, num)
+    contrast = Negatives(points, mass.expand(num_values, d, num), mass)
     objective = make(MaskedSite(), num_values, TINY)
     rows = objective.per_datum(p, x.expand(d, num, d), contrast, NO_C).mean(0)
     torch.testing.assert_close(rows, PseudoLikelihood().row_losses(p, x) / d, rtol=0, atol=1e-12)
@@ -216,8 +217,9 @@ def test_is_ranking_among_exchangeable_points():
     x = states(3, 3)
     objective = make(HeatKernel("absorbing", 0.7), 6)
     contrast = objective.draw(p, x, None)
-    ranking = RankingNCE(num_noise=6).per_datum(p, x, contrast, NO_C)
-    want = ranking - math.log(6) - contrast.log_noise_data
+    noise = Contrast(contrast.points, -contrast.log_ratio, -contrast.log_mass)
+    ranking = RankingNCE(num_noise=6).per_datum(p, x, noise, NO_C)
+    want = ranking - math.log(6) + contrast.log_mass
     torch.testing.assert_close(objective.per_datum(p, x, contrast, NO_C), want, rtol=0, atol=1e-12)
 
 
@@ -232,8 +234,8 @@ def expected_with_one_negative(kernel, law, potential, x, weight):
     p = by_table(potential, round(num ** (1 / d)), d)
     data = x[:, None, None].expand(num, num, num, d)
     negatives = x.expand(num, num, num, d)[None]
-    minus = -mass.log()[None, :, None].expand(num, num, num)
-    contrast = Contrast(negatives, minus[None], minus)
+    log_mass = mass.log()[None, :, None].expand(num, num, num)
+    contrast = Negatives(negatives, log_mass[None], log_mass)
     rows = make(SiteFlip(), 1, weight).per_datum(p, data, contrast, NO_C)
     weights = law[:, None, None] * kernel[:, :, None] * rho[None]
     return (weights * rows).sum()
@@ -478,8 +480,8 @@ def test_formula_by_hand(setup):
     for i, x in enumerate(setup.data):
         z = torch.stack([x[1].log(), x[2].log(), x[0], x[3]]) if is_table else x
         ratios = [torch.exp(potential(z) - potential(y[i])) for y in setup.whole.points]
-        minus = setup.whole.log_noise_data
-        c = 1.0 if minus is None else torch.exp(-minus[i])
+        log_mass = setup.whole.log_mass
+        c = 1.0 if log_mass is None else torch.exp(log_mass[i])
         total = total + torch.log(c * (1 + sum(ratios)) / 3)
     setup.check(total.item(), torch.autograd.grad(total, setup.weights)[0])
 

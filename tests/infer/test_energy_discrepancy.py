@@ -18,6 +18,7 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer import EnergyDiscrepancy, RankingNCE
 from pyro_ebm.infer.contrast import Contrast
+from pyro_ebm.infer.perturbation_contrast import Negatives
 
 NO_C = torch.zeros(())
 
@@ -36,7 +37,7 @@ def expected_with_one_negative(objective, p, t, sd=1.0, num=100):
     """The expected loss for M = 1: two dimensions, since xi + xi' is one normal of variance 2."""
     z, w = nodes(num)
     x, step = (part.flatten() for part in torch.meshgrid(z * sd, z, indexing="ij"))
-    contrast = Contrast((x + math.sqrt(2 * t) * step)[None])
+    contrast = Negatives((x + math.sqrt(2 * t) * step)[None])
     return (torch.outer(w, w).flatten() * objective.per_datum(p, x, contrast, NO_C)).sum()
 
 
@@ -60,7 +61,7 @@ def test_gaussian_value(data, model, t, printed):
     quantiles = dist.Normal(0.0, 1.0).icdf((torch.arange(2000) + 0.5) / 2000)
     points = x + math.sqrt(t) * (xi + quantiles[:, None])
     objective = make(1e-12, time=t, num_negatives=2000)
-    rows = objective.per_datum(gaussian(model), x, Contrast(points), NO_C)
+    rows = objective.per_datum(gaussian(model), x, Negatives(points), NO_C)
     value = (torch.outer(w, w).flatten() * rows).sum().item()
     assert value == pytest.approx(exact, abs=2e-3)
 
@@ -118,7 +119,7 @@ def test_truth_is_stationary_with_many_negatives():
 def test_value_of_a_constant(num, weight):
     objective = make(weight, num_negatives=num)
     p = EnergyDistribution(lambda x: torch.full_like(x, 3.0), event_shape=())
-    rows = objective.per_datum(p, torch.randn(7), Contrast(torch.randn(num, 7)), NO_C)
+    rows = objective.per_datum(p, torch.randn(7), Negatives(torch.randn(num, 7)), NO_C)
     want = torch.full((7,), math.log((weight + num) / num))
     torch.testing.assert_close(rows, want, rtol=0, atol=1e-12)
 
@@ -152,7 +153,7 @@ def test_is_ranking_among_exchangeable_points():
         p, x, Contrast(points, torch.zeros(6, 50), torch.zeros(50)), NO_C
     )
     torch.testing.assert_close(
-        ed.per_datum(p, x, Contrast(points), NO_C), ranking - math.log(6), rtol=0, atol=1e-12
+        ed.per_datum(p, x, Negatives(points), NO_C), ranking - math.log(6), rtol=0, atol=1e-12
     )
 
 
@@ -224,7 +225,7 @@ def test_times_of_rows():
 def test_accuracy_is_the_share_of_negatives_that_lie_higher():
     objective = make(num_negatives=4)
     points = torch.tensor([[3.0, 0.5], [-2.0, -0.5], [0.1, 5.0], [-4.0, 0.0]])  # 3 of 4, 1 of 4
-    objective.draw = lambda *args: Contrast(points)
+    objective.draw = lambda *args: Negatives(points)
 
     def model(x):
         with pyro.plate("data", 2):
@@ -286,7 +287,7 @@ def test_simplex():
 
 def test_base_is_part_of_the_potential():
     x = torch.randn(20)
-    contrast = Contrast(torch.randn(3, 20))
+    contrast = Negatives(torch.randn(3, 20))
     split = EnergyDistribution(lambda x: 0.3 * x**2, base=dist.Normal(torch.zeros(20), 1.0))
     whole = EnergyDistribution(lambda x: 0.8 * x**2, event_shape=())
     objective = make(num_negatives=3)

@@ -20,7 +20,7 @@ import torch
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer import EnergyDiscrepancy
-from pyro_ebm.infer.contrast import Contrast
+from pyro_ebm.infer.perturbation_contrast import Negatives
 
 NO_C = torch.zeros(())
 LOG_2PI = math.log(2 * math.pi)
@@ -75,7 +75,7 @@ def exact_rows(potential, x, y, t, *, num=1201):
     log_weights = (w * len(w)).log()[:, None, None].expand(len(w), len(y), 1)
     data = torch.cat([x, torch.zeros_like(x[:, :1])], -1)
     objective = make(TINY, time=t, num_negatives=len(w))
-    contrast = Contrast(torch.cat([points, log_weights], -1))
+    contrast = Negatives(torch.cat([points, log_weights], -1))
     return objective.per_datum(weighted(potential), data, contrast, NO_C)
 
 
@@ -213,7 +213,7 @@ def test_expected_loss_sees_perturbations_that_are_not_shared():
     p = EnergyDistribution(lambda x: 0.5 * x**2 / 0.6, event_shape=())
     objective = make(1.0, time=1.0, num_negatives=16)
     points = x + math.sqrt(2) * torch.randn(16, 20_000)
-    rows = objective.per_datum(p, x, Contrast(points), NO_C)
+    rows = objective.per_datum(p, x, Negatives(points), NO_C)
     stderr = float(rows.std()) / math.sqrt(len(rows))
     assert abs(float(rows.mean()) - expected_loss(0.6, 1.0, 16)) > 10 * stderr
 
@@ -292,7 +292,7 @@ def rademacher_limit(t, num, *, shared):
     x = z[:, None].expand(len(z), len(steps))
     p = EnergyDistribution(lambda x: quartic(x[..., None]), event_shape=())
     objective = make(num_negatives=num, time=t)
-    rows = objective.per_datum(p, x, Contrast(x + steps.T[:, None, :]), NO_C)
+    rows = objective.per_datum(p, x, Negatives(x + steps.T[:, None, :]), NO_C)
     excess = (w @ rows.mean(-1)) - math.log((1 + num) / num)
     return float(excess) * (1 + num) / (num * t)
 

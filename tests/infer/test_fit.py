@@ -16,6 +16,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.errors import NonFiniteEnergyError
@@ -26,6 +27,7 @@ from pyro_ebm.infer import (
     EnergyDiscrepancy,
     PerSite,
     RankingNCE,
+    ScoreMatching,
     fit,
     training_run,
 )
@@ -550,10 +552,81 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     fit(model_of(new_net()), torch.randn(9, 2), NCE(), num_steps=1, checkpoint=path, **QUIET)
     content = path.read_bytes()
     pyro.clear_param_store()
-    model, _ = gebm_model(0)
     with pytest.raises(ValueError, match="checkpoint of another model"):
-        fit(model, torch.randn(9, 2), KALE(), num_steps=2, checkpoint=path, **QUIET)
+        fit(small_model, torch.randn(9, 2), NCE(), num_steps=2, checkpoint=path, **QUIET)
     assert path.read_bytes() == content
+
+
+def small_model(x):
+    slope = pyro.param("slope", torch.ones(2))
+    with pyro.plate("data", len(x)):
+        law = EnergyDistribution(lambda y: -(slope * y).sum(-1), base=BASE, conditional=False)
+        pyro.sample("x", law, obs=x)
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "match"),
+    [
+        (RankingNCE(3), {}, "objective = 'NCE', and this one has 'RankingNCE'"),
+        (NCE(4), {}, "num_noise of the objective = 3, and this one has 4"),
+        (NCE(3), {"lr": 1e-4}, "lr = 0.01, and this one has 0.0001"),
+        (NCE(3), {"batch_size": 3}, "batch_size = 'all', and this one has 3"),
+        (NCE(3), {"optim": torch.optim.SGD}, "optim = 'Adam', and this one has 'SGD'"),
+        (
+            NCE(3),
+            {"optim": partial(torch.optim.Adam, betas=(0.5, 0.9))},
+            r"betas of optim = 'its default', and this one has \(0.5, 0.9\)",
+        ),
+    ],
+)
+def test_a_run_goes_on_as_it_began(tmp_path, objective, options, match):
+    shared = {"lr": 0.01, "checkpoint": tmp_path / "fit.pt", **QUIET}
+    data = torch.randn(9, 2)
+    fit(small_model, data, NCE(3), num_steps=2, **shared)
+    with pytest.raises(ValueError, match=match):
+        fit(small_model, data, objective, num_steps=4, **{**shared, **options})
+
+
+def test_settings_of_members_are_settings(tmp_path):
+    shared = {"num_steps": 2, "checkpoint": tmp_path / "fit.pt", **QUIET}
+    data = torch.randn(9, 2)
+    fit(small_model, data, PerSite({"x": NCE(3)}), **shared)
+    with pytest.raises(ValueError, match="num_noise of the objective of 'x' = 3, and this one"):
+        fit(small_model, data, PerSite({"x": NCE(5)}), **shared)
+
+
+def test_weight_decay_leaves_log_z_alone():
+    """A potential of -20 at the data's mean: log Z is 20 + log sqrt(2 pi), and NCE learns it."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", EnergyDistribution(lambda y: 0.5 * y**2 - 20.0, event_shape=()), obs=x)
+
+    objective, decayed = (
+        NCE(10, dist.Normal(0.0, 1.5)),
+        partial(torch.optim.AdamW, weight_decay=0.5),
+    )
+    fit(model, torch.randn(500), objective, optim=decayed, lr=0.01, num_steps=100, **QUIET)
+    want = 20 + 0.5 * math.log(2 * math.pi)
+    assert objective.log_normalizers["x"].item() == pytest.approx(want, abs=0.2)
+
+
+def test_an_average_forgets_where_it_began():
+    """The slope of two certain rows moves from 5 to 0 in 60 steps; an average of 1000 follows."""
+    slope = torch.tensor(5.0)
+
+    def model(x):
+        value = pyro.param("slope", slope)
+        with pyro.plate("data", len(x)):
+            pyro.sample(
+                "x", EnergyDistribution(lambda y: 0.5 * (y - value) ** 2, event_shape=()), obs=x
+            )
+
+    options = {"optim": torch.optim.SGD, "lr": 0.5, "num_steps": 60, "ema": 0.999, **QUIET}
+    result = fit(model, torch.zeros(2), ScoreMatching(), **options)
+    exact = 5 * sum(0.999 ** (60 - k) * 0.5**k for k in range(1, 61))
+    exact /= sum(0.999 ** (60 - k) for k in range(1, 61))
+    assert result.averaged["slope"].item() == pytest.approx(exact, abs=1e-6)
 
 
 def test_periodic_checkpoints(tmp_path, monkeypatch):
@@ -570,7 +643,7 @@ def test_periodic_checkpoints(tmp_path, monkeypatch):
 
 
 def failing_model(net, error, at):
-    """Behaves for ``at`` runs, then raises or returns NaN."""
+    """Behaves for ``at`` runs, then raises or overflows."""
     runs = []
     inner = model_of(net)
 
@@ -578,7 +651,7 @@ def failing_model(net, error, at):
         runs.append(None)
         if len(runs) > at and error is not None:
             raise error
-        inner(x if len(runs) <= at else x * float("inf"))
+        inner(x if len(runs) <= at else x * 1e200)
 
     return model
 
@@ -642,9 +715,9 @@ def test_moving_average():
     result = fit(
         model_of(net), torch.randn(9, 2), RankingNCE(), optim=Watched, num_steps=6, ema=0.7, **QUIET
     )
-    want = seen[0]
-    for weights in seen[1:]:
-        want = 0.7 * want + 0.3 * weights
+    shares = torch.tensor([0.7**k for k in range(5, -1, -1)], dtype=torch.float64)
+    want = (shares / shares.sum()) @ torch.stack(seen).double()
+    want = want.to(seen[0].dtype)
     names = [f"net$$${name}" for name, _ in net.named_parameters()]
     have = torch.cat([result.averaged[name].flatten() for name in names])
     torch.testing.assert_close(have, want, rtol=0, atol=1e-12)
@@ -762,12 +835,20 @@ def test_progress_bar_shows_the_diagnostics(capsys):
         ({"batch_size": 10}, "batch_size must be between 1 and 9, got 10"),
         ({"schedule": (1, 1)}, "NCE has no second player"),
         ({"data": (torch.zeros(9, 2), torch.zeros(8))}, r"must have one length, got \[8, 9\]"),
+        ({"lr_schedule": ReduceLROnPlateau}, "moves at validation points, of which there are none"),
+        ({"patience": 2, "criterion": float, "validate_every": 2}, "there is none in 1 steps"),
     ],
 )
 def test_bad_arguments(options, match):
     options = {"data": torch.randn(9, 2), **options}
     with pytest.raises(ValueError, match=match):
         fit(model_of(new_net()), options.pop("data"), NCE(), num_steps=1, **options, **QUIET)
+
+
+@pytest.mark.parametrize("optim", [torch.optim.LBFGS, partial(torch.optim.LBFGS, max_iter=2)])
+def test_an_optimizer_that_wants_a_closure(optim):
+    with pytest.raises(TypeError, match="LBFGS evaluates a closure as often as it likes"):
+        fit(model_of(new_net()), torch.randn(9, 2), NCE(), optim=optim, **QUIET)
 
 
 # --- which plate is over the rows

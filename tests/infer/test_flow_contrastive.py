@@ -18,6 +18,7 @@ from torch.nn.functional import softplus
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.infer import NCE
+from pyro_ebm.infer.fit import fit
 from pyro_ebm.infer.flow_contrastive import FlowContrastive
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -377,3 +378,37 @@ def test_numbers_that_are_not_finite(turns):
 def test_held_out_losses_do_not_compare():
     assert not FlowContrastive().is_held_out_criterion
     assert NCE().is_held_out_criterion
+
+
+@pytest.mark.parametrize("interrupted_at", [5, 6])  # before the energy's turn and the flow's
+@pytest.mark.parametrize("validate_every", [100, 3])
+def test_a_resumed_fit_shows_the_same_diagnostics(interrupted_at, validate_every, tmp_path):
+    """Neither the run that finds the parameters nor a validation point is a step of a player."""
+    x = torch.randn(24)
+
+    def run(steps, seed, path):
+        pyro.clear_param_store()
+
+        def model(x):
+            precision = pyro.param("precision", torch.tensor(2.0))
+            with pyro.plate("data", len(x)):
+                ebm = EnergyDistribution(lambda x: 0.5 * precision * x**2, event_shape=())
+                pyro.sample("x", ebm, obs=x)
+
+        def guide(x):
+            loc = pyro.param("loc", torch.tensor(1.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(loc, 1.2))
+
+        options = {"guide": guide, "batch_size": 6, "lr": 0.05, "checkpoint": path, "seed": seed}
+        options |= {"validation": x[:8], "validate_every": validate_every, "disable_progbar": True}
+        return fit(model, x, FlowContrastive(), num_steps=steps, **options)
+
+    whole = run(11, 0, None)
+    run(interrupted_at, 0, tmp_path / "fit.pt")
+    resumed = run(11, 9, tmp_path / "fit.pt")
+    assert whole.losses == resumed.losses
+    assert whole.diagnostic_steps == resumed.diagnostic_steps
+    assert whole.diagnostics == resumed.diagnostics
+    assert whole.diagnostic_steps["x/log_z"] == [1, 3, 5, 7, 9, 11]
+    assert whole.diagnostic_steps["x/value"] == [2, 4, 6, 8, 10]

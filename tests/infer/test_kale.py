@@ -176,6 +176,28 @@ def test_newton_and_closed_form_steps():
     torch.testing.assert_close(kale.log_normalizers["x"].detach(), target, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("rule", ["closed_form", "newton"])
+def test_masked_rows_do_not_move_c(rule):
+    """First c and every move are those of the rows that count, whatever stands in the others."""
+    table, rate = torch.tensor([0.3, -0.2, 900.0, -900.0]), 0.3
+    counts, target = torch.tensor([True, True, False, False]), log_mean_exp(-table[:2])
+    kale = KALE(c_update=rule, c_rate=rate)
+    kale.draw = lambda *args: Contrast(torch.arange(4)[None])
+
+    def step(table):
+        def model(x):
+            with pyro.plate("data", 4), pyro.poutine.mask(mask=counts):
+                pyro.sample("x", tabular(table), obs=x)
+
+        kale.differentiable_loss(model, lambda x: None, torch.tensor([0, 1, 0, 1]))
+        return float(kale.log_normalizers["x"])
+
+    assert step(table) == pytest.approx(float(target), abs=1e-12)
+    moved = step(table + 0.5)
+    drop = 0.5 if rule == "closed_form" else math.exp(0.5) - 1
+    assert moved == pytest.approx(float(target) - rate * drop, abs=1e-12)
+
+
 def test_first_c_is_the_batchs():
     kale, table = KALE(c_update="gradient"), torch.randn(4)
     run(kale, table)

@@ -13,10 +13,12 @@ import torch
 from pyro import poutine
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer.nce import NCE
 from pyro_ebm.infer.nce_posterior import _seen, _spread_remarks, nce_posterior
 
 NOISE = dist.Normal(torch.tensor(0.0, dtype=torch.float64), 1.5)
 QUICK = {"num_samples": 100, "warmup_steps": 100, "num_chains": 8}
+SHORT = {"num_samples": 20, "warmup_steps": 40, "num_chains": 4, "num_sets": 1}
 
 
 def quadratic(precision, **options):
@@ -209,9 +211,68 @@ def test_good_noise_gives_no_doubts():
     assert "100 rows (d = 1) at site 'x'" in text
 
 
-# --- models of other shapes
+# --- several sites
 
-SHORT = {"num_samples": 20, "warmup_steps": 40, "num_chains": 4, "num_sets": 1}
+WIDTHS = {"x": 1.0, "y": 50.0}  # far too different for one noise
+
+
+def site_of(name, rows):
+    precision = pyro.sample(f"precision_{name}", dist.Gamma(2.0, 1.0))
+    with pyro.plate(f"rows_{name}", len(rows)):
+        law = EnergyDistribution(
+            lambda x: 0.5 * precision * (x / WIDTHS[name]).square(), event_shape=()
+        )
+        pyro.sample(name, law, obs=WIDTHS[name] * rows)
+
+
+def both_sites(x, y):
+    site_of("x", x)
+    site_of("y", y)
+
+
+def test_fitted_noise_of_two_sites_is_that_of_each():
+    """A Gaussian with the site's own moments, so that the posterior is the product of two.
+
+    Where one had the noise of the other, all would be told apart: an accuracy of 1, not .5.
+    """
+    data = {name: 0.3 + torch.randn(40) for name in WIDTHS}
+    contrasts = NCE(5, "gaussian").freeze(both_sites, *data.values()).contrasts
+    for name, rows in data.items():
+        noise = dist.Normal(WIDTHS[name] * rows.mean(), WIDTHS[name] * rows.std())
+        points, log_noise, log_noise_data = contrasts[name][:3]
+        torch.testing.assert_close(log_noise, noise.log_prob(points))
+        torch.testing.assert_close(log_noise_data, noise.log_prob(WIDTHS[name] * rows))
+    posterior = nce_posterior(both_sites, *data.values(), noise="gaussian", **SHORT)
+    for name in WIDTHS:
+        assert posterior.record.attrs[f"noise_accuracy_{name}"] == pytest.approx(0.5, abs=0.15)
+
+
+@pytest.mark.slow
+def test_fitted_noise_of_two_sites_gives_the_posteriors_of_one():
+    """Means of fitted noise are told from data's by half a posterior sd at most, as above, and so
+    in either run; where both had the noise of one site, that of the other would be lost.
+    """
+    pyro.set_rng_seed(11)
+    data = {name: standardized(80) for name in WIDTHS}
+    options = {"noise": "gaussian", "num_sets": 2, **QUICK, "num_samples": 80}
+    both = nce_posterior(both_sites, *data.values(), **options)
+    exact = dist.Gamma(2.0 + 40.0, 1.0 + 40.0)
+    for name, rows in data.items():
+        alone = nce_posterior(lambda x, name=name: site_of(name, x), rows, **options)
+        latent, spread = f"precision_{name}", float(exact.stddev)
+        seen, single = (run.record.draws[latent] for run in (both, alone))
+        assert abs(seen.mean() - single.mean()) < 0.5 * spread
+        assert abs(seen.mean() - float(exact.mean)) < 0.5 * spread
+        assert seen.std() == pytest.approx(single.std(), rel=0.25)
+        log_z = [run.record.draws[f"{name}_log_normalizer"] for run in (both, alone)]
+        want = math.log(WIDTHS[name]) + 0.5 * math.log(2 * math.pi)
+        for draws in log_z:
+            assert abs(draws.mean() - want) < 0.3
+        accuracy = [run.record.attrs[f"noise_accuracy_{name}"] for run in (both, alone)]
+        assert accuracy == pytest.approx([0.5, 0.5], abs=0.03)
+
+
+# --- models of other shapes
 
 
 def test_masked_rows_do_not_count_and_single_precision_stays():

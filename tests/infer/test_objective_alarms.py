@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,7 +18,7 @@ from pyro_ebm.infer.persistent import PersistentContrastiveDivergence
 from pyro_ebm.infer.self_normalized import SelfNormalized
 from pyro_ebm.poutine import surrogate
 
-ONE_LOG_Z = [NCE, KALE, DonskerVaradhan]
+ONE_LOG_Z = {"nce": NCE, "kale": partial(KALE, 64), "dv": partial(DonskerVaradhan, 64)}
 STANDARD = dist.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
 
 
@@ -144,8 +146,9 @@ def regression(x, z):
     pyro.sample("x", ebm, obs=x)
 
 
-@pytest.mark.parametrize("make", ONE_LOG_Z)
-def test_a_context_is_found_with_one_row_at_a_time(make):
+@pytest.mark.parametrize("name", ONE_LOG_Z)
+def test_a_context_is_found_with_one_row_at_a_time(name):
+    make = ONE_LOG_Z[name]
     x, z = torch.tensor(0.3), torch.tensor(1.0)
     with pytest.raises(ValueError, match="row-wise values other than x .argument 1.*one log Z"):
         make().differentiable_loss(regression, no_guide, x, z)
@@ -156,13 +159,13 @@ def test_a_context_is_no_matter_without_log_z(make):
     make().differentiable_loss(regression, no_guide, torch.tensor(0.3), torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("make", ONE_LOG_Z)
-def test_one_row_without_a_context_is_fine(make):
+@pytest.mark.parametrize("name", ONE_LOG_Z)
+def test_one_row_without_a_context_is_fine(name):
     def model(x):
         loc = pyro.param("loc", torch.tensor(0.0))
         pyro.sample("x", EnergyDistribution(lambda y: 0.5 * (y - loc) ** 2, base=STANDARD), obs=x)
 
-    make().differentiable_loss(model, no_guide, torch.tensor(0.3))
+    ONE_LOG_Z[name]().differentiable_loss(model, no_guide, torch.tensor(0.3))
 
 
 def test_what_cannot_be_checked_with_one_row_is_told():
@@ -219,6 +222,21 @@ def test_few_base_draws_are_told():
     """The log of a mean of four weights is biased by their relative variance over eight."""
     with pytest.warns(SurrogateWarning, match="4 base draws a step are few"):
         train(DonskerVaradhan(), tilted(STANDARD), 0.1 * torch.randn(4), 140)
+
+
+@pytest.mark.parametrize("make", [KALE, DonskerVaradhan, partial(KALE, c_update="newton")])
+def test_one_base_draw_is_told_at_the_first_step(make):
+    with pytest.warns(SurrogateWarning, match="1 base draw a step is few.*Give num_base=256"):
+        make().differentiable_loss(tilted(STANDARD), no_guide, torch.randn(1))
+
+
+def test_where_log_z_is_a_parameter_few_base_draws_do_not_bend_it(recwarn):
+    """The gradient of a mean of weights has no bias, however few there are."""
+    objective = KALE(c_update="gradient")
+    for steps in (0, 128):
+        objective.num_steps_taken.fill_(steps)
+        objective.differentiable_loss(tilted(STANDARD), no_guide, torch.randn(1))
+    assert not recwarn
 
 
 def test_few_noise_draws_are_told():

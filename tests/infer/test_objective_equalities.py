@@ -193,7 +193,7 @@ def by_hand(name, setup):
             total = total + torch.log(w / len(draws) + sum(ratios) / len(draws))
         else:
             total = total + net(x[i])
-        if contrast.between is not None:
+        if getattr(contrast, "between", None) is not None:
             z = contrast.between[i].clone().requires_grad_()
             (slope,) = torch.autograd.grad(net(z), z, create_graph=True)
             total = total + 0.5 * (slope**2).sum()

@@ -5,9 +5,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
+from torch import nn
 
-from pyro_ebm import EnergyDistribution
-from pyro_ebm.infer import KALE, NCE, EnergyDiscrepancy, PerSite
+from pyro_ebm import EnergyDistribution, GeneralizedEBM
+from pyro_ebm.infer import (
+    KALE,
+    NCE,
+    ContrastiveDivergence,
+    DonskerVaradhan,
+    EnergyDiscrepancy,
+    PerSite,
+    fit,
+)
 
 
 def quadratic(name):
@@ -84,3 +93,46 @@ def test_a_site_without_an_objective_is_named(data):
 def test_freeze_says_how():
     with pytest.raises(NotImplementedError, match="freeze each objective"):
         PerSite({"x": NCE()}).freeze(model)
+
+
+# --- what members decide is decided for all
+
+
+def test_a_loss_that_ranks_nothing_makes_the_sum_rank_nothing():
+    assert PerSite({"x": NCE(), "y": EnergyDiscrepancy(1.0)}).is_held_out_criterion
+    assert not PerSite({"x": NCE(), "y": ContrastiveDivergence(1)}).is_held_out_criterion
+    assert not PerSite({"x": NCE(), "y": KALE(schedule=(2, 1))}).is_held_out_criterion
+
+
+def test_members_that_cannot_be_replayed_are_not_replayed(data):
+    noise = NCE(5, "gaussian", refit_every=7, refit_to="model")
+    loss = PerSite({"x": noise, "y": EnergyDiscrepancy(0.5)})
+    with pytest.raises(ValueError, match="decides from step to step"):
+        fit(model, tuple(data), loss, capture=True, num_steps=5, disable_progbar=True)
+
+
+def test_a_players_turn_is_replayed_as_such():
+    """The generator's steps are 5 of 6, where no comparison with the model falls."""
+    x = torch.randn(40, 1) * 0.5 + 1.0
+
+    def trained(capture):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        generator = nn.Linear(1, 1)
+        network = nn.Sequential(nn.Linear(1, 4), nn.SiLU(), nn.Linear(4, 1), nn.Flatten(-2))
+        prior = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+
+        def game(x):
+            pyro.module("generator", generator)
+            pyro.module("network", network)
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", GeneralizedEBM(generator, prior, network), obs=x)
+
+        start = generator.weight.item()
+        loss = PerSite({"x": DonskerVaradhan(schedule=(5, 1))})
+        fit(game, x, loss, num_steps=40, seed=1, capture=capture, disable_progbar=True)
+        return start, generator.weight.item()
+
+    (start, plain), (_, captured) = trained(False), trained(True)
+    assert captured == pytest.approx(plain, abs=1e-6)
+    assert abs(plain - start) > 1e-3

@@ -375,7 +375,7 @@ def given_back(monkeypatch, name):
         calls.append(kwargs)
         return Posterior(Record({"a": draws}), "of a test")
 
-    monkeypatch.setattr(import_module("pyro_ebm.infer.posterior"), name, way)
+    monkeypatch.setattr(import_module("pyro_ebm.infer.posterior_ways"), name, way)
     return calls
 
 

@@ -15,8 +15,8 @@ from torch.distributions import constraints
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError, SurrogateWarning
 from pyro_ebm.infer import NCE
-from pyro_ebm.infer.contrast import Contrast
-from pyro_ebm.infer.telescoping import BridgeEnergy, TelescopingNCE, equal_steps
+from pyro_ebm.infer.telescoping import BridgeEnergy, TelescopingNCE
+from pyro_ebm.infer.waymarks import Waymarks, equal_steps
 
 BASE = dist.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
 NO_C = torch.zeros((), dtype=torch.float64)
@@ -66,7 +66,7 @@ def test_exact_bridges_are_stationary(num_bridges):
     z = torch.linspace(-10.0, 10.0, 801)
     x, points = variances[0].sqrt() * z, variances[1:, None].sqrt() * z
     before = x if num_bridges == 1 else points[-2]
-    contrast = Contrast(points, BASE.log_prob(points[-1:]), BASE.log_prob(before))
+    contrast = Waymarks(points, BASE.log_prob(torch.stack([before, points[-1]])))
     for shift, is_stationary in ((0.0, True), (0.1, False)):
         at = (theta + shift).requires_grad_()
         c = torch.tensor(0.0, requires_grad=True)
@@ -264,6 +264,28 @@ def test_waymarks_are_fitted_once_and_kept():
     second = TelescopingNCE(3)
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.fitted["x"], kept)
+
+
+class Constants:
+    """Bridges that are constant: the model is the base, and log Z minus their sum."""
+
+    def __init__(self, values):
+        self.values = torch.tensor(values)
+
+    def bridges(self, x):
+        return self.values.reshape((-1,) + (1,) * x.dim()).expand((-1, *x.shape))
+
+    def __call__(self, x):
+        return self.bridges(x).sum(0)
+
+
+@pytest.mark.parametrize("values", [[0.7], [1.5, -0.4, 2.0]])
+def test_the_first_log_z_is_that_of_constant_bridges(values):
+    objective = TelescopingNCE(len(values))
+    p, x = EnergyDistribution(Constants(values), base=BASE).expand([20]), torch.randn(20)
+    contrast = objective.draw(p, x, None)
+    found = objective.initial_log_normalizer(p, x, contrast)
+    torch.testing.assert_close(found, -torch.tensor(sum(values)), rtol=0, atol=1e-12)
 
 
 def test_masked_rows_have_no_say():

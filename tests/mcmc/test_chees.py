@@ -43,7 +43,7 @@ def seen(q, p, length, monkeypatch, root=None, centre=0.0):
     state = state if root is None else state.with_tuning(root=root)
     caught = []
 
-    def climb(state, criterion, slope):
+    def climb(state, criterion, slope, longest):
         caught.append((float(criterion), float(slope)))
         return {}
 
@@ -88,7 +88,9 @@ def test_a_share_of_the_length_counts_as_far_as_it_went(monkeypatch):
     potential = CapturedPotential(kernel.bind(), capture=False)
     state = kernel.init(potential, q).with_tuning(iteration=torch.tensor(1))
     caught = []
-    monkeypatch.setattr(chees, "_climb", lambda s, c, d: caught.append((float(c), float(d))) or {})
+    monkeypatch.setattr(
+        chees, "_climb", lambda s, c, d, _: caught.append((float(c), float(d))) or {}
+    )
     monkeypatch.setattr(hmc, "draw_momentum", lambda state: p)
     kernel.warm_step(potential, state, metric_is_final=True)
     assert caught[0] == pytest.approx(closed_form(q, p, 0.3), rel=1e-3)
@@ -118,7 +120,9 @@ def test_chains_count_by_their_acceptance(monkeypatch):
     kernel = ChEESHMC(law, step_size=STEP, jitter=False, trajectory_length=0.4)
     potential = CapturedPotential(kernel.bind(), capture=False)
     caught = []
-    monkeypatch.setattr(chees, "_climb", lambda s, c, d: caught.append((float(c), float(d))) or {})
+    monkeypatch.setattr(
+        chees, "_climb", lambda s, c, d, _: caught.append((float(c), float(d))) or {}
+    )
     for fast in (False, True):
         more = torch.full((1, 3), 100.0, dtype=F64)
         momenta = torch.cat([p, more]) if fast else p
@@ -132,15 +136,16 @@ def test_chains_count_by_their_acceptance(monkeypatch):
 # --- climbing
 
 
-def climbed(length=1.0, step=0.1, criterion=1.0, slope=1.0, times=1):
+def climbed(length=1.0, step=0.1, criterion=1.0, slope=1.0, times=1, **options):
     tuning = {"trajectory_length": length, "step_size": step}
     tuning |= {"criterion": 0.0, "criterion_slope": 0.0}
-    kernel = ChEESHMC(lambda: None)
+    kernel = ChEESHMC(lambda: None, **options)
     q = torch.zeros(2, 1, dtype=F64)
     state = State(q, q[:, 0], q, {k: torch.tensor(v, dtype=F64) for k, v in tuning.items()})
     assert {"criterion", "criterion_slope"} < kernel.first_tuning(q).keys()
     for _ in range(times):
-        new = chees._climb(state, torch.tensor(criterion), torch.tensor(slope))
+        seen = torch.tensor(criterion), torch.tensor(slope)
+        new = chees._climb(state, *seen, kernel._longest(state))
         state = state.with_tuning(**new)
     return {k: float(v) for k, v in state.tuning.items()}
 
@@ -161,6 +166,9 @@ def test_lengths_stay_between_one_step_and_the_longest():
     assert climbed(slope=9.0, times=50)["trajectory_length"] == pytest.approx(20.0)
     assert climbed(slope=9.0, step=1e-3, times=50)["trajectory_length"] == pytest.approx(1.0)
     assert climbed(slope=math.nan)["trajectory_length"] == pytest.approx(1.0)
+    assert climbed(slope=9.0, times=50, max_steps=7)["trajectory_length"] == pytest.approx(0.7)
+    shorter = climbed(slope=9.0, times=50, max_trajectory_length=3.0)
+    assert shorter["trajectory_length"] == pytest.approx(3.0)
 
 
 def best_length():

@@ -148,10 +148,3 @@ def test_chains_of_different_posteriors_are_refused():
     each = EachChain(model, {"x": torch.ones(12, 3, 3)})
     with pytest.raises(ValueError, match="one posterior, got data for each chain"):
         DirectionExchange(each).bind(lattice())
-
-
-def test_proposals_have_no_density():
-    kernel = DirectionExchange(model)
-    potential, state = bound(kernel, exact_draws(10))
-    with pytest.raises(NotImplementedError, match="jumps"):
-        kernel.proposal_log_prob(potential, state, state)

@@ -8,8 +8,18 @@ from calibrated_models import Precision
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import GaussianEnergy, Ising
-from pyro_ebm.mcmc import HMC, MCMC, ExactDraws, Exchange, Sweeps
+from pyro_ebm.mcmc import (
+    HMC,
+    MCMC,
+    DirectionExchange,
+    ExactDraws,
+    Exchange,
+    GroupedExchange,
+    SurrogateExchange,
+    Sweeps,
+)
 from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.metropolis import MetropolisKernel
 from pyro_ebm.ops.kaufman import torus_log_normalizer
 
 F64 = torch.float64
@@ -257,6 +267,12 @@ def test_one_sentence_each(case):
 def test_a_distribution_is_no_model():
     with pytest.raises(TypeError, match="put the distribution at an observed site"):
         run(Exchange(EnergyDistribution(Ising(0.1, (4, 4)))), num_chains=4)
+
+
+@pytest.mark.parametrize("kind", [Exchange, DirectionExchange, GroupedExchange, SurrogateExchange])
+def test_what_is_accepted_by_auxiliary_draws_promises_no_proposal_density(kind):
+    """A ratio with noise of its own is not that of two densities, point by point."""
+    assert not issubclass(kind, MetropolisKernel)
 
 
 def test_auxiliary_draws_of_other_kernels_are_not_taken():

@@ -197,10 +197,10 @@ def test_jumps_follow_the_metric(x):
     mcmc = run(GroupedExchange(vectors, "groups"), x, num_chains=64, warmup_steps=60)
     tuning = mcmc.state.tuning
     covariance = tuning["root"] @ tuning["root"].T
-    block = mcmc.kernel._groups.blocks[2]
+    block = mcmc.kernel.groups.blocks[2]
     root = tuning["group_root"][2]
     torch.testing.assert_close(root @ root.T, covariance[block][:, block])
-    shared = mcmc.kernel._groups.shared
+    shared = mcmc.kernel.groups.shared
     torch.testing.assert_close(tuning["shared_root"].square(), covariance[shared][:, shared])
 
 

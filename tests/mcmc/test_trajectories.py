@@ -34,6 +34,19 @@ def test_lengths_spread_evenly_between_nothing_and_twice_the_length():
     assert kernel.num_steps(state.with_tuning(step_size=each)) == hmc.SETTLING_STEPS
 
 
+def test_trajectories_are_cut_short_at_the_most_steps():
+    """Of pi / 2 in steps of 1e-3, 1571 are wanted; what is cut is a trajectory all the same."""
+    made = scaled()
+    for options, wanted in (({}, 1000), ({"max_steps": 12}, 12), ({"max_steps": 5000}, 1571)):
+        kernel = HMC(made.dist, step_size=1e-3, jitter=False, **options)
+        potential, state = started(kernel, made)
+        assert kernel.num_steps(state) == wanted
+    _, info = HMC(made.dist, step_size=1e-3, jitter=False, max_steps=12).step(potential, state)
+    assert bool((info["n_steps"] == 12).all())
+    with pytest.raises(ValueError, match="max_steps"):
+        HMC(made.dist, max_steps=0)
+
+
 def test_iterations_are_counted():
     made = scaled()
     kernel = HMC(made.dist, step_size=0.2)

@@ -80,11 +80,9 @@ BINARY = {
 
 
 @pytest.mark.parametrize("law", BINARY)
-@pytest.mark.parametrize(
-    "method", ["quadrature", "ais", "smc", "thermodynamic", "stepping_stones", "bridge"]
-)
+@pytest.mark.parametrize("method", ["quadrature", "ais"])
 def test_what_moves_on_the_reals_names_what_serves_discrete_laws(law, method):
-    sentence = r"is for continuous supports, .*exact.*from_uniform.*Exchange"
+    sentence = r"is for continuous supports, .*exact.*smc.*bridge.*from_uniform.*Exchange"
     with pytest.raises(NotImplementedError, match=sentence):
         estimate_log_normalizer(BINARY[law], method)
 
@@ -92,8 +90,10 @@ def test_what_moves_on_the_reals_names_what_serves_discrete_laws(law, method):
 def test_bad_input():
     with pytest.raises(ValueError, match="method must be 'auto', 'bridge' or one of"):
         estimate_log_normalizer(WIDE, "magic")
-    counts = EnergyDistribution(lambda x: x.sum(-1), dist.Poisson(torch.ones(3)).to_event(1))
-    with pytest.raises(NotImplementedError, match="discrete with more than"):
+    counts = EnergyDistribution(
+        lambda x: x.sum(-1), support=dist.constraints.nonnegative_integer, event_shape=(3,)
+    )
+    with pytest.raises(NotImplementedError, match="infinitely many states and no base"):
         estimate_log_normalizer(counts)
 
 

@@ -26,6 +26,8 @@ from pyro_ebm.normalizers import (
 )
 from pyro_ebm.normalizers.ais import Path
 from pyro_ebm.normalizers.bridge import bridged
+from pyro_ebm.normalizers.smc import _from_runs
+from pyro_ebm.ops.nan_energies import NaNCount
 
 F64 = torch.float64
 
@@ -168,6 +170,16 @@ def test_particles_cover():
     law, log_z = tilted(dim=2)
     estimates = [smc(law, num_particles=60, num_runs=10) for _ in range(20)]
     check_estimates(estimates, log_z, coverage=0.7)
+
+
+def test_the_stated_error_is_that_of_a_mean_of_runs():
+    """Of Z over R runs: their sd over their mean and the root of R."""
+    log_z = 0.7 * torch.randn(12)
+    law, _ = tilted(dim=2)
+    found = _from_runs(log_z, law, 12, "base", NaNCount())
+    ratios = log_z.exp()
+    assert float(found.value) == pytest.approx(float(ratios.mean().log()))
+    assert float(found.stderr) == pytest.approx(float(ratios.std() / ratios.mean()) / 12**0.5)
 
 
 def normal(support=None):

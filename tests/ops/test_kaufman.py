@@ -56,6 +56,30 @@ def test_the_transfer_matrix_says_the_same(coupling):
     torch.testing.assert_close(torus_log_normalizer(k(coupling), (6, 20)), strip.log_normalizer())
 
 
+@pytest.mark.parametrize("coupling", [1e-6, 9e-6, 1.1e-5, 1e-4, 1e-3, 5e-3])
+def test_weak_couplings_follow_the_high_temperature_series(coupling):
+    r"""Loops on a 32 x 32 torus, t = tanh K: a plaquette a site, and two hexagons.
+
+    log Z / (n m) = log 2 + 2 log cosh K + t^4 + 2 t^6 + O(t^8), where the next term is 4.5 t^8.
+    Slopes are differences of terms of the size of n m / K.
+    """
+    at = k(coupling).requires_grad_()
+    t = torch.tanh(at)
+    series = 32**2 * (math.log(2.0) + 2.0 * torch.log(torch.cosh(at)) + t**4 + 2.0 * t**6)
+    log_z = torus_log_normalizer(at, (32, 32))
+    assert float((log_z - series).detach()) == pytest.approx(0.0, abs=2e-11)
+    slope, wanted = (torch.autograd.grad(value, at)[0] for value in (log_z, series))
+    assert abs(float(slope - wanted)) < 4 * torch.finfo(F64).eps * 32**2 / coupling
+
+
+def test_single_precision_loses_no_more_than_its_own_digits():
+    couplings = torch.tensor([0.0, 1e-6, 3e-5, 1e-3, 0.1, CRITICAL, 2.0])
+    log_z = torus_log_normalizer(couplings, (16, 16))
+    assert log_z.dtype == torch.float32
+    wanted = torus_log_normalizer(couplings.double(), (16, 16))
+    torch.testing.assert_close(log_z.double(), wanted, rtol=1e-7, atol=0.0)
+
+
 def test_the_sides_may_change_places():
     couplings = torch.linspace(0.01, 1.5, 30, dtype=F64)
     one, other = (torus_log_normalizer(couplings, s) for s in ((5, 40), (40, 5)))

@@ -26,7 +26,12 @@ from pyro_ebm.testing.calibration_power import (
     rank_law,
     smallest_detectable,
 )
-from pyro_ebm.testing.simulation_based_calibration import _lag, simulation_based_calibration
+from pyro_ebm.testing.simulation_based_calibration import (
+    _effective,
+    _lag,
+    _ranks,
+    simulation_based_calibration,
+)
 from pyro_ebm.testing.simulator import Simulator, scalars
 from pyro_ebm.testing.uniformity import chi_square_pvalue, shape_in_words, uniformity
 
@@ -123,6 +128,55 @@ def test_sizes_that_last_are_seen_where_signs_forget():
     draws = {"m": torch.stack(size, 1).abs() * signs}
     assert 5 <= _lag(draws) <= 40
     assert _lag({"m": torch.randn(200, 200)}) == 1
+
+
+def autoregressive(coefficient, shape):
+    """Draws of stationary AR(1) chains, ``shape``."""
+    x = [torch.randn(shape[0])]
+    for _ in range(shape[1] - 1):
+        x.append(coefficient * x[-1] + (1 - coefficient**2) ** 0.5 * torch.randn(shape[0]))
+    return torch.stack(x, 1)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.5, 0.8])
+def test_draws_of_a_chain_are_worth_what_an_autoregression_says(coefficient):
+    """L (1 - r) / (1 + r); the coordinate that remembers longest decides, whatever its unit."""
+    slow = autoregressive(coefficient, (500, 120))
+    wanted = 120 * (1 - coefficient) / (1 + coefficient)
+    assert _effective({"m": slow}) == pytest.approx(wanted, rel=0.15)
+    quick = 1000.0 * torch.randn(500, 120, 3)
+    assert _effective({"a": 0.001 * slow, "b": quick}) == pytest.approx(wanted, rel=0.15)
+
+
+def test_chains_of_narrow_posteriors_count_as_much_as_those_of_wide_ones():
+    """Half of the chains follow an AR(1) with .8, in the others draws are new and far apart."""
+    draws = torch.cat([autoregressive(0.8, (300, 120)), 1000.0 * torch.randn(300, 120)])
+    assert _effective({"m": draws}) == pytest.approx(120 * (1 - 0.4) / (1 + 0.4), rel=0.15)
+
+
+def test_draws_that_come_back_are_seen_behind_those_that_do_not():
+    """Chains that go to and fro between two places: next draws have nothing in common."""
+    places = torch.randn(1000, 2).repeat(1, 20)
+    assert _lag({"m": places + 0.1 * torch.randn(1000, 40)}) > 1
+
+
+def test_ranks_of_what_never_varies_are_uniform():
+    """All draws tie with the truth: every rank from none to all of them is as likely."""
+    truth = {"m": torch.ones(8000)}
+    ranks = _ranks(truth, {}, {"m": torch.ones(8000, 7)}, {})["m"]
+    counts = torch.bincount(ranks, minlength=8)
+    assert len(counts) == 8
+    assert float((counts - 1000).abs().max()) < 5 * (1000 * 7 / 8) ** 0.5
+
+
+def test_ties_are_added_to_what_lies_below():
+    """Of seven draws two lie below, and three tie: ranks from two to five."""
+    draws = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 2.0, 2.0]).expand(4000, 7)
+    ranks = _ranks({"m": torch.ones(4000)}, {}, {"m": draws}, {})["m"]
+    counts = torch.bincount(ranks)
+    assert counts[:2].tolist() == [0, 0]
+    assert float((counts[2:] - 1000).abs().max()) < 5 * (1000 * 3 / 4) ** 0.5
+    assert len(counts) == 6
 
 
 def test_ties_are_broken_at_random():
@@ -340,11 +394,13 @@ def test_ten_thousand_simulations_of_hmc():
 
 
 @pytest.mark.slow
-def test_two_thousand_simulations_of_exchange():
-    """An sd off by a sixth would be seen."""
-    result = simulation_based_calibration(precisions, ["x"], Exchange, num_simulations=2000)
+def test_ten_thousand_simulations_of_exchange():
+    """An sd off by a sixteenth would be seen, and a bias of .075 sd, nine times in ten."""
+    result = simulation_based_calibration(precisions, ["x"], Exchange, num_simulations=10_000)
     result.check()
-    assert result.smallest_detectable().too_wide < 1.17
+    assert result.smallest_detectable().too_wide < 1.063
+    assert result.smallest_detectable().too_narrow > 0.94
+    assert result.smallest_detectable().bias < 0.075
 
 
 @pytest.mark.slow

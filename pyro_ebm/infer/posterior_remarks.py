@@ -1,0 +1,69 @@
+"""What a posterior says of itself.
+
+How the data hang together, what log Z was summed over, and whether the chains have mixed.
+"""
+
+from __future__ import annotations
+
+from pyro_ebm.chains import summary
+from pyro_ebm.infer.data_structure import SiteStructure
+from pyro_ebm.infer.integration import Integrals
+from pyro_ebm.infer.posterior_result import Posterior
+from pyro_ebm.mcmc import MCMC
+
+LARGEST_RHAT = 1.05  # of many short chains: about sqrt(1 + 1 / effective draws of a chain)
+LEAST_ESS = 400
+
+
+def structure_of(site: SiteStructure) -> str:
+    """Returns how the data of a site hang together."""
+    what = {
+        "independent rows": f"are independent rows ({site.num_rows}) of one law",
+        "conditional": f"are rows ({site.num_rows}) with a law each",
+        "hierarchical": f"lie in groups of plate {', '.join(map(repr, site.plates))}",
+        "one observation": "are one dependent observation",
+    }
+    return f"the data of site {site.name!r} {what[site.kind]}."
+
+
+def how_summed(site: SiteStructure, nodes: Integrals | None) -> str:
+    """Returns what log Z of a site was summed over, or integrated by."""
+    if nodes is not None and site.name in nodes.objective.rules:
+        dim, rule = site.law.event_shape.numel(), nodes.objective.rules[site.name]
+        dims = "one dim" if dim == 1 else f"{dim} dims"
+        return f"log Z of site {site.name!r} is an integral over {dims}, by {rule}."
+    number = site.num_terms / site.law.batch_shape.numel()
+    return f"log Z of site {site.name!r} is a sum over {number:.0f} states."
+
+
+def off_the_nodes(mcmc: MCMC, nodes: Integrals | None) -> tuple[str, ...]:
+    """Returns a sentence if log Z is not held by its nodes a little beyond the draws."""
+    if nodes is None or nodes.hold_beyond(mcmc.positions()[1][:, -1]):
+        return ()
+    return (
+        "log Z is held by its nodes at all draws, but not half as far out again: tails are cut "
+        "off there; give the distribution a log_normalizer to have them.",
+    )
+
+
+def mixing_remarks(found: Posterior) -> tuple[str, ...]:
+    """Returns what speaks against the chains of a posterior, a sentence each."""
+    table = summary(found.record)
+    if bool(table[["r_hat", "ess_bulk"]].isna().any(axis=None)):
+        return (
+            f"{found.record.num_samples} draws of {found.record.num_chains} chains are too few to "
+            "tell whether they have mixed, or some stand still: use more num_samples.",
+        )
+    worst, least = table["r_hat"].idxmax(), table["ess_bulk"].idxmin()
+    remarks = []
+    if table["r_hat"][worst] > LARGEST_RHAT:
+        remarks.append(
+            f"the chains are too short: R-hat of {worst} is {table['r_hat'][worst]:.3f}, and "
+            f"should be under {LARGEST_RHAT}; use more warmup_steps and num_samples."
+        )
+    if table["ess_bulk"][least] < LEAST_ESS:
+        remarks.append(
+            f"the draws of {least} are worth {table['ess_bulk'][least]:.0f} independent ones; "
+            f"{LEAST_ESS} are the least for intervals."
+        )
+    return tuple(remarks)

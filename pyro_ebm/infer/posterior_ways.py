@@ -1,0 +1,195 @@
+"""The ways to a posterior: what each runs, refuses, and says of itself.
+
+They are named as the ``method`` of :func:`~pyro_ebm.infer.posterior.posterior`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pyro_ebm.infer.anchored_posterior import anchored_posterior
+from pyro_ebm.infer.data_structure import DataStructure
+from pyro_ebm.infer.enumerated import Enumerated
+from pyro_ebm.infer.generalized_bayes import generalized_posterior
+from pyro_ebm.infer.integration import Integrals, integrals_of
+from pyro_ebm.infer.nce_posterior import nce_posterior
+from pyro_ebm.infer.posterior_remarks import how_summed, off_the_nodes
+from pyro_ebm.infer.posterior_result import Posterior
+from pyro_ebm.infer.pseudo_likelihood import PseudoLikelihood
+from pyro_ebm.infer.score_matching import ScoreMatching
+from pyro_ebm.mcmc import HMC, MCMC, Exchange, GroupedExchange, Kernel
+from pyro_ebm.mcmc.exchange_diagnostics import exchange_diagnostics
+from pyro_ebm.poutine import surrogate
+
+MOST_TERMS = 2**18  # energies in the sums for log Z of one draw
+_KNOWN = "log Z of every EBM site is known: use method='exact'"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be run, and for how long."""
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    num_samples: int
+    warmup_steps: int
+    num_chains: int
+    disable_progbar: bool
+    nodes: Integrals | None = None
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """How much is drawn, as arguments."""
+        return {
+            "num_samples": self.num_samples,
+            "warmup_steps": self.warmup_steps,
+            "num_chains": self.num_chains,
+        }
+
+    def by(self, kernel: Kernel) -> MCMC:
+        """Returns the finished chains of a kernel."""
+        mcmc = MCMC(kernel, **self.sizes, disable_progbar=self.disable_progbar)
+        starts = None if self.nodes is None else self.nodes.begin(self.num_chains)
+        mcmc.run(*self.args, initial_params=starts, **self.kwargs)
+        return mcmc
+
+    def integrals(self, structure: DataStructure, nodes: int, dim: int) -> Integrals | None:
+        """Returns nodes for log Z of the continuous sites, if there are both."""
+        rest = [s for s in structure.sites if not s.can_be_integrated]
+        if not structure.is_integral or any(s.num_terms > MOST_TERMS for s in rest):
+            return None
+        call = (self.model, self.args, self.kwargs)
+        return integrals_of(*call, structure.sites, max_nodes=nodes, max_dim=dim)
+
+
+def _exact(run: Run, structure: DataStructure) -> Posterior:
+    if not structure.sites:
+        reasons: tuple[str, ...] = ("log Z of every EBM site is known at every draw.",)
+        return Posterior(run.by(HMC(run.model)).record, "exact log Z", reasons)
+    _check_summable(structure, run)
+    objective = Enumerated(MOST_TERMS) if run.nodes is None else run.nodes.objective
+    mcmc = run.by(HMC(surrogate(run.model, objective)))
+    reasons = tuple(how_summed(site, run.nodes) for site in structure.sites)
+    return Posterior(mcmc.record, "exact log Z", reasons, off_the_nodes(mcmc, run.nodes))
+
+
+def _check_summable(structure: DataStructure, run: Run) -> None:
+    for site in structure.sites:
+        if site.num_terms > MOST_TERMS and not site.can_be_integrated:
+            raise ValueError(
+                f"method 'exact' sums log Z over states, and site {site.name!r} would take "
+                f"{site.num_terms:.3g} terms at every draw, more than {MOST_TERMS}: use 'auto', or "
+                "give the distribution a log_normalizer"
+            )
+    if structure.is_integral and run.nodes is None:
+        names = [site.name for site in structure.sites if site.can_be_integrated]
+        raise ValueError(
+            f"method 'exact' integrates log Z of {names} by fixed nodes, and no {MOST_TERMS} hold "
+            "wherever the posterior is (heavy tails, or scales that differ too much): use 'auto', "
+            "or give the distribution a log_normalizer"
+        )
+
+
+def _exchange(run: Run, structure: DataStructure) -> Posterior:
+    if not structure.sites:
+        raise ValueError(f"method 'exchange' does without log Z, and {_KNOWN}")
+    plate = structure.groups
+    kernel = Exchange(run.model) if plate is None else GroupedExchange(run.model, plate)
+    mcmc = run.by(kernel)
+    reasons = () if plate is None else (f"groups of plate {plate!r} are accepted one by one.",)
+    together = (
+        (
+            "sites lie in groups of several plates, and all are accepted together: where mixing is "
+            "slow, use GroupedExchange with one of them.",
+        )
+        if plate is None and structure.kind == "hierarchical"
+        else ()
+    )
+    if kernel.adjusted:
+        return Posterior(
+            mcmc.record, "exchange", ("the model can be drawn from exactly.", *reasons), together
+        )
+    verdict = exchange_diagnostics(mcmc)
+    remarks = (
+        *together,
+        str(verdict),
+        "an exact sampler (is_sampleable and sample() of the energy) would make this exact.",
+    )
+    reasons = ("the energies have kernels of their own, but no exact sampler.", *reasons)
+    return Posterior(mcmc.record, "exchange by sweeps", reasons, remarks)
+
+
+def _anchored(run: Run, structure: DataStructure) -> Posterior:
+    found = anchored_posterior(
+        run.model, *run.args, **run.sizes, disable_progbar=run.disable_progbar, **run.kwargs
+    )
+    remark = "exchange has no error of log Z."
+    return replace(found, remarks=(*found.remarks, remark))
+
+
+def _nce(run: Run, structure: DataStructure) -> Posterior:
+    for site in structure.observed:
+        if site.num_rows == 1:
+            raise ValueError(
+                "method 'nce' tells many independent rows from noise, and the data of site "
+                f"{site.name!r} are one observation: use method='auto'"
+            )
+    if not structure.sites:
+        raise ValueError(f"method 'nce' infers log Z from noise, and {_KNOWN}")
+    num_sets = 5
+    sizes = {**run.sizes, "num_chains": -(-run.num_chains // num_sets), "num_sets": num_sets}
+    noise = None if any(site.law.base is not None for site in structure.sites) else "gaussian"
+    found = nce_posterior(
+        run.model,
+        *run.args,
+        noise=noise,
+        **sizes,
+        disable_progbar=run.disable_progbar,
+        **run.kwargs,
+    )
+    return replace(
+        found,
+        reasons=("log Z is unknown, and data can be told from noise.", *found.reasons),
+        remarks=(
+            *found.remarks,
+            "an energy linear in its parameters with an exact sampler could go by exchange.",
+        ),
+    )
+
+
+def _generalized(run: Run, structure: DataStructure) -> Posterior:
+    continuous = {site.is_continuous for site in structure.observed}
+    if len(continuous) > 1:
+        raise ValueError(
+            "continuous and discrete EBM sites in one model need a loss each, and no calibration "
+            "of several is implemented: sample surrogate(model, {site: loss, ...}) by mcmc.HMC"
+        )
+    loss = ScoreMatching() if continuous == {True} else PseudoLikelihood()
+    found = generalized_posterior(
+        run.model,
+        *run.args,
+        loss=loss,
+        **run.sizes,
+        disable_progbar=run.disable_progbar,
+        **run.kwargs,
+    )
+    does = f"{type(loss).__name__} does without"
+    if not structure.sites:
+        return replace(
+            found,
+            reasons=(f"{does} log Z.", *found.reasons),
+            remarks=(*found.remarks, f"{_KNOWN}, for the posterior by Bayes' rule."),
+        )
+    return replace(found, reasons=(f"log Z is unknown, and {does} it.", *found.reasons))
+
+
+WAYS: dict[str, Callable[[Run, DataStructure], Posterior]] = {
+    "exact": _exact,
+    "exchange": _exchange,
+    "anchored": _anchored,
+    "nce": _nce,
+    "generalized": _generalized,
+}

@@ -1,0 +1,154 @@
+r"""What all forms of exchange share: acceptance by auxiliary draws in the place of log Z.
+
+However :math:`\theta'` is proposed, by a move that is as likely as its reverse it is accepted by
+
+.. math::
+    \log\alpha = U(\theta) - U(\theta') + \log \widehat{\frac{Z(\theta)}{Z(\theta')}}
+
+with the potential U that leaves log Z out; the last term is what data sets :math:`y \sim
+p_{\theta'}` say of it, and exponentials of it have the right mean (:mod:`pyro_ebm.mcmc.exchange`).
+As the ratio has noise of its own, it is no function of the two points, and there is no proposal
+density to compare it with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.mcmc.auxiliary import Auxiliary, ExactDraws, Sweeps
+from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.exchange_target import ExchangeTarget, exchange_target
+from pyro_ebm.mcmc.kernel import Info, State
+from pyro_ebm.mcmc.metropolis import accept
+from pyro_ebm.mcmc.random_walk import BEST_ACCEPT_PROB, FIRST_STEP_SIZE
+from pyro_ebm.mcmc.target import Values
+from pyro_ebm.mcmc.tuned_kernel import TunedKernel
+from pyro_ebm.ops.arguments import whole
+
+
+class ExchangeKernel(TunedKernel):
+    """Base of kernels that accept by auxiliary draws.
+
+    A subclass moves: it defines :meth:`step`, out of :meth:`at`, :meth:`log_accept` and
+    :meth:`decided`.
+
+    Args:
+        model: A Pyro model with observed EBM sites whose log Z is missing. Their energies are
+            :class:`~pyro_ebm.energies.ExponentialFamily`; they may stand in plates, with parameters
+            of their own for every group.
+        auxiliary: How y is drawn; by the energy's exact sampler if it has one, else by 20 sweeps
+            that start at the data, which marks the chains as inexact.
+        num_bridges: K, parameters between the two at which y is moved.
+        **options: Those of :class:`~pyro_ebm.mcmc.tuned_kernel.TunedKernel`.
+
+    Raises:
+        TypeError: When run, if an energy is not an exponential family.
+    """
+
+    needs_gradient = False
+    first_step_size = FIRST_STEP_SIZE
+    best_accept_prob = BEST_ACCEPT_PROB
+
+    def __init__(
+        self,
+        model: Any = None,
+        *,
+        auxiliary: Auxiliary | None = None,
+        num_bridges: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        self.auxiliary = auxiliary
+        self.num_bridges = whole("num_bridges", num_bridges, least=0)
+        self.adjusted = auxiliary is None or auxiliary.is_exact
+
+    # --- the target
+
+    def bind(self, *args: Any, initial_params: Any = None, **kwargs: Any) -> ExchangeTarget:
+        """Returns the model as a target without its missing log Z's.
+
+        Raises:
+            TypeError: If an energy is not an exponential family, or has a base.
+        """
+        target = exchange_target(self.given, args, kwargs)
+        families = target.families()
+        if families is None:
+            others = [type(e).__name__ for e in target.energies.values()]
+            raise TypeError(
+                "Exchange needs energies that are exponential families without a base, got "
+                f"{', '.join(others)}: derive the energy from ExponentialFamily"
+            )
+        self._drawn_by = self.auxiliary or best_for(target)
+        self.adjusted = self._drawn_by.is_exact
+        return target
+
+    def init(self, potential: CapturedPotential, q: Tensor) -> State:
+        """Returns the first state, with the natural parameters there."""
+        state = super().init(potential, q)
+        return replace(state, extra=target_of(potential).naturals(q))
+
+    def refreshed(self, potential: CapturedPotential, state: State) -> State:
+        """Returns the state with U and the natural parameters of this target."""
+        naturals = target_of(potential).naturals(state.position)
+        same = all(torch.equal(naturals[name], state.extra[name]) for name in naturals)
+        fresh = super().refreshed(potential, state)
+        return fresh if same else replace(fresh, extra=naturals)
+
+    def at(self, potential: CapturedPotential, state: State, q: Tensor) -> State:
+        """Returns the state with other positions, with U and the natural parameters there."""
+        naturals = target_of(potential).naturals(q)
+        return replace(state, position=q, potential=potential.value(q), extra=naturals)
+
+    # --- acceptance
+
+    def decided(self, potential: CapturedPotential, state: State, to: State) -> tuple[State, Info]:
+        """Returns the state with the chains moved that accept, and what diagnostics need."""
+        moved, accept_prob = accept(state, to, self.log_accept(potential, state, to))
+        return moved, {"acceptance_rate": accept_prob, "non_finite": ~torch.isfinite(to.potential)}
+
+    def log_accept(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
+        """Returns U - U' and what the auxiliary draws say of Z / Z', ``(C,)``."""
+        target, ratio = target_of(potential), state.potential - to.potential
+        for name in target.energies:
+            terms = self.log_ratios(target, name, state.extra, to.extra)
+            ratio = ratio + terms.reshape(len(terms), -1).sum(1)
+        return ratio
+
+    def log_ratios(self, target: ExchangeTarget, name: str, old: Values, new: Values) -> Tensor:
+        """Returns what auxiliary draws say of log Z - log Z' for every element of a site.
+
+        Args:
+            target: The model.
+            name: The site.
+            old: Natural parameters of all sites, ``(C,) + B + (p,)``.
+            new: Those proposed.
+
+        Returns:
+            Shape ``(C,) + B``, weighted as the site; exponentials have the mean Z / Z'.
+        """
+        step = (old[name] - new[name]) / (self.num_bridges + 1)
+        if not bool(step.any()):
+            return step.sum(-1)
+        template = target.energies[name]
+        y = self._drawn_by.draw(template.with_natural(new[name]), target.observed[name])
+        total = (step * template.statistics(y)).sum(-1)
+        for k in range(1, self.num_bridges + 1):
+            y = self._drawn_by.bridge(template.with_natural(new[name] + k * step), y)
+            total = total + (step * template.statistics(y)).sum(-1)
+        return total * target.weights[name]
+
+
+def target_of(potential: CapturedPotential) -> ExchangeTarget:
+    """Returns what is sampled, with the natural parameters of its sites."""
+    target = potential.target
+    assert isinstance(target, ExchangeTarget)
+    return target
+
+
+def best_for(target: ExchangeTarget, num_sweeps: int = 20) -> Auxiliary:
+    """Returns how auxiliary draws are best made: exactly where all energies can, else by sweeps."""
+    return ExactDraws() if target.draws_are_exact else Sweeps(num_sweeps)

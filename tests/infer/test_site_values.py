@@ -1,0 +1,196 @@
+"""Values that no objective can learn from are refused in one sentence, whatever validates them."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch.distributions import constraints
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.errors import EnergyShapeError
+from pyro_ebm.infer.contrastive_divergence import ContrastiveDivergence
+from pyro_ebm.infer.energy_discrepancy import EnergyDiscrepancy
+from pyro_ebm.infer.fit import fit
+from pyro_ebm.infer.kale import KALE
+from pyro_ebm.infer.nce import NCE, RankingNCE
+from pyro_ebm.infer.per_site import PerSite
+from pyro_ebm.infer.persistent import PersistentContrastiveDivergence
+from pyro_ebm.infer.pseudo_likelihood import PseudoLikelihood
+from pyro_ebm.infer.score_matching import ScoreMatching
+
+STANDARD = dist.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
+OBJECTIVES = {
+    "nce": NCE,
+    "nce, fitted noise": lambda: NCE(noise="gaussian"),
+    "ranking": RankingNCE,
+    "kale": KALE,
+    "cd": ContrastiveDivergence,
+    "pcd": PersistentContrastiveDivergence,
+    "score matching": ScoreMatching,
+    "ed": EnergyDiscrepancy,
+    "per site": lambda: PerSite({"x": ScoreMatching()}),
+}
+
+
+def no_guide(*args):
+    return None
+
+
+def model_of(energy):
+    def model(x):
+        a = pyro.param("a", torch.tensor(2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", EnergyDistribution(lambda x: a * energy(x), base=STANDARD), obs=x)
+
+    return model
+
+
+MODEL = model_of(lambda x: 0.5 * x**2)
+
+
+# --- a site that nobody gives a value
+
+
+def forgotten(x):
+    """The data enter nothing."""
+    a = pyro.param("a", torch.tensor(2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", EnergyDistribution(lambda x: 0.5 * a * x**2, base=STANDARD))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_obs_forgotten(name):
+    with pytest.raises(ValueError, match="'x' is neither observed nor in the guide.*pass obs="):
+        OBJECTIVES[name]().differentiable_loss(forgotten, no_guide, torch.randn(8))
+
+
+def test_a_guide_for_another_site_does_not_help():
+    def guide(x):
+        pyro.sample("z", STANDARD)
+
+    with pytest.raises(ValueError, match="give the guide a sample site of this name"):
+        NCE()(forgotten, guide)(torch.randn(8))
+
+
+@pytest.mark.parametrize("name", ["nce", "kale", "cd", "score matching"])
+def test_a_prior_with_a_guide_is_learned(name):
+    """And so is a site whose value is given by a condition."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.3, 0.5))
+
+    pyro.set_rng_seed(0)
+    for model, held in (
+        (forgotten, guide),
+        (poutine.condition(forgotten, {"x": -1.0 * torch.ones(8)}), no_guide),
+    ):
+        pyro.clear_param_store()
+        OBJECTIVES[name]().loss_and_grads(model, held, torch.randn(8))
+        assert pyro.param("a").grad.abs() > 1e-6
+
+
+# --- data that are not finite
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("validates", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_data_that_are_not_finite(name, validates, bad):
+    """One line, without the table of shapes that Pyro adds to errors of a log density."""
+    x = torch.randn(8)
+    x[[2, 5]] = bad
+    with (
+        pyro.validation_enabled(validates),
+        pytest.raises(ValueError, match="EBM site 'x'") as error,
+    ):
+        OBJECTIVES[name]().differentiable_loss(MODEL, no_guide, x)
+    assert str(error.value) == (
+        "EBM site 'x': 2 of 8 rows of the data are NaN or infinite, not points of the support "
+        "Real(): leave these out, or mask them by poutine.mask"
+    )
+
+
+@pytest.mark.parametrize("name", ["nce", "cd", "score matching"])
+def test_data_off_the_support(name):
+    """Where validation is on, as Pyro has it; in one line as well."""
+
+    def model(x):
+        base = dist.Exponential(torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", EnergyDistribution(lambda x: 0.1 * x**2, base=base), obs=x)
+
+    with pytest.raises(
+        ValueError, match="EBM site 'x': 1 of 3 rows of the data are not points"
+    ) as e:
+        OBJECTIVES[name]().differentiable_loss(model, no_guide, torch.tensor([1.0, -1.0, 2.0]))
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_rows_are_counted_not_numbers():
+    def model(x):
+        law = EnergyDistribution(
+            lambda x: x.square().sum(-1), base=STANDARD.expand([3]).to_event(1)
+        )
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", law, obs=x)
+
+    x = torch.randn(8, 3)
+    x[4] = float("nan")
+    with pytest.raises(ValueError, match="1 of 8 rows of the data are NaN"):
+        NCE().differentiable_loss(model, no_guide, x)
+
+
+def test_rows_that_are_masked_may_be():
+    x = torch.tensor([1.0, float("nan"), 2.0])
+
+    def model(x):
+        with poutine.mask(mask=x.isfinite()):
+            MODEL(x)
+
+    assert NCE().differentiable_loss(model, no_guide, x).isfinite()
+
+
+def test_under_fit():
+    x = torch.randn(20)
+    x[7] = float("nan")
+    options = {"batch_size": 4, "num_steps": 5, "disable_progbar": True}
+    with pytest.raises(ValueError, match="1 of 4 rows of the data are NaN"):
+        fit(MODEL, x, NCE(), **options)
+
+
+# --- shapes of energies
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_energies_with_a_dim_in_front(name):
+    """(1, 8) for (8,): draws beside the rows would be taken for the data."""
+    message = r"EBM site 'x': energy returned shape \(1, 8\) for input \(8,\); expected \(8,\)"
+    with pytest.raises(EnergyShapeError, match=message):
+        OBJECTIVES[name]().differentiable_loss(
+            model_of(lambda x: (x**2).unsqueeze(0)), no_guide, torch.randn(8)
+        )
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_energies_with_a_dim_behind(name):
+    message = r"energy returned shape \(8, 1\) for input \(8,\).*Did you forget .squeeze\(-1\)"
+    with pytest.raises(EnergyShapeError, match=message):
+        OBJECTIVES[name]().differentiable_loss(
+            model_of(lambda x: (x**2).unsqueeze(-1)), no_guide, torch.randn(8)
+        )
+
+
+def test_energies_of_bits_with_a_dim_in_front():
+    def model(x):
+        law = EnergyDistribution(
+            lambda x: x.sum(-1)[None], event_shape=(3,), support=constraints.boolean
+        )
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", law, obs=x)
+
+    with pytest.raises(EnergyShapeError, match=r"shape \(1, 5\) for input \(5, 3\)"):
+        PseudoLikelihood().differentiable_loss(model, no_guide, torch.ones(5, 3))
