@@ -69,8 +69,17 @@ def _why(draws: NDArray[Any]) -> str:
 
 
 def _spread(x: Floats) -> Floats:
+    scale = _scale(x)
+    x = x / scale
     centre = np.median(x, axis=(0, 1))
-    return np.median(np.abs(x - centre), axis=(0, 1))
+    spread: Floats = scale * np.median(np.abs(x - centre), axis=(0, 1))
+    return spread
+
+
+def _scale(x: Floats) -> Floats:
+    """The largest number of each coordinate: sums of two of them may have no number."""
+    scale: Floats = np.maximum(np.abs(x).max(axis=(0, 1)), 1.0)
+    return scale
 
 
 def _is_huge(x: Floats) -> Flags:
@@ -93,7 +102,7 @@ def _split_rhat(x: Floats) -> Floats:
 
 def _moves_outward(x: Floats) -> bool:
     """Whether most chains of ``(chains, draws, D)`` hardly ever turn back in some direction."""
-    distance = np.abs(x)
+    distance = np.abs(x) / _scale(x)
     step = np.diff(distance, axis=1)
     moves, outward = (step != 0).sum(axis=1), (step > 0).sum(axis=1)
     quarters = np.stack([np.median(q, axis=1) for q in np.array_split(distance, 4, axis=1)])

@@ -272,7 +272,12 @@ class _Envelope:
     def log_ratio(self, rows: Tensor, y: Tensor) -> Tensor:
         """Returns the log of target over envelope at y, at most 0."""
         slope, weight, top = self.slope[rows], self.weight[rows], self.top[rows]
-        return slope * (y - top) - weight * (torch.lgamma(y + 1.0) - torch.lgamma(top + 1.0))
+        return slope * (y - top) - weight * (_log_factorial(y) - _log_factorial(top))
+
+
+def _log_factorial(y: Tensor) -> Tensor:
+    """Log y!, and 0 at 0 and 1, where a rounding of lgamma would count at large weights."""
+    return torch.where(y > 1, torch.lgamma(y + 1.0), 0.0)
 
 
 def _log_survival(log_rate: Tensor, dispersion: Tensor, mode: Tensor) -> Tensor:

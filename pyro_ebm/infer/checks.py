@@ -272,8 +272,8 @@ def guide(given: Any, who: str) -> None:
 def traces(model_trace: Any, guide_trace: Any, used: Collection[str]) -> None:
     """Raises if the traces of an objective's step hold something it would get wrong."""
     has_sites(used)
-    site_values.given(model_trace, guide_trace, used)
     enumeration.check_traces(model_trace, guide_trace, used)
+    site_values.given(model_trace, guide_trace, used)
     for name in used:
         if model_trace.nodes[name]["is_observed"]:
             site_values.on_support(name, model_trace.nodes[name])

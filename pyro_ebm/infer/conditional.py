@@ -10,7 +10,8 @@ are, and the energy is evaluated at an ``x`` that does not.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
 from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.contrast import rows_of
+from pyro_ebm.infer.run_modules import buffers_restored
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine.paired_runs import unvalidated
 
@@ -30,7 +32,7 @@ def check_rows(name: str, p: EnergyDistribution, x: Tensor, who: str) -> None:
     if p.conditional is False:
         return
     if p.conditional or depends_on_rows(p, x):
-        _refuse(name, p, who)
+        refuse(name, p, who)
 
 
 @torch.no_grad()
@@ -85,28 +87,56 @@ def check_arguments(
     marked = [_mark(f"argument {i}", a) for i, a in enumerate(args)]
     named = {key: _mark(f"argument {key!r}", a) for key, a in kwargs.items()}
     try:
-        with torch.no_grad(), unvalidated(), rng_preserved(), poutine.block():
+        with torch.no_grad(), aside():
             trace = poutine.trace(poutine.condition(model, values)).get_trace(*marked, **named)
             site = trace.nodes[name]
             p = unwrap(site["fn"])
             found = get_provenance(p.energy(detach_provenance(site["value"])))  # type: ignore[union-attr]
     except Exception as error:  # models may do anything with their arguments
-        warnings.warn(
-            f"EBM site {name!r}: with one row at a time it could not be checked whether the energy "
-            f"depends on a context ({error}); say conditional=True or False",
-            SurrogateWarning,
-            stacklevel=2,
+        what = (
+            "with one row at a time it could not be checked whether the energy depends on a context"
         )
+        warn_unchecked(name, what, error)
         return
     if found:
-        _refuse(name, p, who, f" ({', '.join(sorted(map(str, found)))})")
+        refuse(name, p, who, f" ({', '.join(sorted(map(str, found)))})")
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Surrounds a run of the model that leaves no trace."""
+    with unvalidated(), rng_preserved(), buffers_restored(), poutine.block():
+        yield
+
+
+def warn_unchecked(name: str, what: str, error: Exception) -> None:
+    """Warns that a site could not be checked."""
+    warnings.warn(
+        f"EBM site {name!r}: {what} ({error}); say conditional=True or False",
+        SurrogateWarning,
+        stacklevel=3,
+    )
+
+
+def check_weights(name: str, scale: Any, who: str) -> None:
+    """Raises ``ValueError`` if rows weigh differently where log Z is found from all alike."""
+    if (
+        isinstance(scale, Tensor)
+        and scale.numel() > 1
+        and bool((scale != scale.flatten()[0]).any())
+    ):
+        raise ValueError(
+            f"rows of EBM site {name!r} have weights of their own (poutine.scale), and {who} finds "
+            'log Z from all rows alike: use c_update="gradient", or RankingNCE'
+        )
 
 
 def _mark(label: str, value: Any) -> Any:
     return ProvenanceTensor(value, frozenset({label})) if isinstance(value, Tensor) else value
 
 
-def _refuse(name: str, p: Any, who: str, what: str = "") -> None:
+def refuse(name: str, p: Any, who: str, what: str = "") -> None:
+    """Raises ``ValueError``: one log Z cannot serve all rows of a site."""
     others = "" if isinstance(p, GeneralizedEBM) else "use RankingNCE or EnergyDiscrepancy, "
     raise ValueError(
         f"the energy of EBM site {name!r} depends on row-wise values other than x{what}, so log Z "

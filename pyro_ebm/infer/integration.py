@@ -4,8 +4,10 @@ Where the mass of a law lies is found for one :math:`\theta` at a time
 (:func:`~pyro_ebm.normalizers.find_box`), and around the data, where that does not see what they
 lie in (:mod:`pyro_ebm.infer.witnesses`). The search begins with draws of the prior, keeps those of
 high posterior density, puts a box around the boxes of all of them with the smallest of their steps,
-and draws from the posterior by short chains of HMC. A box is made anew for these draws and half as
-far out again, and the search ends when the old one would have held there too.
+and draws from the posterior by short chains of HMC. A box is made anew for these draws, half as far
+out again and wherever between them the old one did not hold: where a box does not hold no chain
+comes, so that draws alone say nothing of a gap among them. The search ends when old and new boxes
+hold at all of these.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ _MOST_ROUNDS = 8
 _BEYOND = 1.5  # how far out of the draws' centre the rule must hold, relative to them
 _SAFETY = 0.1  # of the error that is let pass: what boxes are made for
 _MOST_BOXES = 12  # of positions that one box is put around
+_STEPS_BETWEEN = 12  # on the way from the middle draw to one further out
 _DEPTH = 36.0  # nats below the highest density at which a box ends
 _FIRST_QUARTER = 4  # of the nodes along a dim
 
@@ -66,7 +69,11 @@ class Integrals:
 
     def hold_beyond(self, q: Tensor) -> bool:
         """Whether the rules hold around draws ``(S, D)`` too."""
-        return all(map(self.objective.holds, map(self.search.laws, _stretched(q))))
+        return not len(self.search.failing(self.objective, _stretched(q)))
+
+    def gaps_among(self, q: Tensor) -> Tensor:
+        """Returns positions between draws ``(S, D)`` at which the rules do not hold, ``(K, D)``."""
+        return self.search.failing(self.objective, _between(q))
 
 
 def integrals_of(
@@ -142,11 +149,14 @@ class Search:
         for _ in range(_MOST_ROUNDS):
             if found is None:
                 return None
-            before = found
-            q = self._drawn(Integrals(before, q, self))
-            found = self._objective(_spread(_stretched(q))) or self._objective(_spread(q))
-            if Integrals(before, q, self).hold_beyond(q):
-                return Integrals(found or before, q, self)
+            before = Integrals(found, q, self)
+            q = self._drawn(before)
+            gaps = before.gaps_among(q)[:_MOST_BOXES]
+            found = self._objective(torch.cat([_spread(_stretched(q)), gaps]))
+            found = found or self._objective(torch.cat([_spread(q), gaps]))
+            last = Integrals(found or before.objective, q, self)
+            if before.hold_beyond(q) and not len(gaps) and not len(last.gaps_among(q)):
+                return last
         return None
 
     # --- positions
@@ -186,6 +196,11 @@ class Search:
         return mcmc.positions()[1][:, -1]
 
     # --- rules
+
+    def failing(self, rules: Integrated, q: Tensor) -> Tensor:
+        """Returns those of positions ``(S, D)`` at which rules do not hold."""
+        held = torch.tensor([rules.holds(self.laws(row)) for row in q], device=q.device)
+        return q[~held]
 
     def laws(self, q: Tensor) -> Laws:
         """Returns the laws of the sites at a position ``(D,)``."""
@@ -282,6 +297,13 @@ def _spread(q: Tensor) -> Tensor:
         distance = torch.minimum(distance, (scaled - scaled[chosen[-1]]).norm(dim=1))
         chosen.append(int(distance.argmax()))
     return q[chosen]
+
+
+def _between(q: Tensor) -> Tensor:
+    """Positions on the ways from the middle one of ``(S, D)`` to those furthest from each other."""
+    middle, *others = _spread(q)
+    share = torch.linspace(0.0, 1.0, _STEPS_BETWEEN + 1, dtype=q.dtype, device=q.device)[1:, None]
+    return torch.cat([middle[None], *(middle + share * (other - middle) for other in others)])
 
 
 def _stretched(q: Tensor) -> Tensor:

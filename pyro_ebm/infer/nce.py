@@ -88,6 +88,7 @@ class NCE(NoiseContrast):
         super().__init__(num_noise, noise, **elbo)
         self.c_update = one_of("c_update", c_update, get_args(CUpdate))
         self.c_rate = checks.rate("c_rate", c_rate)
+        self.pools_data = not self.learns_by_gradient
 
     @property
     def learns_by_gradient(self) -> bool:

@@ -39,6 +39,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.known_normalizer import parameters_of
 from pyro_ebm.infer import checks, conditional
+from pyro_ebm.infer.contexts import ContextChecks
 from pyro_ebm.infer.enumeration import EnumeratingELBO
 from pyro_ebm.infer.evaluation import Evaluation, evaluating
 from pyro_ebm.infer.frozen import FrozenObjective, freeze
@@ -81,6 +82,7 @@ class Objective(EnumeratingELBO, nn.Module):
 
     is_held_out_criterion = True
     learns_log_normalizer = False
+    pools_data = False  # log Z is found from the data, all rows alike
     pools_rows = False  # one log Z, learned or implied, for all rows of a site
     needs_density = True
     trains_energy = True
@@ -103,7 +105,7 @@ class Objective(EnumeratingELBO, nn.Module):
         self.examples: dict[str, Tensor] = {}
         self.evaluation = Evaluation()
         self._checked: dict[str, int] = {}
-        self._seen_alone: set[str] = set()
+        self.contexts = ContextChecks()
         self._optimized: frozenset[int] = frozenset()
 
     # --- what a subclass defines
@@ -232,18 +234,17 @@ class Objective(EnumeratingELBO, nn.Module):
     def _check_contexts(
         self, model: Any, model_trace: Any, used: Collection[str], args: Any, kwargs: Any
     ) -> None:
-        """Once per site: a step that sees one row only cannot tell by comparing rows."""
+        """Looks for a context that does not show by comparing the rows of one step."""
+
+        def values() -> dict[str, Tensor]:
+            latents = model_trace.iter_stochastic_nodes()
+            return {name: site["value"].detach() for name, site in latents}
+
         for name in used:
             member = self.objective_of(name)
-            one_for_all = member.pools_rows or member.keeps_log_normalizer(name)
-            if name in self._seen_alone or not one_for_all:
-                continue
-            if conditional.needs_arguments(member.sites[name], member.examples[name]):
-                self._seen_alone.add(name)
-                latents = model_trace.iter_stochastic_nodes()
-                values = {n: site["value"].detach() for n, site in latents}
-                who = type(member).__name__
-                conditional.check_arguments(name, model, args, kwargs, values, who)
+            if member.pools_rows or member.keeps_log_normalizer(name):
+                p, x, who = member.sites[name], member.examples[name], type(member).__name__
+                member.contexts.check(name, p, x, (model, args, kwargs), values, who)
 
     def objective_of(self, site: str) -> Objective:
         """Returns the objective that serves a site: this one."""
@@ -352,7 +353,12 @@ class Objective(EnumeratingELBO, nn.Module):
             member = self.objective_of(name)
             if member.is_checked_now(name):
                 checks.free_of_latents(name, model_trace, guide_trace, member)
-        self._check_contexts(model, model_trace, handler.used, args, kwargs)
+            if member.pools_data:
+                conditional.check_weights(
+                    name, model_trace.nodes[name]["scale"], type(member).__name__
+                )
+        if get_proxy_mode() is None:  # a recorded step is compared with one that is not
+            self._check_contexts(model, model_trace, handler.used, args, kwargs)
         checks.registered(model_trace, handler.used, self.sites, self._optimized)
         return model_trace, guide_trace
 
@@ -424,6 +430,7 @@ class Objective(EnumeratingELBO, nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What was seen of the model stays behind: energies may be closures over graphs."""
         seen: dict[str, Any] = {"sites": {}, "examples": {}, "evaluation": Evaluation()}
+        seen["contexts"] = ContextChecks()
         return {**self.__dict__, **seen}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -453,5 +460,5 @@ def _or_zero(log_z: Tensor | None) -> Tensor:
 
 
 def _key(site: str) -> str:
-    """Parameter names may not contain dots."""
-    return site.replace(".", "__")
+    """Names of modules may not contain dots; different sites have different keys."""
+    return site.replace("%", "%25").replace(".", "%2E")

@@ -37,8 +37,17 @@ def how_summed(site: SiteStructure, nodes: Integrals | None) -> str:
 
 
 def off_the_nodes(mcmc: MCMC, nodes: Integrals | None) -> tuple[str, ...]:
-    """Returns a sentence if log Z is not held by its nodes a little beyond the draws."""
-    if nodes is None or nodes.hold_beyond(mcmc.positions()[1][:, -1]):
+    """Returns a sentence if log Z is not held by its nodes between or a little beyond the draws."""
+    if nodes is None:
+        return ()
+    draws = mcmc.positions()[1][:, -1]
+    if len(nodes.gaps_among(draws)):
+        return (
+            "log Z is not held by its nodes everywhere between the draws, where chains cannot pass "
+            "and the posterior may have a gap: trust no number, and give the distribution a "
+            "log_normalizer or use another method.",
+        )
+    if nodes.hold_beyond(draws):
         return ()
     return (
         "log Z is held by its nodes at all draws, but not half as far out again: tails are cut "

@@ -23,6 +23,7 @@ from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc.captured import CapturedFunction
 from pyro_ebm.mcmc.each_chain import EachChain
 from pyro_ebm.mcmc.explain import name_of
+from pyro_ebm.mcmc.fixed_sites import check_fixed_sites
 from pyro_ebm.mcmc.model_target import ModelTarget, set_up
 from pyro_ebm.mcmc.target import Values
 from pyro_ebm.mcmc.vmap_safe import VmapSafe, vmap_safe_operations
@@ -68,7 +69,8 @@ class ExchangeTarget(ModelTarget):
         """Remembers the model and looks at its sites once.
 
         Raises:
-            ValueError: If no observed EBM site lacks its log Z, or data lie off a support.
+            ValueError: If no observed EBM site lacks its log Z, data lie off a support, or a site's
+                statistics, mask or scale depend on a latent.
         """
         self._run = lambda: model(*args, **kwargs)
         self._scored = VmapSafe()(surrogate(model, UnnormalizedSites()))
@@ -79,11 +81,13 @@ class ExchangeTarget(ModelTarget):
             raise ValueError(
                 f"{self.name} has no observed EBM site without log Z: HMC or NUTS samples it"
             )
-        self.observed, self.weights = sites.observed, sites.weights
+        self.observed, self.weights = dict(sites.observed), sites.weights
+        _check_unscaled(sites.weights)
         if self.each is not None:
             self._look_at_each()
         for name, law in sites.laws.items():
             check_observed(name, law.support, self.observed[name], self.weights[name] > 0)
+        check_fixed_sites(self, self._sites_at, sites.observed)
         self.energies = {name: law.energy_function for name, law in sites.laws.items()}
         self.draws_are_exact = all(law.energy_draws_exactly for law in sites.laws.values())
         self._has_base = any(law.base is not None for law in sites.laws.values())
@@ -162,14 +166,21 @@ class _Sites(Messenger):
 
 
 def _weight(msg: Any, law: EnergyDistribution, x: Tensor) -> Tensor:
-    if msg["scale"] != 1.0:
-        raise ValueError(
-            f"EBM site {msg['name']!r} is scaled by {float(msg['scale'])}: exchange needs all of "
-            "the data at once, without subsampling"
-        )
+    """What counts of a site, scale times mask; no branch, for the scale may be one of vmap."""
     mask = mask_of(msg["fn"], msg["mask"])
     counts = torch.as_tensor(mask, device=x.device).expand(law.batch_shape)
-    return counts.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
+    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+    return counts.to(dtype) * torch.as_tensor(msg["scale"], dtype=dtype, device=x.device)
+
+
+def _check_unscaled(weights: Values) -> None:
+    for name, weight in weights.items():
+        scales = weight[weight != 0]
+        if bool((scales != 1).any()):
+            raise ValueError(
+                f"EBM site {name!r} is scaled by {float(scales[0])}: exchange needs all of the "
+                "data at once, without subsampling"
+            )
 
 
 def exchange_target(

@@ -21,8 +21,9 @@ from pyro_ebm.mcmc.model_target import ModelTarget
 from pyro_ebm.mcmc.target import Values
 from pyro_ebm.ops.rng import rng_preserved
 
-NUM_POSITIONS = 8
+NUM_POSITIONS = 64
 SPREADS = (1.0, 5.0)  # of the positions, in units of where chains start
+_NUM_EPS = 1e3  # units in the last place by which vmap may be off
 
 
 class SeenSites(Protocol):
@@ -32,10 +33,9 @@ class SeenSites(Protocol):
     weights: Values
 
 
-Look = Callable[[Tensor], SeenSites]
-
-
-def check_fixed_sites(target: ModelTarget, look: Look, first: SeenSites, observed: Values) -> None:
+def check_fixed_sites(
+    target: ModelTarget, look: Callable[[Tensor], SeenSites], observed: Values
+) -> None:
     """Raises if statistics, mask or scale of a site depend on a latent.
 
     They are compared at some positions. That a latent is in the graph of the statistics counts too:
@@ -44,7 +44,6 @@ def check_fixed_sites(target: ModelTarget, look: Look, first: SeenSites, observe
     Args:
         target: The model.
         look: From a position ``(D,)`` to the sites there.
-        first: The sites at one position.
         observed: Values of the sites, ``B + event``.
 
     Raises:
@@ -52,47 +51,67 @@ def check_fixed_sites(target: ModelTarget, look: Look, first: SeenSites, observe
     """
     with rng_preserved(), pyro.validation_enabled(is_validate=False):
         q = target.draw_start(target.num_rows(NUM_POSITIONS))
-        for name in _of_latents(look, q[0], observed):
-            raise ValueError(_curved(name))
+        _check_graphs(look, q[0], observed)
         with torch.no_grad():
-            terms = _Terms(look, observed, _terms_of(first, observed))
+            first = _terms(look(q[0]), observed)
             for spread in SPREADS:
-                with suppress(torch.linalg.LinAlgError):  # far out, by the values
-                    _raise_for(target.over_rows(terms.moved, spread * q), list(first.weights))
+                with suppress(torch.linalg.LinAlgError):  # by the values, far out
+                    _check_values(target, look, observed, first, spread * q)
 
 
-def _of_latents(look: Look, q: Tensor, observed: Values) -> list[str]:
-    """The sites with a latent in the graph of their statistics."""
+def _check_graphs(look: Callable[[Tensor], SeenSites], q: Tensor, observed: Values) -> None:
     with torch.enable_grad():
         q = q.detach().requires_grad_()
-        told = _statistics(look(q), observed)
-        return [name for name, t in told.items() if _leads_to(t, q)]
+        for (name, what), value in _terms(look(q), observed).items():
+            if value.requires_grad and _leads_to(value, q):
+                raise ValueError(_sentence(name, what))
 
 
 def _leads_to(value: Tensor, q: Tensor) -> bool:
-    if not value.requires_grad:
-        return False
-    return torch.autograd.grad(value.sum(), q, allow_unused=True, retain_graph=True)[0] is not None
+    return torch.autograd.grad(value.sum(), q, allow_unused=True)[0] is not None
 
 
-def _statistics(sites: SeenSites, observed: Values) -> Values:
+def _check_values(
+    target: ModelTarget,
+    look: Callable[[Tensor], SeenSites],
+    observed: Values,
+    first: Mapping[tuple[str, str], Tensor],
+    q: Tensor,
+) -> None:
+    def changes(row: Tensor) -> tuple[Tensor, ...]:
+        terms = _terms(look(row), observed)
+        return tuple(_change(terms[key], value) for key, value in first.items())
+
+    for (name, what), change in zip(first, target.over_rows(changes, q), strict=True):
+        if bool((change > 0).any()):
+            raise ValueError(_sentence(name, what))
+
+
+def _terms(sites: SeenSites, observed: Values) -> dict[tuple[str, str], Tensor]:
+    """What must not move, by site and kind."""
     energies = {name: law.energy_function for name, law in sites.laws.items()}
     families = {n: e for n, e in energies.items() if isinstance(e, ExponentialFamily)}
-    return {name: family.statistics(observed[name]) for name, family in families.items()}
+    statistics = {(n, "statistics"): e.statistics(observed[n]) for n, e in families.items()}
+    return statistics | {(n, "weights"): w for n, w in sites.weights.items()}
 
 
-def _terms_of(sites: SeenSites, observed: Values) -> tuple[Values, Values]:
-    return _statistics(sites, observed), sites.weights
+def _change(value: Tensor, first: Tensor) -> Tensor:
+    """How far a tensor is from what it was, beyond rounding; 0-d."""
+    size = first.abs().nan_to_num(0.0).amax().clamp_min(torch.finfo(first.dtype).tiny)
+    same = (value == first) | (value.isnan() & first.isnan())  # NaN: of rows that are masked
+    off = torch.where(same, 0.0, (value - first).abs() / size).nan_to_num(torch.inf).amax()
+    return torch.relu(off - _NUM_EPS * torch.finfo(first.dtype).eps)
 
 
-class _Terms:
-    """Statistics and weights of sites, compared with those of one position.
-
-    Args:
-        look: From a position to the sites there.
-        observed: Values of the sites.
-        first: Statistics and weights at one position.
-    """
-
-    def __init__(self, look: Look, observed: Values, first: tuple[Values, Values]) -> None:
-        self.look, self.observed, self.first = look, observed, first
+def _sentence(name: str, what: str) -> str:
+    if what == "statistics":
+        return (
+            f"EBM site {name!r}: the statistics of its energy depend on a latent, and exchange and "
+            "anchors follow a law by its natural parameters alone: hold that latent fixed, give "
+            "the distribution a log_normalizer, or use posterior(..., method='generalized')"
+        )
+    return (
+        f"EBM site {name!r}: its mask or scale depends on a latent, so that Z counts more often at "
+        "some values than at others, which exchange and anchors do not follow: give the "
+        "distribution a log_normalizer, or mask rows by what is observed"
+    )

@@ -113,3 +113,10 @@ def test_split_rhat_is_the_textbook_one():
     between = 25 * halves.mean(axis=1).var(axis=0, ddof=1)
     expected = np.sqrt((24 / 25 * within + between / 25) / within)
     np.testing.assert_allclose(runaway._split_rhat(x), expected, rtol=1e-12)
+
+
+def test_draws_up_to_the_largest_number_run_away():
+    """Medians of two of them have no number; the chains stand at places of their own."""
+    places = np.array([1e300, 3e305, 1e307, 1.7e308])[:, None]
+    found = find_runaways({"nu": places * np.linspace(0.9, 1.0, 150)})
+    assert "spreads over" in found["nu"]

@@ -253,7 +253,7 @@ def test_nodes_that_miss_a_mode_of_the_data_have_no_error_to_tell(is_shared):
     x = in_two_modes()
     law = mixed(torch.tensor(0.4)).expand((40,))
     data = witnesses_of(x, torch.ones(40, dtype=torch.bool), event_dims=0, is_shared=is_shared)
-    far = Box(torch.tensor([-8.5]), torch.tensor([23.5]), 33)  # nodes half a unit from 20
+    far = Box(torch.tensor([-8.4]), torch.tensor([23.6]), 41)  # nodes .4 units from 20
     for missing in (box(9.0, 65), far):
         blind, seeing = (OnBox(missing, is_shared, d)(law)[1] for d in (None, data))
         assert float(blind.max()) < 1e-3

@@ -1,0 +1,140 @@
+"""One context for all rows of a call: noticed when it changes, and only where log Z depends on it.
+
+The natural loop over ragged groups, ``svi.step(x[g], t[g])``, with U = e^(a + b t) x^2 / 2: a single
+log Z for all groups puts b at two thirds of its value, and nothing within a step shows it.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI
+
+from pyro_ebm import EnergyDistribution
+from pyro_ebm.errors import SurrogateWarning
+from pyro_ebm.infer import KALE, NCE, PersistentContrastiveDivergence, RankingNCE, ScoreMatching
+
+BASE = dist.Normal(torch.zeros((), dtype=torch.float64), 2.0)
+TIMES = (-1.0, 0.0, 1.0)
+FOR_ALL = {
+    "nce": lambda: NCE(5, BASE),
+    "kale": KALE,
+    "pcd": lambda: PersistentContrastiveDivergence(2),
+}
+
+
+def model(x, t):
+    a, b = (pyro.param(name, torch.tensor(0.1)) for name in "ab")
+    with pyro.plate("rows", len(x)):
+        law = EnergyDistribution(lambda y: 0.5 * (a + b * t).exp() * y**2 - y**2 / 8, BASE)
+        pyro.sample("x", law, obs=x)
+
+
+def steps(objective, model, calls):
+    svi = SVI(model, lambda *args: None, pyro.optim.Adam({"lr": 0.02}), loss=objective)
+    for call in calls:
+        svi.step(*call)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("name", FOR_ALL)
+def test_a_context_that_changes_between_calls_is_refused(name, as_tensor):
+    calls = [(torch.randn(6), torch.tensor(t) if as_tensor else t) for t in TIMES]
+    with pytest.raises(ValueError, match="argument 1, which changes from step to step"):
+        steps(FOR_ALL[name](), model, calls)
+
+
+@pytest.mark.parametrize("make", [ScoreMatching, lambda: RankingNCE(5, BASE)])
+def test_objectives_without_one_log_z_take_it(make):
+    steps(make(), model, [(torch.randn(6), t) for t in TIMES])
+
+
+def test_numbers_that_the_energy_does_not_use_may_change():
+    def weighted(x, weight):
+        with poutine.scale(scale=weight):
+            model(x, 0.5)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SurrogateWarning)
+        steps(NCE(5, BASE), weighted, [(torch.randn(6), w) for w in (0.1, 0.5, 1.0)])
+
+
+def test_a_context_whose_weight_is_zero_at_first_is_found_later():
+    def model(x, t):
+        b = pyro.param("b", torch.tensor(0.0))
+        with pyro.plate("rows", len(x)):
+            law = EnergyDistribution(lambda y: 0.5 * (b * t).exp() * y**2, BASE)
+            pyro.sample("x", law, obs=x)
+
+    objective = NCE(5, BASE)
+    rests = SVI(model, lambda *args: None, pyro.optim.Adam({"lr": 1e-12}), loss=objective)
+    for t in TIMES:
+        rests.step(torch.randn(6), t)
+    with pytest.raises(ValueError, match="changes from step to step"):
+        steps(objective, model, [(torch.randn(6), t) for t in (*TIMES, 2.0, 3.0)])
+
+
+def test_what_cannot_be_run_again_is_told():
+    shapes = iter([4, 6])
+
+    def picky(x, t):
+        if len(x) != next(shapes):
+            raise RuntimeError("not this one")
+        model(x, 0.5)
+
+    with pytest.warns(SurrogateWarning, match="which changes from step to step, could not be"):
+        steps(NCE(5, BASE), picky, [(torch.randn(4), 0.0), (torch.randn(6), 1.0)])
+
+
+def test_said_to_be_unconditional():
+    def said(x, t):
+        b = pyro.param("b", torch.tensor(0.3))
+        with pyro.plate("rows", len(x)):
+            law = EnergyDistribution(lambda y: b * t * y, BASE, conditional=False)
+            pyro.sample("x", law, obs=x)
+
+    steps(NCE(5, BASE), said, [(torch.randn(6), t) for t in TIMES])
+
+
+# --- rows with weights of their own
+
+
+def weighted(x, weights):
+    a = pyro.param("a", torch.tensor(1.0))
+    with pyro.plate("rows", len(x)), poutine.scale(scale=weights):
+        pyro.sample("x", EnergyDistribution(lambda y: 0.5 * a * y**2, BASE), obs=x)
+
+
+def test_log_z_by_bennetts_equation_takes_rows_alike():
+    x, weights = torch.randn(6), torch.linspace(0.5, 1.5, 6)
+    with pytest.raises(ValueError, match="finds log Z from all rows alike"):
+        steps(NCE(5, c_update="closed_form"), weighted, [(x, weights)])
+    steps(NCE(5), weighted, [(x, weights)])
+    steps(NCE(5, c_update="closed_form"), weighted, [(x, torch.full((6,), 2.0))])
+
+
+# --- names
+
+
+def test_sites_of_similar_names_have_a_log_z_each():
+    """Data of sd .5 and 2 under one energy, log Z = .5 log(2 pi / a) with respect to Lebesgue."""
+
+    def model(x, y):
+        for name, values in (("u.x", x), ("u__x", y)):
+            law = EnergyDistribution(lambda v: v**2 / (2 * values.var().detach()), event_shape=())
+            with pyro.plate(f"rows {name}", len(values)):
+                pyro.sample(name, law, obs=values)
+
+    objective = NCE(50, "gaussian", c_update="closed_form", c_rate=1.0)
+    x, y = 0.5 * torch.randn(400), 2.0 * torch.randn(400)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SurrogateWarning)
+        objective.loss(model, lambda *args: None, x, y)
+    for name, values in (("u.x", x), ("u__x", y)):
+        want = 0.5 * (2 * torch.pi * values.var()).log().item()
+        assert objective.log_normalizer(name).value.item() == pytest.approx(want, abs=0.05)
