@@ -66,8 +66,8 @@ def to_arviz(
         MissingNormalizerError: If a log likelihood is asked of a site whose density is not
             normalized at every draw.
         ValueError: If a log likelihood is asked without a model, of a single dependent observation,
-            or with latent sites that have no draws; if predictive draws do not match the
-            posterior's.
+            at draws of a generalized posterior, or with latent sites that have no draws; if
+            predictive draws do not match the posterior's.
         TypeError: If ``source`` is of another kind.
 
     Warns:
@@ -175,6 +175,12 @@ def _log_likelihood(
 ) -> Arrays:
     if conditioned is None:
         raise ValueError("log_likelihood needs the model: pass model=, args= and kwargs=")
+    if "calibration" in record.attrs:
+        raise ValueError(
+            "log_likelihood: these draws are of a generalized posterior, out of which no row is "
+            "taken by dividing by its likelihood, so that az.loo would be no elpd: compare losses "
+            "on held-out rows, or draw by Bayes' rule"
+        )
     listed = [wanted] if isinstance(wanted, str) else wanted
     names = None if isinstance(listed, bool) else list(listed)
     values = pointwise_log_likelihood(conditioned, names)

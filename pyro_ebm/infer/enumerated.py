@@ -31,6 +31,7 @@ class Enumerated:
 
     is_frozen = True
     is_likelihood = True  # latents may be summed out of it
+    is_normalized = True
 
     def __init__(self, max_states: int = 2**16) -> None:
         self.max_states = max_states

@@ -165,6 +165,7 @@ class Integrated:
     """
 
     is_frozen = True
+    is_normalized = True
 
     def __init__(
         self, rules: Mapping[str, Rule], max_states: int, largest_error: Mapping[str, float]

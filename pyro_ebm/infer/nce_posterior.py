@@ -266,7 +266,8 @@ def _pooled(sets: Sequence[_Set], num_noise: int) -> Posterior:
     stats = {name: np.concatenate([one.stats[name] for one in sets]) for name in sets[0].stats}
     spread = _spread(sets)
     accuracy = {s: float(np.mean([one.sites[s].accuracy for one in sets])) for s in sets[0].sites}
-    attrs: dict[str, Any] = {"num_noise": num_noise, "num_noise_sets": len(sets)}
+    attrs: dict[str, Any] = {"calibration": "asymptotic"}
+    attrs |= {"num_noise": num_noise, "num_noise_sets": len(sets)}
     for name, (between, relative) in spread.items():
         attrs[f"between_noise_sd_{name}"] = between.tolist()
         attrs[f"relative_between_noise_sd_{name}"] = relative.tolist()

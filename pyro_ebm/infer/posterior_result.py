@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro_ebm.chains import Record, summary, to_arviz
+from pyro_ebm.poutine import surrogate
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,8 @@ class Posterior:
             ``"simulation"``, ``"asymptotic"`` where it is right by itself for many rows of the
             model, or ``"none"``, which says nothing of how well the parameters are known; ``None``
             for a posterior by Bayes' rule.
+        scored_by: What gave EBM sites their log Z at every draw, if the model itself does not: the
+            objective of ``surrogate`` that log likelihoods are by.
 
     Example:
         >>> import numpy as np
@@ -34,6 +37,7 @@ class Posterior:
     reasons: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     calibration: str | None = None
+    scored_by: Any = None
 
     @property
     def is_calibrated(self) -> bool:
@@ -45,7 +49,13 @@ class Posterior:
         return summary(self.record)
 
     def to_arviz(self, **options: Any) -> Any:
-        """Returns the draws for ArviZ; ``options`` are those of :func:`pyro_ebm.to_arviz`."""
+        """Returns the draws for ArviZ; ``options`` are those of :func:`pyro_ebm.to_arviz`.
+
+        With ``model=``, ``args=`` and ``log_likelihood=True`` the log likelihood is that of the
+        posterior, also where its way has summed or integrated log Z itself.
+        """
+        if self.scored_by is not None and options.get("model") is not None:
+            options["model"] = surrogate(options["model"], self.scored_by)
         return to_arviz(self.record, **options)
 
     def __str__(self) -> str:

@@ -73,7 +73,8 @@ def _exact(run: Run, structure: DataStructure) -> Posterior:
     objective = Enumerated(MOST_TERMS) if run.nodes is None else run.nodes.objective
     mcmc = run.by(HMC(surrogate(run.model, objective)))
     reasons = tuple(how_summed(site, run.nodes) for site in structure.sites)
-    return Posterior(mcmc.record, "exact log Z", reasons, off_the_nodes(mcmc, run.nodes))
+    remarks = off_the_nodes(mcmc, run.nodes)
+    return Posterior(mcmc.record, "exact log Z", reasons, remarks, scored_by=objective)
 
 
 def _check_summable(structure: DataStructure, run: Run) -> None:

@@ -52,7 +52,11 @@ class SurrogateObjective(Protocol):
 
 
 class SurrogateDistribution(TorchDistribution):
-    """An EBM with an objective's surrogate as ``log_prob``; made by :class:`SurrogateMessenger`."""
+    """An EBM with an objective's surrogate as ``log_prob``; made by :class:`SurrogateMessenger`.
+
+    Attributes:
+        is_normalized: Whether the surrogate is the log density, log Z at all parameters included.
+    """
 
     arg_constraints: dict[str, Constraint] = {}
     has_rsample = False
@@ -62,8 +66,11 @@ class SurrogateDistribution(TorchDistribution):
         p: EnergyDistribution,
         score: Callable[[EnergyDistribution, Tensor], Tensor],
         mask: Tensor | None = None,
+        *,
+        is_normalized: bool = False,
     ) -> None:
         self.p = p
+        self.is_normalized = is_normalized
         self._score = score
         self.mask = mask
         super().__init__(p.batch_shape, p.event_shape, validate_args=p._validate_args)
@@ -106,7 +113,9 @@ class SurrogateDistribution(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> SurrogateDistribution:
         """Returns the surrogate of the expanded EBM."""
-        return SurrogateDistribution(self.p.expand(batch_shape), self._score, self.mask)
+        return SurrogateDistribution(
+            self.p.expand(batch_shape), self._score, self.mask, is_normalized=self.is_normalized
+        )
 
 
 class SurrogateMessenger(Messenger):
@@ -162,7 +171,10 @@ class SurrogateMessenger(Messenger):
         mask = _mask_of(msg["fn"], msg["mask"])
         event_made = num_reinterpreted(msg["fn"])
         score = self._scorer(name, mask, observed=observed, event_made=event_made)
-        msg["fn"] = rewrap(msg["fn"], lambda p: SurrogateDistribution(p, score, mask))
+        known = getattr(self._objective(name), "is_normalized", False)
+        msg["fn"] = rewrap(
+            msg["fn"], lambda p: SurrogateDistribution(p, score, mask, is_normalized=known)
+        )
 
     def _pyro_post_sample(self, msg: Any) -> None:
         """Notes which latents an inference around this handler sums out, and in which dims."""
