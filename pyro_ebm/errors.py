@@ -23,6 +23,10 @@ class DivergedTrainingError(RuntimeError):
     """Data and contrast are further apart in energy than training can make good again."""
 
 
+class ConditionalEnergyError(ValueError):
+    """One log Z would stand for all rows of an energy that depends on more of a row than ``x``."""
+
+
 class EnergyShapeError(RuntimeError):
     """An energy returned a tensor whose shape is not one value per event."""
 

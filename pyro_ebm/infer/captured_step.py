@@ -106,6 +106,7 @@ class CapturedStep:
             return None
         found = self._run(key, batch)
         self.objective.diagnostics = self.objective.diagnostics | found.notes
+        self._judge(found)
         for part in self._objectives():
             part.num_steps_taken += 1
         return found
@@ -132,6 +133,9 @@ class CapturedStep:
                     self._graphs[key] = self._record(batch, scaling, list(parameters.values()))
             with self._unchanged(modules):
                 replayed = self._run(key, batch)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # the step itself will say it
+                    self._judge(replayed)
                 state = self._state(modules)
         except Exception as error:  # models, recorder and compiler may fail in any way
             self._give_up(str(error).splitlines()[0] if str(error) else type(error).__name__)
@@ -145,6 +149,10 @@ class CapturedStep:
     def _objectives(self) -> list[Objective]:
         """The objective and its members."""
         return [part for part in self.objective.modules() if isinstance(part, Objective)]
+
+    def _judge(self, found: Pass) -> None:
+        for site, notes in found.notes.items():
+            self.objective.objective_of(site).judge(site, notes, trains=True)
 
     def _is_due(self) -> bool:
         steps = int(self.objective.num_steps_taken)

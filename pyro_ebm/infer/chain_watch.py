@@ -15,13 +15,11 @@ two powers of two, and judged at their ends:
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from pyro_ebm.infer.checks import SETTLED
-from pyro_ebm.infer.evaluation import Evaluation
 
 LEAST_ACCEPTANCE = 0.1
 LEAST_MOVE = 0.02
@@ -52,21 +50,20 @@ class ChainWatch:
     gaps: list[float] = field(default_factory=list)
     closed_at: int = 0
 
-    @torch.no_grad()
-    def see(self, evaluation: Evaluation, potential: Tensor) -> None:
+    def see(self, notes: Mapping[str, float]) -> None:
         """Adds one use of the chains.
 
         Args:
-            evaluation: With its notes on the chains.
-            potential: Of data and chains in nats, ``(1 + M,) + rows``.
+            notes: ``energy_gap`` and ``energy_spread`` in nats, and ``acceptance`` and ``moved``
+                where they are known; NaN is not counted.
         """
-        data = evaluation.rows(potential[0], potential.dim() - 1)
-        chains = torch.stack([evaluation.rows(u, u.dim()) for u in potential[1:]])
-        seen = {"gap": data.mean() - chains.mean(), "spread": data.std(correction=0)}
-        seen |= {n: evaluation.notes[n] for n in ("acceptance", "moved") if n in evaluation.notes}
-        for name, value in seen.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
-            self.counts[name] = self.counts.get(name, 0) + 1
+        names = {"energy_gap": "gap", "energy_spread": "spread"}
+        for name in ("energy_gap", "energy_spread", "acceptance", "moved"):
+            value = notes.get(name, math.nan)
+            if not math.isnan(value):
+                kept = names.get(name, name)
+                self.sums[kept] = self.sums.get(kept, 0.0) + value
+                self.counts[kept] = self.counts.get(kept, 0) + 1
 
     def verdicts(self, step: int) -> list[str]:
         """Returns what is to be said at a step, one sentence each; closes a window at its end."""

@@ -20,7 +20,7 @@ from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provena
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
-from pyro_ebm.errors import SurrogateWarning
+from pyro_ebm.errors import ConditionalEnergyError, SurrogateWarning
 from pyro_ebm.infer.contrast import rows_of
 from pyro_ebm.infer.run_modules import buffers_restored
 from pyro_ebm.ops.rng import rng_preserved
@@ -28,7 +28,7 @@ from pyro_ebm.poutine.paired_runs import unvalidated
 
 
 def check_rows(name: str, p: EnergyDistribution, x: Tensor, who: str) -> None:
-    """Raises ``ValueError`` if one scalar log Z cannot serve all rows of a site."""
+    """Raises ``ConditionalEnergyError`` if one scalar log Z cannot serve all rows of a site."""
     if p.conditional is False:
         return
     if p.conditional or depends_on_rows(p, x):
@@ -138,7 +138,7 @@ def _mark(label: str, value: Any) -> Any:
 def refuse(name: str, p: Any, who: str, what: str = "") -> None:
     """Raises ``ValueError``: one log Z cannot serve all rows of a site."""
     others = "" if isinstance(p, GeneralizedEBM) else "use RankingNCE or EnergyDiscrepancy, "
-    raise ValueError(
+    raise ConditionalEnergyError(
         f"the energy of EBM site {name!r} depends on row-wise values other than x{what}, so log Z "
         f"differs from row to row and {who}, with one log Z for all, would be inconsistent: "
         f"{others}give log_normalizer= as a function of the context, or say conditional=False if "

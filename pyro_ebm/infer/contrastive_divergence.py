@@ -88,6 +88,11 @@ class ContrastiveDivergence(NegativePhase):
         True
     """
 
+    @property
+    def is_replayable(self) -> bool:  # type: ignore[override]
+        """Whether every step does the same: the default kernel adapts its step."""
+        return not self.move.is_default
+
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
         """Moves M chains beside every datum from where they start."""
         if self.starts_at_data(noise):
@@ -95,5 +100,5 @@ class ContrastiveDivergence(NegativePhase):
         else:
             begin = self.fresh(p, x, noise, self.num_negatives)
         moved = self.moved(p, x, begin)
-        self.watch(moved)
+        self.note(moved)
         return Contrast(moved.x)

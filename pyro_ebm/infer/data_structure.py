@@ -3,18 +3,18 @@
 An observed EBM site without log Z holds *independent rows* that share one law, rows that have laws
 of their own by a covariate (*conditional*), groups with parameters of their own (*hierarchical*),
 or *one dependent observation*, such as a lattice or a network, of which there is nothing to
-resample. One run of the model tells.
+resample. Runs of the model at draws of its prior tell: at one of them rows may look alike that are
+not, as where the slope of a covariate is cut off at zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
@@ -24,11 +24,12 @@ from pyro_ebm.distributions.layers import mask_of
 from pyro_ebm.distributions.supports import check_observed
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.infer.conditional import depends_on_rows
+from pyro_ebm.infer.prior_runs import prior_runs
+from pyro_ebm.infer.whole_data import check_whole
 from pyro_ebm.mcmc.explain import explained
 from pyro_ebm.normalizers.exact import States
 from pyro_ebm.normalizers.quadrature import MAX_DIM
-from pyro_ebm.ops.constraints import base_measure, plain
-from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.ops.constraints import base_measure, finite_values, plain
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class SiteStructure:
     Args:
         name: The site.
         value: Its data.
-        law: Its distribution in one run of the model, without plates.
+        law: Its distribution in the first run of the model, without plates.
         counts: Which of its rows count, of the law's batch shape.
         is_conditional: Whether rows have laws of their own; not looked at where log Z is known.
         plates: Names of its plates that hold latents too, innermost first.
@@ -121,6 +122,10 @@ class DataStructure:
         """All observed EBM sites."""
         return self.sites + self.known
 
+    def as_conditional(self) -> DataStructure:
+        """Returns the structure in which rows of all sites without log Z have laws of their own."""
+        return replace(self, sites=tuple(replace(s, is_conditional=True) for s in self.sites))
+
     @property
     def groups(self) -> str | None:
         """The plate of groups that have latents of their own, if all sites stand in one."""
@@ -149,8 +154,11 @@ def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Data
         **kwargs: Its keyword arguments.
 
     Raises:
-        TypeError: If it is no model, or data on a continuous support are whole numbers.
-        ValueError: If it observes no EBM, or data lie outside of their support.
+        TypeError: If it is no model, data are no tensor, or those on a continuous support are whole
+            numbers.
+        ValueError: If it observes no EBM, data lie outside of their support, or a plate takes some
+            of its rows only.
+        NotImplementedError: If log Z is unknown and rows have integer intervals of their own.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -164,27 +172,30 @@ def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Data
         'one observation'
     """
     check_model(model, "a posterior")
-    trace = _traced(model, args, kwargs)
+    runs = _traced(model, args, kwargs)
+    trace = runs[0]
+    check_whole(trace)
     sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not is_subsample(s)]
     ebms = [s for s in sites if s["is_observed"] and unwrap(s["fn"]) is not None]
     if not ebms:
         raise ValueError(_without_observed(sites))
     of_latents = {f.name for s in sites if not s["is_observed"] for f in s["cond_indep_stack"]}
     for site in ebms:
+        _check_tensor(site)
         mask = mask_of(site["fn"], site["mask"])
         check_observed(site["name"], _law_of(site).support, site["value"], mask)
         _check_floating(site)
+        _check_states(site)
     missing, known = (
-        tuple(_structure(s, of_latents) for s in ebms if _law_of(s).is_normalized is is_known)
+        tuple(_structure(s, of_latents, runs) for s in ebms if _law_of(s).is_normalized is is_known)
         for is_known in (False, True)
     )
     return DataStructure(missing, known)
 
 
-def _traced(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _traced(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     try:
-        with rng_preserved(), torch.no_grad(), poutine.block():
-            return poutine.trace(model).get_trace(*args, **kwargs)
+        return prior_runs(model, args, kwargs)
     except NotImplementedError as error:  # of a prior that cannot be drawn
         raise explained(error, model, args, kwargs) from error
 
@@ -227,23 +238,46 @@ def _check_floating(site: Any) -> None:
         )
 
 
-def _structure(site: Any, of_latents: set[str]) -> SiteStructure:
+def _check_tensor(site: Any) -> None:
+    if not isinstance(site["value"], Tensor):
+        raise TypeError(
+            f"the data of EBM site {site['name']!r} must be a tensor, got "
+            f"{type(site['value']).__name__}: call torch.as_tensor on what the model is given"
+        )
+
+
+def _check_states(site: Any) -> None:
+    support = plain(_law_of(site).support)
+    has_own = isinstance(support, constraints.integer_interval) and finite_values(support) is None
+    if has_own and not _law_of(site).is_normalized:
+        raise NotImplementedError(
+            f"EBM site {site['name']!r} lives on {support}, with bounds of their own for its "
+            "elements, and sums for log Z take one list of states: give integer_interval(lowest, "
+            "highest) for all, and an energy of math.inf beyond the bounds, as by torch.where(x <= "
+            "upper, energy, math.inf)"
+        )
+
+
+def _structure(site: Any, of_latents: set[str], runs: list[Any]) -> SiteStructure:
     law = _law_of(site)
     x = law.broadcast_value(site["value"])
     mask = mask_of(site["fn"], site["mask"])
     frames = sorted(site["cond_indep_stack"], key=lambda f: -(f.dim or 0))
-    with torch.no_grad():
-        is_conditional = law.conditional is True or (
-            not law.is_normalized and _has_own_laws(law, x)
-        )
     return SiteStructure(
         name=site["name"],
         value=x,
         law=law,
         counts=torch.as_tensor(mask, device=x.device).expand(law.batch_shape),
-        is_conditional=is_conditional,
+        is_conditional=law.conditional is True or _have_own_laws(site["name"], x, runs),
         plates=tuple(f.name for f in frames if f.name in of_latents),
     )
+
+
+@torch.no_grad()
+def _have_own_laws(name: str, x: Tensor, runs: list[Any]) -> bool:
+    """Whether rows of a site without log Z have laws of their own in some run."""
+    laws = [_law_of(run.nodes[name]) for run in runs if name in run.nodes]
+    return any(not law.is_normalized and _has_own_laws(law, x) for law in laws)
 
 
 def _has_own_laws(law: EnergyDistribution, x: Tensor) -> bool:

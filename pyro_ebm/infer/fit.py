@@ -26,10 +26,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from pyro_ebm.infer import checks
 from pyro_ebm.infer.checkpoint import load_checkpoint
 from pyro_ebm.infer.early_stopping import check_criterion
+from pyro_ebm.infer.fit_options import Options, check_numbers
 from pyro_ebm.infer.fit_result import FitResult
 from pyro_ebm.infer.minibatch import Batches
 from pyro_ebm.infer.objective import Objective
-from pyro_ebm.infer.training_run import Options, TrainingRun, check_numbers
+from pyro_ebm.infer.training_run import TrainingRun
 
 Data = Tensor | Sequence[Tensor]
 

@@ -38,18 +38,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
+from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_ebm.chains import Record
 from pyro_ebm.chains.record import to_numpy
 from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.layers import layers
+from pyro_ebm.infer.conditional import check_rows
 from pyro_ebm.infer.contrast import rows_of
 from pyro_ebm.infer.data_structure import check_model
 from pyro_ebm.infer.frozen import FrozenObjective
 from pyro_ebm.infer.nce import NCE
 from pyro_ebm.infer.posterior_result import Posterior
+from pyro_ebm.infer.prior_runs import NUM_DRAWS, prior_runs
 from pyro_ebm.mcmc import HMC, MCMC
+from pyro_ebm.mcmc.target import Target
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.rank_rhat import rank_rhat
 from pyro_ebm.ops.rng import rng_preserved
@@ -131,7 +135,8 @@ def nce_posterior(
 
     Raises:
         TypeError: If the model is none.
-        ValueError: If there is no EBM site, a site is one observation, or rows need a log Z each.
+        ValueError: If there is no EBM site, or a site is one observation.
+        ConditionalEnergyError: If rows need a log Z each, at draws of the prior or the posterior.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -174,14 +179,10 @@ class _Call(NamedTuple):
 
 
 def _check_rows(call: _Call) -> None:
-    """Looks at one run of the model, before any noise is asked whether it suits the data."""
-    with rng_preserved(), torch.no_grad(), poutine.block():
-        nodes = poutine.trace(call.model).get_trace(*call.args, **call.kwargs).nodes
-    observed = {n: s for n, s in nodes.items() if s["type"] == "sample" and s["is_observed"]}
-    laws = {name: unwrap(site["fn"]) for name, site in observed.items()}
-    found = {name: law for name, law in laws.items() if law is not None}
-    for name, law in found.items():
-        rows = rows_of(law, law.broadcast_value(observed[name]["value"]))
+    """Looks at runs of the model, before any noise is asked whether it suits the data."""
+    runs = prior_runs(call.model, call.args, call.kwargs)
+    for name, law, x in _sites_of(runs[0]):
+        rows = rows_of(law, x)
         if rows.numel() <= 1:
             raise ValueError(
                 f"nce_posterior: site {name!r} has batch_shape {tuple(rows)}: it is one "
@@ -189,9 +190,36 @@ def _check_rows(call: _Call) -> None:
                 "or put independent rows into a plate"
             )
 
+    for run in runs:
+        _check_one_law(run)
+
+
+def _sites_of(run: Trace) -> list[tuple[str, EnergyDistribution, Tensor]]:
+    """Name, law and data of the observed EBM sites of a run."""
+    sites = [(name, run.nodes[name]) for name in run.observation_nodes]
+    laws = [(name, unwrap(site["fn"]), site["value"]) for name, site in sites]
+    return [(name, law, law.broadcast_value(x)) for name, law, x in laws if law is not None]
+
+
+def _check_one_law(run: Trace) -> None:
+    """Raises ``ConditionalEnergyError`` if rows of a run need a log Z each."""
+    for name, law, x in _sites_of(run):
+        if not law.is_normalized:
+            check_rows(name, law, x, "NCE")
+
+
+@torch.no_grad()
+def _check_at_draws(call: _Call, target: Target, q: Tensor) -> None:
+    """Looks at rows where the posterior is, which need not be where the prior is."""
+    for values in map(target.constrain, q[:: -(-len(q) // NUM_DRAWS)].unsqueeze(1)):
+        at = poutine.condition(call.model, {name: value[0] for name, value in values.items()})
+        with rng_preserved(), poutine.block():
+            _check_one_law(poutine.trace(at).get_trace(*call.args, **call.kwargs))
+
 
 def _read(mcmc: MCMC, call: _Call, frozen: FrozenObjective, objective: NCE) -> _Set:
     target, positions = mcmc.positions()
+    _check_at_draws(call, target, positions.flatten(0, 1))
     centre = target.constrain(positions.mean((0, 1))[None])
     values = {name: value[0] for name, value in centre.items()}
     sites = _at_centre(call, frozen, objective, values)

@@ -55,7 +55,6 @@ class NegativePhase(Objective):
     """
 
     is_held_out_criterion = False
-    is_replayable = False  # chains are watched by their values, and the step follows them
     why_not_frozen = (
         "with its negatives held the loss is unbounded below in the parameters. For Bayes freeze "
         "NCE or RankingNCE, use PseudoLikelihood or ScoreMatching, or the exchange kernels of "
@@ -89,10 +88,6 @@ class NegativePhase(Objective):
         self.move = Mover(self.num_steps, kernel, transition, user=type(self).__name__)
         self.steps: dict[str, AdaptedStep] = {}
         self.watches: dict[str, ChainWatch] = {}
-
-    @property
-    def _where(self) -> str:
-        return f"{type(self).__name__} at EBM site {self.evaluation.site!r}"
 
     # --- where chains start
 
@@ -137,9 +132,10 @@ class NegativePhase(Objective):
         """How far chains moved, root mean square, in standard deviations of the batch."""
         rows = self.evaluation.rows(x, len(rows_of(p, x)))
         width = rows.std(0, correction=0)
-        relative = (moves / width)[..., width > 0] if width.dim() else moves / width
-        if bool((width > 0).any()):
-            self.evaluation.note(moved=relative.square().mean().sqrt())
+        varies = width > 0
+        squares = torch.where(varies, moves / width, 0.0).square()
+        mean = squares.mean() * (varies.numel() / varies.sum())  # NaN where nothing varies
+        self.evaluation.note(moved=mean.sqrt())
 
     def _step(self, p: EnergyDistribution, x: Tensor) -> AdaptedStep:
         """The site's step, which has seen this batch; one of its own for a batch held out."""
@@ -156,78 +152,62 @@ class NegativePhase(Objective):
 
     # --- what chains did
 
-    def watch(self, moved: Moved, **notes: Tensor) -> None:
-        """Keeps diagnostics of the chains; says when they ran off.
-
-        Raises:
-            NonFiniteEnergyError: If more than half of them did.
-
-        Warns:
-            ApproximateSampleWarning: If any of them did.
-        """
+    def note(self, moved: Moved, **notes: Tensor) -> None:
+        """Keeps diagnostics of the chains, by which :meth:`judge` judges the step."""
         if moved.acceptance is not None:
             notes["acceptance"] = moved.acceptance
         if moved.temperature is not None:
             notes["temperature"] = torch.tensor(moved.temperature)
-        lost = moved.lost.double()
-        self.evaluation.note(lost=lost, **notes)
-        share = float(lost.mean())
-        if share == 0:
-            return
-        sentence = (
-            f"{self._where}: {share:.1%} of the chains ran off to where the energy is not finite "
-            "(or started on the support's boundary) and were put back. Use a smaller step size, a "
-            "confined energy, or a Metropolis kernel such as MALA"
-        )
-        if share > 0.5:
-            raise NonFiniteEnergyError(sentence)
-        warnings.warn(sentence, ApproximateSampleWarning, stacklevel=2)
+        self.evaluation.note(lost=moved.lost.double(), **notes)
+
+    def judge(self, site: str, notes: Mapping[str, Tensor], *, trains: bool) -> None:
+        """Says when chains ran off, lost the data, or have been of no use for many steps.
+
+        Raises:
+            NonFiniteEnergyError: If more than half of them ran off, or energies are not finite.
+            DivergedTrainingError: If data and chains are further apart than ``max_gap``.
+
+        Warns:
+            ApproximateSampleWarning: If some of them ran off.
+            SurrogateWarning: If they hardly move, are hardly accepted, or fall behind ever more.
+        """
+        where = f"{type(self).__name__} at EBM site {site!r}"
+        values = {name: float(value) for name, value in notes.items()}
+        _check_lost(values.get("lost", 0.0), where)
+        self._check_gap(values["energy_gap"], f"{where}, step {self.num_steps_taken}")
+        if trains:
+            watch = self.watches.setdefault(site, ChainWatch())
+            watch.see(values)
+            for sentence in watch.verdicts(int(self.num_steps_taken)):
+                warnings.warn(f"{where}, {sentence}", SurrogateWarning, stacklevel=2)
+
+    def _check_gap(self, gap: float, where: str) -> None:
+        if not math.isfinite(gap):
+            raise NonFiniteEnergyError(
+                f"{where}: the energies of data or chains are not finite. Look for overflow in the "
+                "energy, standardize the data, or lower the learning rate"
+            )
+        if abs(gap) > self.max_gap:
+            raise DivergedTrainingError(
+                f"{where}: the mean of U(x) - U(x-) is {gap:.3g} nats, beyond max_gap="
+                f"{self.max_gap:g}: training has diverged, or chains no longer follow the energy. "
+                "Lower the learning rate, raise num_steps, set energy_penalty, or use spectral norm"
+            )
 
     # --- the loss
 
     def per_datum(
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
     ) -> Tensor:
-        """Returns U(x) - U(x-) and the penalty, in nats; not a likelihood.
-
-        Raises:
-            NonFiniteEnergyError: If the energies are not finite.
-            DivergedTrainingError: If data and chains are further apart than ``max_gap``.
-        """
+        """Returns U(x) - U(x-) and the penalty, in nats; not a likelihood."""
         energy, potential = _energy_and_potential(p, contrast.with_data(x))
         difference = gap(potential)
-        self.evaluation.note(energy_gap=difference)
-        self._check_gap(difference.detach())
-        if self.evaluation.has_graph:
-            self._watch_chains(p, x, contrast, potential.detach())
+        data = self.evaluation.rows(potential[0].detach(), potential.dim() - 1)
+        self.evaluation.note(energy_gap=difference, energy_spread=data.std(correction=0))
         if not self.energy_penalty:
             return difference
         squares = energy.square()
         return difference + self.energy_penalty * (squares[0] + squares[1:].mean(0))
-
-    def _check_gap(self, gap: Tensor) -> None:
-        mean = float(self.evaluation.rows(gap, gap.dim()).mean())
-        where = f"{self._where}, step {self.num_steps_taken}"
-        if not math.isfinite(mean):
-            raise NonFiniteEnergyError(
-                f"{where}: the energies of data or chains are not finite. Look for overflow in the "
-                "energy, standardize the data, or lower the learning rate"
-            )
-        if abs(mean) > self.max_gap:
-            raise DivergedTrainingError(
-                f"{where}: the mean of U(x) - U(x-) is {mean:.3g} nats, beyond max_gap="
-                f"{self.max_gap:g}: training has diverged, or chains no longer follow the energy. "
-                "Lower the learning rate, raise num_steps, set energy_penalty, or use spectral norm"
-            )
-
-    def _watch_chains(
-        self, p: EnergyDistribution, x: Tensor, contrast: Contrast, potential: Tensor
-    ) -> None:
-        """Says what has been wrong with the chains for many steps."""
-        watch = self.watches.setdefault(self.evaluation.site, ChainWatch())
-        watch.see(self.evaluation, potential)
-        for sentence in watch.verdicts(int(self.num_steps_taken)):
-            warnings.warn(f"{self._where}, {sentence}", SurrogateWarning, stacklevel=2)
 
     # --- saving
 
@@ -239,6 +219,19 @@ class NegativePhase(Objective):
         """Restores them."""
         self.steps = {site: AdaptedStep(**saved) for site, saved in state["steps"].items()}
         self.watches = {site: ChainWatch(**saved) for site, saved in state["watches"].items()}
+
+
+def _check_lost(share: float, where: str) -> None:
+    if share == 0:
+        return
+    sentence = (
+        f"{where}: {share:.1%} of the chains ran off to where the energy is not finite (or started "
+        "on the support's boundary) and were put back. Use a smaller step size, a confined energy, "
+        "or a Metropolis kernel such as MALA"
+    )
+    if share > 0.5:
+        raise NonFiniteEnergyError(sentence)
+    warnings.warn(sentence, ApproximateSampleWarning, stacklevel=3)
 
 
 def _saved(by_site: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

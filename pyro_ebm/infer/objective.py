@@ -151,6 +151,9 @@ class Objective(EnumeratingELBO, nn.Module):
     ) -> None:
         """Moves a log Z that is not learned by gradient; called once per training step."""
 
+    def judge(self, site: str, notes: Mapping[str, Tensor], *, trains: bool) -> None:
+        """Judges a step by its diagnostics, whether the model has run or a graph was replayed."""
+
     # --- log Z
 
     def log_normalizer(self, site: str) -> LogNormalizer:
@@ -296,6 +299,8 @@ class Objective(EnumeratingELBO, nn.Module):
         with evaluating(self, mask, name) as evaluation:
             loss = self._loss(name, p, data, noise, log_z)
         self.diagnostics[name] = self.diagnostics.get(name, {}) | evaluation.notes
+        if get_proxy_mode() is None:  # else the replayed steps are judged
+            self.judge(name, evaluation.notes, trains=evaluation.has_graph)
         if self.is_checked_now(name):
             checks.not_degenerate(name, evaluation, self, self._checked[name])
         if observed and not x.requires_grad:

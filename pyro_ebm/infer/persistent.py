@@ -82,6 +82,7 @@ class PersistentContrastiveDivergence(NegativePhase):
     """
 
     pools_rows = True  # any chain may stand beside any row
+    is_replayable = False  # its chains go on
 
     def __init__(
         self,
@@ -191,7 +192,7 @@ class PersistentContrastiveDivergence(NegativePhase):
         if self.evaluation.has_graph:
             buffer.ages[which[restarts]] = 0
             buffer.write(which, states, lost=lost)
-        self.watch(moved, age=buffer.ages[which].double().reshape(lead))
+        self.note(moved, age=buffer.ages[which].double().reshape(lead))
         return Contrast(states.reshape(lead + p.event_shape))
 
     def _buffer(self, num: int, fresh: Any, device: torch.device) -> Slots:

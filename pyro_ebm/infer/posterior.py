@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from pyro_ebm.errors import ConditionalEnergyError
 from pyro_ebm.infer.data_structure import DataStructure, SiteStructure, data_structure
 from pyro_ebm.infer.posterior_remarks import mixing_remarks, structure_of
 from pyro_ebm.infer.posterior_result import Posterior
@@ -93,7 +94,15 @@ def posterior(
     integrals = run.integrals(structure, *limits) if name == "exact" else None
     if method == "auto" and integrals is None and structure.is_integral:
         name = route_of(structure, can_integrate=False)
-    found = WAYS[name](replace(run, nodes=integrals), structure)
+    run = replace(run, nodes=integrals)
+    try:
+        found = WAYS[name](run, structure)
+    except ConditionalEnergyError:  # seen at draws of the posterior, and not of the prior
+        if method != "auto":
+            raise
+        structure = structure.as_conditional()
+        name = route_of(structure, can_integrate=False)
+        found = WAYS[name](run, structure)
     told = tuple(structure_of(site) for site in structure.sites)
     # Of an NCE posterior R-hat contains what the noise sets change, of which it speaks itself.
     mixing = () if name == "nce" else mixing_remarks(found)

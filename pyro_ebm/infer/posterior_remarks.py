@@ -5,6 +5,8 @@ How the data hang together, what log Z was summed over, and whether the chains h
 
 from __future__ import annotations
 
+from typing import Any
+
 from pyro_ebm.chains import summary
 from pyro_ebm.infer.data_structure import SiteStructure
 from pyro_ebm.infer.integration import Integrals
@@ -55,9 +57,18 @@ def off_the_nodes(mcmc: MCMC, nodes: Integrals | None) -> tuple[str, ...]:
     )
 
 
+def _moving(table: Any) -> Any:
+    """The rows of a summary without elements that stand still by construction.
+
+    Such as the corner of a Cholesky factor: other elements of the same latent move.
+    """
+    latents = table.index.str.split("[").str[0]
+    return table[(table["sd"] > 0) | (table["sd"].groupby(latents).transform("max") == 0)]
+
+
 def mixing_remarks(found: Posterior) -> tuple[str, ...]:
     """Returns what speaks against the chains of a posterior, a sentence each."""
-    table = summary(found.record)
+    table = _moving(summary(found.record))
     if bool(table[["r_hat", "ess_bulk"]].isna().any(axis=None)):
         return (
             f"{found.record.num_samples} draws of {found.record.num_chains} chains are too few to "

@@ -19,6 +19,7 @@ from pyro_ebm.infer.posterior_remarks import how_summed, off_the_nodes
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.infer.pseudo_likelihood import PseudoLikelihood
 from pyro_ebm.infer.score_matching import ScoreMatching
+from pyro_ebm.infer.whole_data import check_unscaled
 from pyro_ebm.mcmc import HMC, MCMC, Exchange, GroupedExchange, Kernel
 from pyro_ebm.mcmc.exchange_diagnostics import exchange_diagnostics
 from pyro_ebm.poutine import surrogate
@@ -66,6 +67,7 @@ class Run:
 
 
 def _exact(run: Run, structure: DataStructure) -> Posterior:
+    check_unscaled(run.model, run.args, run.kwargs, "an exact posterior")
     if not structure.sites:
         reasons: tuple[str, ...] = ("log Z of every EBM site is known at every draw.",)
         return Posterior(run.by(HMC(run.model)).record, "exact log Z", reasons)
@@ -132,6 +134,7 @@ def _anchored(run: Run, structure: DataStructure) -> Posterior:
 
 
 def _nce(run: Run, structure: DataStructure) -> Posterior:
+    check_unscaled(run.model, run.args, run.kwargs, "an NCE posterior")
     for site in structure.observed:
         if site.num_rows == 1:
             raise ValueError(

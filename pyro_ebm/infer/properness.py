@@ -11,13 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro import poutine
 
 from pyro_ebm.distributions import unwrap
+from pyro_ebm.infer.prior_runs import NUM_DRAWS, prior_runs
 from pyro_ebm.normalizers.growth import stays_flat
-from pyro_ebm.ops.rng import rng_preserved
-
-NUM_DRAWS = 16  # of the prior
 
 
 def check_proper(
@@ -37,9 +34,8 @@ def check_proper(
         ValueError: If Z of a site is infinite at all draws, by what is seen far out.
     """
     found: Counter[str] = Counter()
-    with rng_preserved(), torch.no_grad(), poutine.block():
-        for _ in range(NUM_DRAWS):
-            trace = poutine.trace(model).get_trace(*args, **kwargs)
+    with torch.no_grad():
+        for trace in prior_runs(model, args, kwargs):
             found.update(n for n in trace.observation_nodes if _is_improper(trace.nodes[n]))
     for name, number in found.items():
         if number == NUM_DRAWS:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from pyro_ebm.infer import divergence
 from pyro_ebm.infer.captured_step import CapturedStep
 from pyro_ebm.infer.checkpoint import save_checkpoint
 from pyro_ebm.infer.early_stopping import EarlyStopping, State, checked_value
+from pyro_ebm.infer.fit_options import Options
 from pyro_ebm.infer.fit_result import FitResult
 from pyro_ebm.infer.held_out import criterion_of, held_out
 from pyro_ebm.infer.minibatch import Batches
@@ -30,26 +28,6 @@ from pyro_ebm.infer.run_settings import settings_of
 
 _OWN = "log_normalizer of "
 _UNDECAYED = {"weight_decay": 0.0}  # log Z is as large as it is: shrinking it bends the energy
-
-
-@dataclass(frozen=True)
-class Options:
-    """What ``fit`` was asked for; its docstring says what these are."""
-
-    optim: Callable[..., torch.optim.Optimizer]
-    lr: float
-    lr_schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None
-    ema: float | None
-    grad_clip: float | None
-    validation: tuple[Tensor, ...] | None
-    criterion: Callable[[], Any] | None
-    validate_every: int
-    patience: int | None
-    checkpoint: Path | None
-    checkpoint_every: int
-    disable_progbar: bool
-    capture: bool = False
-    compile: bool = False
 
 
 class TrainingRun:
@@ -373,22 +351,3 @@ class TrainingRun:
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
     return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-
-
-def check_numbers(options: Options) -> None:
-    """Raises ``ValueError`` for options out of range."""
-    if not (options.lr > 0 and math.isfinite(options.lr)):
-        raise ValueError(f"lr must be a positive number, got {options.lr!r}")
-    if options.ema is not None and not 0 <= options.ema < 1:
-        raise ValueError(
-            f"ema must be in [0, 1), the weight of the average so far, got {options.ema!r}"
-        )
-    if options.grad_clip is not None and not options.grad_clip > 0:
-        raise ValueError(
-            f"grad_clip must be positive, the largest gradient norm, got {options.grad_clip!r}"
-        )
-    for name in ("validate_every", "checkpoint_every"):
-        if getattr(options, name) < 1:
-            raise ValueError(
-                f"{name} must be a positive number of steps, got {getattr(options, name)!r}"
-            )

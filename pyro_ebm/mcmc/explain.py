@@ -38,7 +38,8 @@ def explained(
     if "subsample sites" in str(error):
         return TypeError(
             f"{name_of(model)}: a plate subsamples its data at random, and MCMC needs the same "
-            "rows at every step: leave subsample_size= out, or fix the rows by subsample="
+            "rows at every step: leave subsample_size= out, so that all rows count once (rows that "
+            "are fixed by subsample= are counted several times)"
         )
     found = _remedy(model, args, kwargs)
     if found is None:

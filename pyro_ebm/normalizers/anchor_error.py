@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_ebm.chains.record import Record, as_record, to_numpy
-from pyro_ebm.normalizers.anchored import Anchored
 from pyro_ebm.ops.arguments import probability, whole
 
 LEAST_ESS = 100.0
@@ -37,6 +36,20 @@ LEAST_ESS_SHARE = 0.1
 """The same as a share of the draws: about one and a half posterior standard deviations off."""
 
 Naturals = Callable[[dict[str, Tensor]], Tensor]
+
+
+class Resampled(Protocol):
+    """Log Z as a function, from draws that can be resampled."""
+
+    @property
+    def num_parameters(self) -> int:
+        """p."""
+
+    def __call__(self, natural: Tensor, /) -> Tensor:
+        """Returns log Z in nats, ``(...)`` for parameters ``(..., p)``."""
+
+    def changes(self, natural: Tensor, num_replicates: int, /) -> Tensor:
+        """Returns by how much log Z of resampled draws differs, ``(num_replicates, ...)``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +95,7 @@ class AnchorError:
 
 def mcse_logz(
     source: Any,
-    log_z: Anchored,
+    log_z: Resampled,
     natural: Naturals,
     num_observations: int | Tensor,
     *,
@@ -94,7 +107,9 @@ def mcse_logz(
 
     Args:
         source: Draws of the posterior, as :func:`~pyro_ebm.chains.to_arviz` takes them.
-        log_z: The function that the posterior was drawn with.
+        log_z: The function that the posterior was drawn with, an
+            :class:`~pyro_ebm.normalizers.Anchored`, or a ``BaseImportance`` by its parameters
+            (``log_z.by(...)``).
         natural: From draws by site, ``(S,) + event_shape``, to the natural parameters that
             ``log_z`` was called with, ``(S, p)``, or ``(S, ..., p)`` for several sites or groups.
         num_observations: n, how often Z enters the likelihood; one number, or one for each group.
@@ -134,7 +149,7 @@ def _thinned(record: Record, max_draws: int) -> dict[str, Tensor]:
 
 def _weights(
     draws: dict[str, Tensor],
-    log_z: Anchored,
+    log_z: Resampled,
     natural: Naturals,
     num_observations: int | Tensor,
     num_replicates: int,
@@ -142,21 +157,18 @@ def _weights(
     """Weights of every draw under every replicate, ``(B, S)``."""
     num_draws = len(next(iter(draws.values())))
     eta = natural(draws).detach().double()
-    if eta.dim() < 2 or eta.shape[0] != num_draws or eta.shape[-1] != log_z.anchors.shape[1]:
+    if eta.dim() < 2 or eta.shape[0] != num_draws or eta.shape[-1] != log_z.num_parameters:
         raise ValueError(
-            f"natural must return ({num_draws}, ..., {log_z.anchors.shape[1]}) for {num_draws} "
+            f"natural must return ({num_draws}, ..., {log_z.num_parameters}) for {num_draws} "
             f"draws, got {tuple(eta.shape)}"
         )
-    here = log_z(eta)
-    if bool(here.isnan().any()):
+    if bool(log_z(eta).isnan().any()):
         raise ValueError(
             "log Z is not told at some of the draws: are they of a posterior with this log_z?"
         )
-    rows = []
-    for copy in log_z.bootstrap(whole("num_replicates", num_replicates, least=10)):
-        change = (copy(eta) - here) * num_observations
-        rows.append(-change.reshape(num_draws, -1).sum(1))
-    return torch.stack(rows).nan_to_num(-torch.inf).softmax(1)  # NaN: a replicate does not tell
+    changes = log_z.changes(eta, whole("num_replicates", num_replicates, least=10))
+    shifts = -(changes * num_observations).reshape(len(changes), num_draws, -1).sum(2)
+    return shifts.nan_to_num(-torch.inf).softmax(1)  # NaN: a replicate does not tell
 
 
 def _spreads(x: Tensor, weights: Tensor, levels: list[float]) -> dict[str, NDArray[Any]]:

@@ -221,6 +221,21 @@ class Anchored:
                 "as many, or anchors nearer to it"
             )
 
+    @property
+    def num_parameters(self) -> int:
+        """p, the number of natural parameters."""
+        return self.anchors.shape[1]
+
+    def changes(self, natural: Tensor, num_replicates: int) -> Tensor:
+        """Returns by how much log Z of resampled chains differs, ``(num_replicates, ...)``.
+
+        Args:
+            natural: Natural parameters, ``(..., p)``.
+            num_replicates: How often chains are resampled.
+        """
+        here = self(natural)
+        return torch.stack([copy(natural) - here for copy in self.bootstrap(num_replicates)])
+
     def bootstrap(self, num_replicates: int) -> list[Anchored]:
         """Returns functions made of resampled chains, which show the error of this one.
 

@@ -3,9 +3,9 @@ r"""Log Z by importance sampling.
 .. math:: \hat Z = \frac1S \sum_s \frac{e^{-U(x_s)}}{q(x_s)}, \qquad x_s \sim q,
 
 unbiased for Z, if q leaves no part of the law's support out; its logarithm is low by about half its
-variance. The standard error is the delta method's, :math:`\sqrt{(S / \mathrm{ESS} - 1) / S}`, and
-the Pareto tail index of the weights says whether that means anything. Neither sees a mode that no
-draw has come near.
+variance. The standard error is the delta method's, :math:`\sqrt{(S / \mathrm{ESS} - 1) / S}`, or
+that of the fit to the tail of the weights where it is larger (:mod:`pyro_ebm.ops.pareto`), and the
+Pareto tail index says whether either means anything. None sees a mode that no draw has come near.
 
 Reference:
     Vehtari, Simpson, Gelman, Yao, Gabry, Pareto smoothed importance sampling, JMLR 25(72), 2024.
@@ -25,7 +25,7 @@ from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.log_space import effective_sample_size, log_mean_exp
 from pyro_ebm.ops.nan_energies import NaNCount
-from pyro_ebm.ops.pareto import pareto_khat
+from pyro_ebm.ops.pareto import pareto_tail
 
 
 def importance(
@@ -92,12 +92,13 @@ def from_weights(
     if bool((log_weights == torch.inf).any()):
         raise NonFiniteEnergyError(f"{law!r}: the energy is minus infinity at a draw")
     num, ess = len(log_weights), float(effective_sample_size(log_weights))
+    tail = pareto_tail(log_weights)
     return LogNormalizer(
         log_mean_exp(log_weights),
-        log_weights.new_tensor((max(num / ess - 1.0, 0.0) / num) ** 0.5),
+        log_weights.new_tensor(max((max(num / ess - 1.0, 0.0) / num) ** 0.5, tail.error)),
         method,
         ess=ess,
-        khat=pareto_khat(log_weights),
+        khat=tail.khat,
         num_samples=num,
         start=start,
         remarks=seen.remarks,

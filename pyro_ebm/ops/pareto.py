@@ -1,11 +1,25 @@
-r"""The tail index of importance weights, and what it says of their variance.
+r"""The tail index of importance weights, and what it says of their mean.
 
 The largest weights are fitted by a generalized Pareto law; its shape k says how many moments the
 weights have: the variance exists for k < 1/2, and up to k of about .7 the smoothed estimate still
 converges at a practical rate.
 
+An error of the mean from the variance of what was drawn is too small long before k = 1/2: what
+makes the variance has seldom been drawn, and where it has not the mean is low as well. Here the
+share p of the weights above a threshold u counts as its fit, of mean :math:`u + \sigma / (1 - k)`
+and, by the covariance of k and :math:`\sigma`, of variance
+
+.. math:: \frac{(1 + k)\, \sigma^2}{m} \Big\{\frac{1 + k}{(1 - k)^4} - \frac{2}{(1 - k)^3} +
+    \frac{2}{(1 - k)^2}\Big\}
+
+for m weights, finite up to k = 1. As errors are believed only where the estimate of k is below .7,
+those that are have one that came out low: k is raised, by nothing up to .3 and by two of its own
+standard errors at .7. With weights of known law, 10 000 of them, 95 % intervals then cover 94 to 98
+per cent for k up to .65; at k = .8, where a third states one, about 88 per cent.
+
 References:
     Vehtari, Simpson, Gelman, Yao, Gabry, Pareto smoothed importance sampling, JMLR 25(72), 2024;
+    Johansson, Estimating the mean of heavy-tailed distributions, Extremes 6, 2003 (the error);
     Zhang, Stephens, A new and efficient estimation method for the generalized Pareto distribution,
     Technometrics 51, 2009 (the fit).
 """
@@ -13,13 +27,30 @@ References:
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["pareto_khat"]
+__all__ = ["ParetoTail", "pareto_khat", "pareto_tail"]
 
 _LEAST_TAIL = 5
+_HARMLESS, _LARGEST = 0.3, 0.7  # between them k is raised by up to _RAISED standard errors
+_RAISED = 2.0
+_NO_MEAN = 0.97  # beyond .7 nobody believes the error, and at 1 there is none
+
+
+class ParetoTail(NamedTuple):
+    """What the largest weights say.
+
+    Args:
+        khat: Their tail index.
+        error: The standard error of the mean weight by it, relative to the mean; zero where the
+            tail is bounded, or there is none.
+    """
+
+    khat: float
+    error: float
 
 
 def pareto_khat(log_weights: Tensor) -> float:
@@ -34,20 +65,53 @@ def pareto_khat(log_weights: Tensor) -> float:
         >>> round(pareto_khat(-0.5 * u.log()), 1)  # weights u^(-k)
         0.5
     """
+    return pareto_tail(log_weights).khat
+
+
+def pareto_tail(log_weights: Tensor) -> ParetoTail:
+    """Returns the tail index of weights, and the error of their mean that it makes.
+
+    Args:
+        log_weights: Log weights ``(S,)``, up to a constant.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> tail = pareto_tail(torch.randn(10_000, dtype=torch.float64))
+        >>> plain = (math.expm1(1.0) / 10_000) ** 0.5  # of lognormal weights
+        >>> 0.9 < tail.error / plain < 1.2
+        True
+    """
     log_weights = log_weights.double()
     num = len(log_weights)
     size = math.ceil(min(0.2 * num, 3.0 * math.sqrt(num)))
     if size < _LEAST_TAIL:
-        return math.inf
-    ordered = (log_weights - log_weights.max()).sort().values
-    tail = torch.exp(ordered[-size:]) - torch.exp(ordered[-size - 1])
-    if not float(tail[-1]) > 0:
-        return -math.inf
-    return _shape_of(tail)
+        return ParetoTail(math.inf, 0.0)
+    weights = (log_weights - log_weights.max()).sort().values.exp()
+    body, excess = weights[:-size], weights[-size:] - weights[-size - 1]
+    if not float(excess[-1]) > 0:
+        return ParetoTail(-math.inf, 0.0)
+    khat, scale = _shape_of(excess)
+    error = _error(body, size, khat, scale) / float(weights.mean()) if khat > 0 else 0.0
+    return ParetoTail(khat, error)
 
 
-def _shape_of(excess: Tensor) -> float:
-    """The shape of a generalized Pareto law, a posterior mean over a grid, with a weak prior."""
+def _error(body: Tensor, size: int, khat: float, scale: float) -> float:
+    """The standard error of a mean of which the tail counts as its fit."""
+    num = len(body) + size
+    share, k = size / num, min(khat, _NO_MEAN)
+    mean = float(body[-1]) + scale / (1.0 - k)
+    spread = (1.0 - share) * float(body.var()) + share * (1.0 - share) * (
+        mean - float(body.mean())
+    ) ** 2
+    more = _RAISED * min(max(k - _HARMLESS, 0.0) / (_LARGEST - _HARMLESS), 1.0)
+    k = min(k + more * (1.0 + k) / math.sqrt(size), _NO_MEAN)
+    rest = 1.0 - k
+    of_tail = (1.0 + k) / rest**4 - 2.0 / rest**3 + 2.0 / rest**2
+    return math.sqrt(spread / num + share**2 * (1.0 + k) * scale**2 * of_tail / size)
+
+
+def _shape_of(excess: Tensor) -> tuple[float, float]:
+    """Shape and scale of a generalized Pareto law, posterior means, the shape with a weak prior."""
     n, prior_weight = len(excess), 10
     num_grid = 30 + int(math.sqrt(n))
     grid = torch.arange(1, num_grid + 1, dtype=excess.dtype, device=excess.device)
@@ -57,4 +121,4 @@ def _shape_of(excess: Tensor) -> float:
     profile = n * (torch.log(-theta / k) - k - 1.0)
     mean = (profile.softmax(0) * theta).sum()
     shape = float(torch.log1p(-mean * excess).mean())
-    return (n * shape + prior_weight * 0.5) / (n + prior_weight)
+    return (n * shape + prior_weight * 0.5) / (n + prior_weight), -shape / float(mean)

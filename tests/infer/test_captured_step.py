@@ -13,7 +13,8 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.errors import NonFiniteEnergyError, SurrogateWarning
+from pyro_ebm.errors import DivergedTrainingError, NonFiniteEnergyError, SurrogateWarning
+from pyro_ebm.infer.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.infer.energy_discrepancy import EnergyDiscrepancy
 from pyro_ebm.infer.fit import fit
 from pyro_ebm.infer.flow_contrastive import FlowContrastive
@@ -22,6 +23,7 @@ from pyro_ebm.infer.nce import NCE, RankingNCE
 from pyro_ebm.infer.per_site import PerSite
 from pyro_ebm.infer.persistent import PersistentContrastiveDivergence
 from pyro_ebm.infer.score_matching import ScoreMatching
+from pyro_ebm.mcmc import MALA, ULA
 
 QUIET = {"disable_progbar": True}
 BASE = dist.Normal(torch.zeros(2, dtype=torch.float64), 1.5).to_event(1)
@@ -69,6 +71,7 @@ FAMILIES = {
     "kale": (plain_model, lambda: KALE(gradient_penalty=0.1)),
     "kale, newton": (plain_model, lambda: KALE(c_update="newton")),
     "per site": (plain_model, lambda: PerSite({"x": NCE()})),
+    "cd": (plain_model, lambda: ContrastiveDivergence(2, kernel=partial(MALA, step_size=0.3))),
 }
 
 
@@ -108,7 +111,7 @@ def test_gradients_lie_in_memory_as_their_parameters_do(optim):
     assert (found[0] - start).abs().min() > 0.02
 
 
-FAST = ("nce", "nce, values checked", "per site", "ed", "score matching", "kale")
+FAST = ("nce", "nce, values checked", "per site", "ed", "score matching", "kale", "cd")
 
 
 def test_gradients_that_agree_are_clipped_once_each():
@@ -146,6 +149,40 @@ def test_replayed_steps_are_those_of_the_model_to_the_bit(name):
     for key, value in state.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(same_state[key], value, rtol=0, atol=1e-12)
+
+
+def test_chains_of_replayed_steps_are_judged():
+    """Of steps 0 to 20 those after 16, where a window ends, are in the next one."""
+    data = torch.randn(22, 2)
+    watches = [
+        trained("cd", data, capture=capture)[2]["_extra_state"]["watches"]["x"]
+        for capture in (False, True)
+    ]
+    assert watches[1]["counts"] == watches[0]["counts"] == dict.fromkeys(watches[0]["counts"], 4)
+    assert watches[1]["sums"] == pytest.approx(watches[0]["sums"], abs=1e-9)
+
+
+def test_a_replayed_step_that_has_lost_its_chains_says_so():
+    """Chains start at sd 20 and hardly move: every unit of the precision widens the gap by 200."""
+
+    def model(x):
+        a = pyro.param("a", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            law = EnergyDistribution(lambda y: 0.5 * a * y.square(), event_shape=())
+            pyro.sample("x", law, obs=x)
+
+    said, start = [], dist.Normal(torch.zeros(()), 20.0)
+    kernel = partial(ULA, step_size=0.001)
+    for capture in (False, True):
+        pyro.clear_param_store()
+        objective = ContrastiveDivergence(1, kernel=kernel, start=start, max_gap=1400.0)
+        options = {"lr": 0.5, "num_steps": 40, "seed": 0, "capture": capture, **QUIET}
+        with pytest.raises(DivergedTrainingError, match="beyond max_gap=1400") as caught:
+            fit(model, torch.randn(200), objective, **options)
+        said.append(str(caught.value))
+    assert said[1] == said[0]
+    step = int(said[0].split("step ")[1].split(":")[0])
+    assert step & (step - 1)  # one of those that are replayed
 
 
 def test_few_steps_run_the_model():

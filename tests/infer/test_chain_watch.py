@@ -13,8 +13,9 @@ import torch
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.chain_watch import ChainWatch
+from pyro_ebm.infer.contrast import Contrast
 from pyro_ebm.infer.contrastive_divergence import ContrastiveDivergence
-from pyro_ebm.infer.evaluation import Evaluation
+from pyro_ebm.infer.evaluation import evaluating
 from pyro_ebm.infer.persistent import PersistentContrastiveDivergence
 from pyro_ebm.mcmc import MALA, ULA
 
@@ -38,11 +39,8 @@ def gaussian(a=1.0):
 def verdicts(gaps, *, spread=1.0, until=1025):
     """What is said by which step, of a gap that is a function of the step."""
     watch, found = ChainWatch(), {}
-    evaluation = Evaluation()
-    chains = torch.zeros(1, 2)
     for i in range(until):
-        data = gaps(i) + spread * torch.tensor([[-1.0, 1.0]])
-        watch.see(evaluation, torch.cat([data, chains]))
+        watch.see({"energy_gap": gaps(i), "energy_spread": spread})
         said = watch.verdicts(i)
         if said:
             (found[i],) = said
@@ -86,10 +84,13 @@ def test_a_gap_of_some_nats_counts_beside_a_narrow_spread(spread, said):
 
 
 def test_rows_that_are_masked_do_not_count():
-    evaluation = Evaluation(torch.tensor([True, False]))
-    watch = ChainWatch()
-    watch.see(evaluation, torch.tensor([[1.0, 1e6], [3.0, 0.0], [5.0, -1e6]]))
-    assert watch.sums == {"gap": -3.0, "spread": 0.0}
+    """The first of two rows, at 1 and its chains at 3 and 5; the other's energies are huge."""
+    p, objective = gaussian(), ContrastiveDivergence(1, kernel=partial(MALA, step_size=0.1))
+    points = torch.tensor([[1.0, 1e3], [3.0, 0.0], [5.0, -1e6]])
+    with evaluating(objective, torch.tensor([True, False]), "x") as evaluation:
+        objective.per_datum(p, points[0], Contrast(points[1:]), torch.zeros(()))
+    assert evaluation.notes["energy_gap"].item() == 0.5 - (4.5 + 12.5) / 2
+    assert evaluation.notes["energy_spread"].item() == 0.0
 
 
 FAR = dist.Normal(torch.tensor(0.0), 5.0)
@@ -164,7 +165,8 @@ def test_how_far_chains_moved():
 def test_one_row_has_no_width():
     objective = ContrastiveDivergence(1)
     step(objective, gaussian(), torch.randn(1))
-    assert "moved" not in objective.diagnostics["x"]
+    assert objective.diagnostics["x"]["moved"].isnan()
+    assert "moved" not in objective.watches["x"].sums
 
 
 def test_the_default_step_is_not_told(recwarn):

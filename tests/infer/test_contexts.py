@@ -1,7 +1,7 @@
-"""One context for all rows of a call: noticed when it changes, and only where log Z depends on it.
+"""One context for all rows of a call: noticed when it changes, where log Z depends on it.
 
-The natural loop over ragged groups, ``svi.step(x[g], t[g])``, with U = e^(a + b t) x^2 / 2: a single
-log Z for all groups puts b at two thirds of its value, and nothing within a step shows it.
+The natural loop over ragged groups, ``svi.step(x[g], t[g])``, with U = e^(a + b t) x^2 / 2: one log
+Z for all groups puts b at two thirds of its value, and nothing within a step shows it.
 """
 
 from __future__ import annotations
@@ -121,12 +121,16 @@ def test_log_z_by_bennetts_equation_takes_rows_alike():
 # --- names
 
 
+def quadratic(variance):
+    return EnergyDistribution(lambda v: v**2 / (2 * variance), event_shape=())
+
+
 def test_sites_of_similar_names_have_a_log_z_each():
     """Data of sd .5 and 2 under one energy, log Z = .5 log(2 pi / a) with respect to Lebesgue."""
 
     def model(x, y):
         for name, values in (("u.x", x), ("u__x", y)):
-            law = EnergyDistribution(lambda v: v**2 / (2 * values.var().detach()), event_shape=())
+            law = quadratic(values.var())
             with pyro.plate(f"rows {name}", len(values)):
                 pyro.sample(name, law, obs=values)
 

@@ -612,7 +612,7 @@ def test_diagnostics():
     objective = ContrastiveDivergence(3, kernel=partial(MALA, step_size=1.5))
     loss = loss_of(objective, gaussian(1.0), torch.randn(4000))
     notes = objective.diagnostics["x"]
-    assert notes.keys() == {"energy_gap", "acceptance", "lost", "moved"}
+    assert notes.keys() == {"energy_gap", "energy_spread", "acceptance", "lost", "moved"}
     assert float(notes["energy_gap"]) == pytest.approx(float(loss) / 4000, abs=1e-12)
     assert 0.5 < float(notes["acceptance"]) < 0.99
     assert float(notes["lost"]) == 0.0
@@ -623,12 +623,13 @@ def test_chains_that_run_off_are_put_back_and_said():
     p = EnergyDistribution(lambda x: x**4, event_shape=())
     x = torch.cat([torch.full((20,), 1e40), torch.zeros(80)])
     objective = ContrastiveDivergence(40, kernel=partial(ULA, step_size=0.1))
-    with pytest.warns(ApproximateSampleWarning, match=r"20\.0% of the chains ran off"):
-        points = objective.draw(p, x, None).points[0]
+    points = objective.draw(p, x, None).points[0]
     assert torch.equal(points[:20], x[:20])
     assert points.isfinite().all()
+    with pytest.warns(ApproximateSampleWarning, match=r"20\.0% of the chains ran off"):
+        loss_of(objective, p, x)
     with pytest.raises(NonFiniteEnergyError, match=r"100\.0% of the chains ran off"):
-        objective.draw(p, x[:20], None)
+        loss_of(objective, p, x[:20])
 
 
 def test_divergence_is_an_error():
@@ -770,3 +771,10 @@ def test_dtypes_are_kept(dtype):
     a = torch.tensor(1.0, dtype=dtype, requires_grad=True)
     for objective in (ContrastiveDivergence(), PersistentContrastiveDivergence(2)):
         assert loss_of(objective, gaussian(a), torch.randn(5, dtype=dtype)).dtype == dtype
+
+
+def test_the_default_step_is_not_replayed():
+    """It follows what it accepts; a kernel that was given is as it is."""
+    assert not ContrastiveDivergence(1).is_replayable
+    assert ContrastiveDivergence(1, kernel=partial(MALA, step_size=0.1)).is_replayable
+    assert ContrastiveDivergence(1, transition=lambda p, x: x).is_replayable

@@ -247,7 +247,7 @@ def test_random_subsamples_are_refused():
         with pyro.plate("data", 12, subsample_size=4) as rows:
             pyro.sample("y", dist.Normal(m, 1.0), obs=models.NORMAL[rows])
 
-    with pytest.raises(TypeError, match="leave subsample_size= out, or fix the rows"):
+    with pytest.raises(TypeError, match="leave subsample_size= out, so that all rows count"):
         run(HMC(model))
 
 

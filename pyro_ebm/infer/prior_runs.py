@@ -1,0 +1,37 @@
+"""Runs of a model at draws of its prior.
+
+One draw says little of a model: an effect may be off at it, or an energy proper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+
+from pyro_ebm.ops.rng import rng_preserved
+
+NUM_DRAWS = 16
+
+
+def prior_runs(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Trace]:
+    """Returns traces of a model at draws of its prior, without slopes.
+
+    Args:
+        model: A Pyro model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> runs = prior_runs(lambda: pyro.sample("a", dist.Normal(torch.tensor(0.0), 1.0)), (), {})
+        >>> len({float(run.nodes["a"]["value"]) for run in runs})
+        16
+    """
+    with rng_preserved(), torch.no_grad(), poutine.block():
+        return [poutine.trace(model).get_trace(*args, **kwargs) for _ in range(NUM_DRAWS)]

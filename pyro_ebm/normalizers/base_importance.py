@@ -1,0 +1,277 @@
+r"""Log Z as a function of parameters, from draws of the base that are held.
+
+With draws :math:`z_1, \dots, z_S` of a base :math:`p_0`, made once,
+
+.. math:: \log \hat Z(\theta) = \log \frac1S \sum_s e^{-E_\theta(z_s)}
+
+is a smooth function with the slope and the curvature of its own, so that NUTS and SVI may infer
+what any energy depends on through it, a network as well as an exponential family. It is the
+importance estimate of :mod:`~pyro_ebm.normalizers.importance` with common random numbers; fresh
+draws at every evaluation would leave neither a density nor a slope to follow. The base of the law
+may have parameters of its own: weights are :math:`e^{-U_\theta(z_s)} / p_0(z_s)`, with the density
+that was drawn from below.
+
+**How far it holds.** For weak tilts: the effective number of draws S' falls as the law leaves its
+base, exponentially in its dims. Where it is below a share of :data:`~.anchored.LEAST_SHARE` the
+function is NaN, and a kernel rejects what would lead there. With n observations and p parameters
+the error of :math:`\log \hat Z` displaces a posterior by about :math:`\sqrt{pn / S'}` of its
+standard deviations. A mode that no draw has come near is missed without a sign.
+
+References:
+    Geyer, Thompson, Constrained Monte Carlo maximum likelihood for dependent data, JRSS B 54, 1992
+    (held draws); Vehtari, Simpson, Gelman, Yao, Gabry, Pareto smoothed importance sampling, JMLR
+    25(72), 2024.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.normalizers.anchored import LARGEST_DISPLACEMENT, LEAST_SHARE
+from pyro_ebm.normalizers.importance import from_weights
+from pyro_ebm.normalizers.laws import law_of, normalized_on, single
+from pyro_ebm.ops.arguments import whole
+from pyro_ebm.ops.log_normalizer import LogNormalizer
+
+_CHUNK = 2**22  # weights at once, of the error
+
+
+class BaseImportance:
+    """Log Z of laws on one base, from draws of it.
+
+    Made by :func:`base_importance`.
+
+    Args:
+        base: What was drawn from, a normalized distribution of one event.
+        draws: Its draws, ``(S,) + event_shape``.
+    """
+
+    def __init__(self, base: Any, draws: Tensor) -> None:
+        self.base = base
+        self.draws = draws.detach()
+        with torch.no_grad():
+            self._log_density = base.log_prob(self.draws)
+        self._has_warned = False
+
+    @property
+    def num_draws(self) -> int:
+        """S."""
+        return len(self.draws)
+
+    def __call__(self, law: EnergyDistribution) -> Tensor:
+        """Returns log Z in nats, of the law's batch shape; differentiable in what it depends on.
+
+        NaN where too few draws count.
+
+        Args:
+            law: A law with the event shape of the base, before plates expand it; its
+                ``batch_shape`` names all dims of what its energy depends on. Of a generalized EBM
+                the law over latents is meant.
+
+        Raises:
+            ValueError: If energies have other dims, or the law lives beyond the base.
+        """
+        log_weights = self.log_weights(law)
+        value = torch.logsumexp(log_weights, 0) - math.log(self.num_draws)
+        held = _size_of(log_weights.detach()) >= LEAST_SHARE * self.num_draws
+        self._warn_beyond(held)
+        return torch.where(held, value, torch.nan).to(self.draws.dtype)
+
+    def log_weights(self, law: EnergyDistribution) -> Tensor:
+        """Returns the log weights of all draws, ``(S,) + batch_shape``.
+
+        Args:
+            law: As for a call.
+        """
+        law = law_of(law)
+        normalized_on(law, self.base, "base of base_importance")
+        lead = (self.num_draws,) + (1,) * len(law.batch_shape)
+        log_p = law.unnormalized_log_prob(self.draws.reshape(lead + law.event_shape))
+        if log_p.shape != lead[:1] + law.batch_shape:
+            raise ValueError(
+                f"base_importance: {self.num_draws} draws have energies of shape "
+                f"{tuple(log_p.shape)}, expected {(self.num_draws, *law.batch_shape)}: give the "
+                "law batch_shape= all dims of what its energy depends on"
+            )
+        return log_p.double() - self._log_density.double().reshape(lead)
+
+    def effective_size(self, law: EnergyDistribution) -> Tensor:
+        """Returns the effective number S' of draws, of the law's batch shape.
+
+        Args:
+            law: As for a call.
+        """
+        with torch.no_grad():
+            return _size_of(self.log_weights(law))
+
+    def log_normalizer(self, law: EnergyDistribution) -> LogNormalizer:
+        """Returns log Z of one law with its standard error, effective size and Pareto index.
+
+        Args:
+            law: A law with ``batch_shape == ()``.
+        """
+        law = single(law, "base_importance")
+        with torch.no_grad():
+            log_weights = self.log_weights(law)
+        return from_weights(log_weights, "importance", start="base", law=law, at=self.draws[:1])
+
+    def displacement(
+        self, law: EnergyDistribution, num_observations: int, num_parameters: int
+    ) -> Tensor:
+        r"""Returns :math:`\sqrt{pn / S'}`: about how far a posterior mean is off, in its own sd's.
+
+        Args:
+            law: At parameters where the posterior is.
+            num_observations: n, how often Z enters the likelihood.
+            num_parameters: p, how many numbers the energy depends on.
+        """
+        number = whole("num_observations", num_observations, least=1)
+        number *= whole("num_parameters", num_parameters, least=1)
+        return torch.sqrt(number / self.effective_size(law))
+
+    def check(self, law: EnergyDistribution, num_observations: int, num_parameters: int) -> None:
+        """Raises unless the draws are enough for these observations at one law.
+
+        Args:
+            law: A law where the posterior is, such as at its mean; ``batch_shape == ()``.
+            num_observations: n.
+            num_parameters: p.
+
+        Raises:
+            ValueError: If the weights have too heavy a tail or too few of them count, or a
+                posterior would be displaced by more than
+                :data:`~.anchored.LARGEST_DISPLACEMENT` of its standard deviations.
+        """
+        found = self.log_normalizer(law)
+        if found.doubts or found.ess < LEAST_SHARE * self.num_draws:
+            raise ValueError(
+                f"the base is too far from the law for log Z by its draws: {found}. Use anchored "
+                "draws of an exponential family, exchange, or a base nearer to the law"
+            )
+        off = float(self.displacement(law, num_observations, num_parameters))
+        if off > LARGEST_DISPLACEMENT:
+            factor = math.ceil((off / LARGEST_DISPLACEMENT) ** 2)
+            raise ValueError(
+                f"{found.ess:.0f} effective draws of the base displace the posterior by about "
+                f"{off:.2g} of its standard deviations: use {factor} times as many"
+            )
+
+    def by(
+        self, law: Callable[[Tensor], EnergyDistribution], num_parameters: int
+    ) -> LogNormalizerBy:
+        """Returns log Z by a vector of parameters, which ``mcse_logz`` tells the error of.
+
+        Args:
+            law: From parameters ``(..., p)`` to laws with the batch shape ``(...)``.
+            num_parameters: p.
+        """
+        return LogNormalizerBy(self, law, num_parameters)
+
+    def _warn_beyond(self, held: Tensor) -> None:
+        """Says once that draws are asked for more than they tell; under ``vmap`` nobody can."""
+        if self._has_warned:
+            return
+        with suppress(RuntimeError):
+            if not bool(held.all()):
+                self._has_warned = True
+                warnings.warn(
+                    "log Z was asked of a law that the draws of its base say nothing of, and is "
+                    "NaN there: chains that get there are stuck. Use more draws, a base nearer to "
+                    "the law, normalizers.anchored, or mcmc.Exchange",
+                    stacklevel=4,
+                )
+
+
+class LogNormalizerBy:
+    """Log Z as a function of a vector of parameters; made by :meth:`BaseImportance.by`.
+
+    Args:
+        log_z: Log Z of laws.
+        law: From parameters ``(..., p)`` to laws with the batch shape ``(...)``.
+        num_parameters: p.
+    """
+
+    def __init__(
+        self,
+        log_z: BaseImportance,
+        law: Callable[[Tensor], EnergyDistribution],
+        num_parameters: int,
+    ) -> None:
+        self.log_z, self.law, self.num_parameters = log_z, law, num_parameters
+
+    def __call__(self, parameters: Tensor) -> Tensor:
+        """Returns log Z in nats, ``(...)``, for parameters ``(..., p)``."""
+        return self.log_z(self.law(parameters))
+
+    @torch.no_grad()
+    def changes(self, parameters: Tensor, num_replicates: int) -> Tensor:
+        """Returns by how much log Z of resampled draws differs, ``(num_replicates, ...)``.
+
+        Args:
+            parameters: ``(..., p)``.
+            num_replicates: How often the draws are resampled.
+        """
+        rows = parameters.reshape(-1, parameters.shape[-1])
+        counts = _counts(self.log_z.num_draws, num_replicates)
+        at_once = max(1, _CHUNK // self.log_z.num_draws)
+        shares = (self.log_z.log_weights(self.law(r)).softmax(0) for r in rows.split(at_once))
+        found = torch.cat([(counts @ share).log() for share in shares], 1)
+        return found.reshape(num_replicates, *parameters.shape[:-1])
+
+
+def base_importance(base: Any, *, num_draws: int = 10_000) -> BaseImportance:
+    """Returns log Z as a function of laws on a base, from draws of it that are made now.
+
+    Make it once and before the model is run: draws inside of a model would be others in each run.
+
+    Args:
+        base: A normalized distribution with ``batch_shape == ()``: the base of the laws, or one
+            with heavier tails; of a generalized EBM, its prior.
+        num_draws: S. A posterior of p parameters given n rows asks for some ``10 p n`` effective
+            ones (:meth:`BaseImportance.check`).
+
+    Raises:
+        ValueError: If it is called inside of a model, or there are fewer than two draws.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> _ = torch.manual_seed(0)
+        >>> base = dist.Normal(0.0, 1.0)
+        >>> log_z = base_importance(base)
+        >>> tilt = torch.tensor(0.5, requires_grad=True)
+        >>> law = EnergyDistribution(lambda x: 0.5 * tilt * x**2, base)
+        >>> law = law.with_log_normalizer(lambda bare=law: log_z(bare))
+        >>> value = law.log_normalizer_value()  # -log(1 + tilt) / 2
+        >>> value.backward()  # -1 / (2 (1 + tilt))
+        >>> print(f"{value:.2f} {tilt.grad:.2f}")
+        -0.20 -0.33
+    """
+    if am_i_wrapped():
+        raise ValueError(
+            "base_importance was called inside of a model, where its draws would be others in "
+            "each run: make it once before, and call what it returns"
+        )
+    number = whole("num_draws", num_draws, least=2)
+    with torch.no_grad():
+        return BaseImportance(base, base.sample(torch.Size((number,))))
+
+
+def _size_of(log_weights: Tensor) -> Tensor:
+    """The effective number of draws, over the first dim."""
+    return 1.0 / log_weights.softmax(0).square().sum(0)
+
+
+def _counts(num_draws: int, num_replicates: int) -> Tensor:
+    """How often each draw is in each of its resampled sets, ``(B, S)``."""
+    which = torch.randint(num_draws, (num_replicates, num_draws))
+    counts = torch.zeros(num_replicates, num_draws, dtype=torch.float64)
+    return counts.scatter_add_(1, which, torch.ones_like(which, dtype=torch.float64))
