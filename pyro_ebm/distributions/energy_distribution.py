@@ -220,6 +220,8 @@ class EnergyDistribution(TorchDistribution):
                 why=state or "log Z was given as a constant",
                 bounds=supports.tensors_in(self._support),
                 done=turn,
+                function=self._log_normalizer if callable(self._log_normalizer) else None,
+                again=self.log_normalizer_value,
             )
         else:
             log_p = self._unnormalized(x)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions.call_stack import Scoring, frame_of, scoring
 from pyro_ebm.distributions.captured import captured_only
+from pyro_ebm.distributions.normalizer_functions import problem_of
 from pyro_ebm.errors import MissingNormalizerError, MissingNormalizerWarning
 from pyro_ebm.ops.autograd_graph import children, graph, leaves, node_of, value_at, walk
 from pyro_ebm.settings import missing_normalizer_policy
@@ -70,6 +71,8 @@ def watch(
     why: str,
     bounds: Iterable[Tensor] = (),
     done: Callable[[], None] = lambda: None,
+    function: Callable[[], Any] | None = None,
+    again: Callable[[], Tensor | None] = lambda: None,
 ) -> tuple[Tensor, Tensor | None]:
     """Hooks the unnormalized log density and log Z; call only when it is their turn.
 
@@ -82,6 +85,8 @@ def watch(
         why: How to describe a missing log Z ("log Z is unknown", "log Z is stale ...").
         bounds: Tensors that the support is made of: log Z depends on them though U does not.
         done: Called when this call has been looked at.
+        function: What log Z comes from, if a user's function.
+        again: Calls it once more.
 
     Returns:
         ``unnormalized`` and ``log_z`` (views where they are hooked).
@@ -90,6 +95,11 @@ def watch(
     where = Place(energy, now.site)
     if log_z is None:
         _check_use(now, where, why)
+    elif function is not None and unnormalized.requires_grad:
+        at = (now.site, x_cut)
+        wrong = problem_of(function, log_z, at=at, latents=now.latents, again=again)
+        if wrong is not None:
+            report(f"{where}: {wrong}.")
     unnormalized = _tied_to(unnormalized, bounds)
     ends = {node: site for site, value in now.latents.items() for node in node_of(value)}
     potential = Paths(children(unnormalized), node_of(x_cut), ends, where)

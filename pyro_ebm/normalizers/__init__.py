@@ -4,6 +4,7 @@ from pyro_ebm.normalizers.ais import ais
 from pyro_ebm.normalizers.anchor_error import AnchorError, mcse_logz
 from pyro_ebm.normalizers.anchored import Anchored, anchored
 from pyro_ebm.normalizers.anchoring import anchored_to
+from pyro_ebm.normalizers.base_importance import BaseImportance, base_importance
 from pyro_ebm.normalizers.bridge import bridge
 from pyro_ebm.normalizers.estimate import estimate_log_normalizer
 from pyro_ebm.normalizers.evidence import BayesFactor, bayes_factor, evidence
@@ -18,21 +19,23 @@ from pyro_ebm.normalizers.tempered import TemperedRun, tempered
 from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic
 
 __all__ = [
-    "from_uniform",
     "AnchorError",
     "Anchored",
+    "BaseImportance",
     "BayesFactor",
     "Box",
     "TemperedRun",
     "ais",
     "anchored",
     "anchored_to",
+    "base_importance",
     "bayes_factor",
     "bridge",
     "estimate_log_normalizer",
     "evidence",
     "exact",
     "find_box",
+    "from_uniform",
     "gauss_hermite",
     "importance",
     "mcse_logz",

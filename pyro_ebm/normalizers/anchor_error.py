@@ -43,7 +43,7 @@ class Resampled(Protocol):
 
     @property
     def num_parameters(self) -> int:
-        """p."""
+        """The number p of parameters."""
 
     def __call__(self, natural: Tensor, /) -> Tensor:
         """Returns log Z in nats, ``(...)`` for parameters ``(..., p)``."""

@@ -152,7 +152,8 @@ class BaseImportance:
                 :data:`~.anchored.LARGEST_DISPLACEMENT` of its standard deviations.
         """
         found = self.log_normalizer(law)
-        if found.doubts or found.ess < LEAST_SHARE * self.num_draws:
+        size = float(self.effective_size(law))
+        if found.doubts or size < LEAST_SHARE * self.num_draws:
             raise ValueError(
                 f"the base is too far from the law for log Z by its draws: {found}. Use anchored "
                 "draws of an exponential family, exchange, or a base nearer to the law"
@@ -161,7 +162,7 @@ class BaseImportance:
         if off > LARGEST_DISPLACEMENT:
             factor = math.ceil((off / LARGEST_DISPLACEMENT) ** 2)
             raise ValueError(
-                f"{found.ess:.0f} effective draws of the base displace the posterior by about "
+                f"{size:.0f} effective draws of the base displace the posterior by about "
                 f"{off:.2g} of its standard deviations: use {factor} times as many"
             )
 
@@ -221,7 +222,7 @@ class LogNormalizerBy:
             num_replicates: How often the draws are resampled.
         """
         rows = parameters.reshape(-1, parameters.shape[-1])
-        counts = _counts(self.log_z.num_draws, num_replicates)
+        counts = _counts(self.log_z.draws, num_replicates)
         at_once = max(1, _CHUNK // self.log_z.num_draws)
         shares = (self.log_z.log_weights(self.law(r)).softmax(0) for r in rows.split(at_once))
         found = torch.cat([(counts @ share).log() for share in shares], 1)
@@ -270,8 +271,9 @@ def _size_of(log_weights: Tensor) -> Tensor:
     return 1.0 / log_weights.softmax(0).square().sum(0)
 
 
-def _counts(num_draws: int, num_replicates: int) -> Tensor:
+def _counts(draws: Tensor, num_replicates: int) -> Tensor:
     """How often each draw is in each of its resampled sets, ``(B, S)``."""
-    which = torch.randint(num_draws, (num_replicates, num_draws))
-    counts = torch.zeros(num_replicates, num_draws, dtype=torch.float64)
-    return counts.scatter_add_(1, which, torch.ones_like(which, dtype=torch.float64))
+    shape = (num_replicates, len(draws))
+    which = torch.randint(len(draws), shape, device=draws.device)
+    ones = torch.ones(shape, dtype=torch.float64, device=draws.device)
+    return torch.zeros_like(ones).scatter_add_(1, which, ones)

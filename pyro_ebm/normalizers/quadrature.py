@@ -17,7 +17,6 @@ Reference:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -37,12 +36,11 @@ from pyro_ebm.ops.spaces import UnconstrainedSpace
 MAX_DIM = 3
 FIRST_NODES = 33  # along every dim; halving a step of n nodes makes 2 n - 1
 MOST_NODES = 2**22
-LEAST_NODES = 5  # of which one sees about half a wave a step
 _NUM_STARTS, _MOST_DRAWS = 64, 4096
 _GROWTH, _MAX_GROWTHS = 1.5, 60
-# Waves a step from which on the largest size counts: of one alone, waves that come to lie on each
-# other at half a wave may cancel. With these a kink at a node has the error that it makes.
-_HALF_A_WAVE, _QUARTER = 0.4, 0.23
+# Waves in so many steps from which on the largest size counts: of half a wave a step alone, those
+# that come to lie on each other may cancel. With these a kink at a node is told as it is.
+_PERIOD, _HALF, _QUARTER = 22, 9, 5
 
 
 @dataclass(frozen=True)
@@ -147,8 +145,8 @@ def _unresolved(integrand: _Integrand, box: Box, peaks: Peaks, seen: NaNCount) -
 def on_box(dist: EnergyDistribution, box: Box) -> tuple[Tensor, Tensor]:
     r"""Returns log Z by the nodes of a box, and about how far it may be off, ``batch_shape`` each.
 
-    The error of the rule is the Fourier transform of the density at whole waves a step, of which the
-    nodes show the one at half a wave, H say, and at a quarter, Q. From them it is
+    The error of the rule is the Fourier transform of the density at whole waves a step. Of it the
+    nodes show what it is at half a wave, H say, and at a quarter, Q, and the error is taken for
     :math:`H^2 / (2 Q - H)`: right where errors fall as a power of the step, and large where they
     fall faster. Sizes of waves are taken, not their values at some nodes, which would tell nothing
     or far too much wherever the mass comes to lie badly between the nodes. To it is added the share
@@ -157,10 +155,10 @@ def on_box(dist: EnergyDistribution, box: Box) -> tuple[Tensor, Tensor]:
 
     Args:
         dist: A distribution on a continuous support of at most three dimensions.
-        box: Where the nodes are, at least five along every dim.
+        box: Where the nodes are.
 
     Raises:
-        ValueError: If there are more than three dimensions, or fewer nodes.
+        ValueError: If there are more than three dimensions.
 
     Example:
         >>> law = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=())
@@ -171,8 +169,6 @@ def on_box(dist: EnergyDistribution, box: Box) -> tuple[Tensor, Tensor]:
         >>> bool(on_box(law, Box(low / 4, high / 4, 41))[1] > 0.1)  # mass is left at its faces
         True
     """
-    if box.num_nodes < LEAST_NODES:
-        raise ValueError(f"box.num_nodes must be at least {LEAST_NODES}, got {box.num_nodes}")
     integrand = _Integrand(dist)
     nodes, log_volume = box.nodes()
     heights = integrand.log_density(nodes)
@@ -184,11 +180,20 @@ def on_box(dist: EnergyDistribution, box: Box) -> tuple[Tensor, Tensor]:
 def _of_rule(grid: Tensor, dim: int) -> Tensor:
     """The error of a sum over a grid in nats, by the waves that it shows, of the batch."""
     mass = (grid - grid.flatten(0, dim - 1).logsumexp(0)).exp()
-    size = torch.fft.fftn(mass, dim=tuple(range(dim))).abs().flatten(0, dim - 1)
-    waves = torch.fft.fftfreq(grid.shape[0], device=grid.device).abs()
+    size = torch.fft.fftn(_folded(mass, dim), dim=tuple(range(dim))).abs().flatten(0, dim - 1)
+    waves = torch.arange(_PERIOD, device=grid.device)
+    waves = torch.minimum(waves, _PERIOD - waves)
     fastest = torch.cartesian_prod(*[waves] * dim).reshape(-1, dim).amax(1)
-    half, quarter = (size[fastest >= least].amax(0) for least in (_HALF_A_WAVE, _QUARTER))
+    half, quarter = (size[fastest >= least].amax(0) for least in (_HALF, _QUARTER))
     return half * half / (2.0 * quarter - half)
+
+
+def _folded(mass: Tensor, dim: int) -> Tensor:
+    """The sums over nodes a period apart, from which its waves are those of the whole grid."""
+    for d in range(dim):
+        missing = (*mass.shape[:d], -mass.shape[d] % _PERIOD, *mass.shape[d + 1 :])
+        mass = torch.cat([mass, mass.new_zeros(missing)], d).unflatten(d, (-1, _PERIOD)).sum(d)
+    return mass
 
 
 def _outside(grid: Tensor, dim: int) -> Tensor:

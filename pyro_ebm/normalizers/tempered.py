@@ -80,7 +80,7 @@ def tempered(
     num_rungs: int = 16,
     num_chains: int = 64,
     num_samples: int = 200,
-    warmup_steps: int = 250,
+    warmup_steps: int = 600,
     kernel: KernelMaker | None = None,
 ) -> TemperedRun:
     """Runs chains at all rungs of a ladder that is spaced by the law.
@@ -92,6 +92,8 @@ def tempered(
         num_chains: Independent chains at every rung.
         num_samples: Draws of each.
         warmup_steps: Iterations before them; of chains that are held, half as many, at each rung.
+            Chains start at the base, and with too few the modes of the law still have the base's
+            weights: that is a bias, and in no error.
         kernel: Makes the kernel of chains that are held. If not given, and the base is a Gaussian
             with independent coordinates, parallel tempering; else HMC. Discrete laws take none:
             they move by sweeps.

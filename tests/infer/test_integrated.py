@@ -2,20 +2,34 @@
 
 import math
 import re
+from dataclasses import dataclass
 from importlib import import_module
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.distributions import constraints
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.infer.data_structure import data_structure
 from pyro_ebm.infer.integrated import BEYOND, Integrated, OnBase, OnBox
-from pyro_ebm.infer.integration import Search, _around, _box_of, _data_of, _spread, integrals_of
+from pyro_ebm.infer.integration import (
+    Integrals,
+    Search,
+    _around,
+    _box_of,
+    _data_of,
+    _spread,
+    integrals_of,
+)
 from pyro_ebm.infer.posterior import posterior
+from pyro_ebm.infer.posterior_remarks import off_the_nodes
 from pyro_ebm.infer.witnesses import witnesses_of
+from pyro_ebm.mcmc.exchange_target import UnnormalizedSites
+from pyro_ebm.mcmc.model_target import target_of_model
 from pyro_ebm.normalizers.quadrature import Box
+from pyro_ebm.poutine import surrogate
 
 SIZES = {"num_samples": 100, "warmup_steps": 100, "num_chains": 16}
 
@@ -222,6 +236,99 @@ def test_rules_hold_wherever_the_posterior_is(monkeypatch):
         torch.testing.assert_close(
             log_z, (0.5 * (2 * math.pi / value).log()).expand(1), atol=2.5e-4, rtol=0
         )
+
+
+def exponentials(y):
+    """exp(-t y) on the positive numbers: a posterior of Gamma(2 + n, 1 + sum y)."""
+    t = pyro.sample("t", dist.Gamma(y.new_tensor(2.0), 1.0))
+    law = EnergyDistribution(lambda v: t * v, support=constraints.positive, event_shape=())
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", law, obs=y)
+
+
+WAITING = torch.tensor([0.3, 0.7, 1.5, 0.4, 2.1])
+
+
+def test_rules_hold_on_the_way_between_draws(monkeypatch):
+    """Nodes in log y see the law move by log t, at 200 values among draws of Gamma(7, 6)."""
+    draws = dist.Gamma(7.0, 6.0).sample((32,)).log()[:, None]
+    rules = searched(exponentials, WAITING, draws, monkeypatch)
+    for t in torch.linspace(float(draws.min()), float(draws.max()), 200).exp():
+        law = EnergyDistribution(lambda v, t=t: t * v, support=constraints.positive, event_shape=())
+        log_z, error = rules.rules["y"](law.expand((5,)))
+        assert float(error.max()) <= rules.largest_error["y"]
+        assert abs(float(log_z) + float(t.log())) <= 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_posterior_has_no_gap(seed):
+    """The longest interval without a draw holds .003 of Gamma(7, 6) on the average; a wall, .19."""
+    torch.manual_seed(seed)
+    found = posterior(exponentials, WAITING, num_samples=100, warmup_steps=200)
+    t = torch.as_tensor(found.record.draws["t"]).flatten().double().sort().values
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    levels = torch.cat([ends[:1], torch.special.gammainc(torch.tensor(7.0), 6.0 * t), ends[1:]])
+    assert found.method == "exact log Z"
+    assert found.remarks == ()
+    assert float(levels.diff().max()) < 0.02
+
+
+@dataclass(frozen=True)
+class WithAHole:
+    """log Z of exp(-t y), with an error that is too large for t in (.9, 1.1)."""
+
+    num_nodes = 1
+
+    def __call__(self, law):
+        t = law.energy(torch.ones(()))
+        return -t.log(), torch.where((t - 1.0).abs() < 0.1, 1.0, 0.0)
+
+
+def around_the_hole():
+    """Draws on both sides of it."""
+    return torch.tensor([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.2, 1.5, 2.0, 2.5]).log()[:, None]
+
+
+def with_a_hole():
+    sites = data_structure(exponentials, WAITING).sites
+    search = Search(exponentials, (WAITING,), {}, sites, 2**15)
+    search.target = target_of_model(surrogate(exponentials, UnnormalizedSites()), (WAITING,), {})
+    rules = Integrated({"y": WithAHole()}, 1, {"y": 1e-3})
+    return Integrals(rules, around_the_hole(), search)
+
+
+def test_a_hole_between_draws_is_found():
+    """The rule holds at all draws, and half as far out again."""
+    nodes, q = with_a_hole(), around_the_hole()
+    assert nodes.hold_beyond(q)
+    gaps = nodes.gaps_among(q).exp()
+    assert len(gaps) >= 3
+    assert bool(((gaps > 0.9) & (gaps < 1.1)).all())
+
+
+def test_a_hole_between_draws_is_told():
+    class Chains:
+        def positions(self):
+            return None, around_the_hole()[:, None]
+
+    (sentence,) = off_the_nodes(Chains(), with_a_hole())
+    assert "the posterior may have a gap" in sentence
+
+
+def test_a_rule_with_a_hole_is_made_anew(monkeypatch):
+    """Rules are made for the gap as well; where they keep one, there are none."""
+    nodes, made = with_a_hole(), []
+    monkeypatch.setattr(Search, "_drawn", lambda self, at: around_the_hole())
+
+    def remade(self, q):
+        made.append(q)
+        return nodes.objective
+
+    monkeypatch.setattr(Search, "_objective", remade)
+    monkeypatch.setattr(Search, "_score", lambda self, q: 0.0)
+    assert nodes.search.run() is None
+    assert bool(((made[-1].exp() - 1.0).abs() < 0.1).any())
 
 
 def test_one_row_is_enough():

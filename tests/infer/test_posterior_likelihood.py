@@ -22,6 +22,7 @@ from pyro_ebm.infer.pseudo_likelihood import PseudoLikelihood
 from pyro_ebm.infer.score_matching import ScoreMatching
 from pyro_ebm.normalizers.quadrature import Box
 from pyro_ebm.poutine import surrogate
+from pyro_ebm.poutine.surrogate import SurrogateDistribution
 
 HIGHEST = 5
 COUNTS = torch.tensor([0.0, 1, 1, 0, 2, 3, 1, 5, 4, 0, 1], dtype=torch.float64)
@@ -127,6 +128,10 @@ def test_draws_of_a_generalized_posterior_have_none():
             found.to_arviz(model=known, args=(X,), log_likelihood=True)
 
 
+def scalar():
+    return EnergyDistribution(lambda x: x.square(), event_shape=())
+
+
 def test_a_loss_is_no_log_likelihood():
     """Whoever scores a model by an objective is believed if that is a density, else not."""
     draws = {"rate": np.full((2, 5), 0.7)}
@@ -136,5 +141,7 @@ def test_a_loss_is_no_log_likelihood():
     loss = surrogate(of_counts, PseudoLikelihood())
     with pytest.raises(MissingNormalizerError, match="'k' has an unnormalized density"):
         to_arviz(draws, model=loss, args=(COUNTS,), log_likelihood=True)
+    law = SurrogateDistribution(scalar(), lambda p, x: x, is_normalized=True)
+    assert law.expand([3]).is_normalized
     mixed = surrogate(of_counts, {"k": Enumerated()})
     to_arviz(draws, model=mixed, args=(COUNTS,), log_likelihood=True)

@@ -69,7 +69,9 @@ def test_value_slope_and_curvature_of_a_tilted_normal(tilt):
 def test_the_standard_error_is_that_of_repeats():
     """sd(w) / (mean(w) sqrt S), in closed form: Z(2 t) / Z(t)^2 - 1 over S."""
     tilt, size = torch.tensor(1.5), 500
-    told = [base_importance(base(), num_draws=size).log_normalizer(tilted(tilt)) for _ in range(400)]
+    told = [
+        base_importance(base(), num_draws=size).log_normalizer(tilted(tilt)) for _ in range(400)
+    ]
     wanted = math.sqrt(float(torch.expm1(exact(2 * tilt) - 2 * exact(tilt))) / size)
     assert float(torch.stack([z.value for z in told]).std()) == pytest.approx(wanted, rel=0.15)
     assert float(torch.stack([z.stderr for z in told]).mean()) == pytest.approx(wanted, rel=0.05)
@@ -91,7 +93,7 @@ def test_a_base_with_parameters_and_a_proposal_with_heavier_tails():
     law = EnergyDistribution(lambda x: 0.5 * x.square(), dist.Normal(m, 1.0))
     value = wide(law)
     value.backward()
-    assert float(value) == pytest.approx(-0.25 * 0.49 - 0.5 * math.log(2.0), abs=0.02)
+    assert float(value.detach()) == pytest.approx(-0.25 * 0.49 - 0.5 * math.log(2.0), abs=0.02)
     assert float(m.grad) == pytest.approx(-0.35, abs=0.02)
 
 
@@ -150,6 +152,7 @@ def known_exactly(law):
 Y = torch.linspace(-1.3, 1.3, 30)
 
 
+@pytest.mark.filterwarnings("ignore:log Z was asked of a law")  # by the first step size
 def test_stock_nuts_has_the_posterior():
     """Within five Monte Carlo errors plus the displacement that the rule tells, .03 sds."""
     log_z = base_importance(base(), num_draws=40_000)
@@ -182,18 +185,20 @@ def test_its_error_is_told_by_resampling():
     The spread is of 100 sets, known to 7 %, and that of 100 replicates as well: gated at 35 %.
     """
     mean, sd = of_rows(Y)
-    tilt = torch.linspace(1e-3, 12.0, 801)
+    tilt = torch.linspace(1e-3, 12.0, 401)
     log_p = tilt.log() - tilt - 0.5 * tilt * Y.square().sum()
 
     def posterior_mean(log_z):
         return float((log_p - len(Y) * log_z).softmax(0) @ tilt)
 
     sets = [base_importance(base(), num_draws=1000) for _ in range(100)]
-    spread = np.std([posterior_mean(one(tilted(tilt, (801,)))) for one in sets])
+    spread = np.std([posterior_mean(one(tilted(tilt, (401,)))) for one in sets])
     weights = (log_p - len(Y) * exact(tilt)).softmax(0)
     draws = tilt[torch.multinomial(weights, 2000, replacement=True)]
     of_tilt = sets[0].by(lambda theta: tilted(theta[..., 0], theta.shape[:-1]), 1)
-    error = mcse_logz({"tilt": draws.reshape(4, 500)}, of_tilt, lambda d: d["tilt"][:, None], len(Y))
+    error = mcse_logz(
+        {"tilt": draws.reshape(4, 500)}, of_tilt, lambda d: d["tilt"][:, None], len(Y)
+    )
     assert float(error.mcse["tilt"]["mean"]) == pytest.approx(spread, rel=0.35)
     size = float(sets[0].effective_size(tilted(torch.tensor(mean))))
     assert spread < 1.5 * sd * math.sqrt(len(Y) / size)
@@ -219,9 +224,10 @@ def test_the_check_asks_for_more_draws_or_another_way():
     with pytest.raises(ValueError, match="displace the posterior by about .* use .* times as many"):
         few.check(tilted(torch.tensor(1.0)), 1000, 1)
     few.check(tilted(torch.tensor(1.0)), 10, 1)
-    wider = EnergyDistribution(lambda x: -0.45 * x.square(), base())  # infinite variance
+    wider = EnergyDistribution(lambda x: -0.49 * x.square(), base())  # infinite variance
+    many = base_importance(base(), num_draws=20_000)
     with pytest.raises(ValueError, match=r"too far from the law .*Pareto tail index"):
-        few.check(wider, 10, 1)
+        many.check(wider, 10, 1)
 
 
 def test_draws_inside_of_a_model_are_refused():
@@ -245,3 +251,10 @@ def test_laws_on_other_sets_are_refused():
         positive(tilted(torch.tensor(0.1)))
     with pytest.raises(ValueError, match="event_shape"):
         BaseImportance(base(2), torch.randn(10, 2))(tilted(torch.tensor(0.1)))
+
+
+def test_its_rule_is_the_root_of_p_n_over_s():
+    """Without a tilt all draws count: sqrt(3 * 50 / 2000)."""
+    log_z = base_importance(base(), num_draws=2000)
+    off = log_z.displacement(tilted(torch.tensor(0.0)), 50, 3)
+    assert float(off) == pytest.approx(math.sqrt(150 / 2000))

@@ -1,0 +1,124 @@
+r"""What a function for log Z must be: the same at the same parameters, and with a slope.
+
+A function that is given as ``log_normalizer=`` is believed. Two kinds of them cannot be right, and
+both are made by calling an estimator inside of the function: one that draws anew whenever it is
+called leaves no density at all, so that chains stand where an estimate happened to be low; and one
+whose value moves with the latents while no gradient passes through it has its slope missing from
+NUTS and SVI.
+
+Looked at are the first evaluations of each use; the very first are made twice. A slope is missed
+where the value has moved between evaluations at the same data and other latents. A function that is
+constant is right where log Z is, as of a location.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import CellType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.ops.rng import rng_preserved
+
+REPEATED = 2
+FIRST_CALLS = 16
+MOST_USES = 256
+
+
+class _Evaluation(NamedTuple):
+    """What log Z and every latent sum up to: the tensors themselves may be large."""
+
+    log_z: Tensor
+    latents: dict[str, Tensor]
+
+
+_seen: dict[tuple[Any, ...], list[_Evaluation]] = {}
+
+
+def problem_of(
+    function: Callable[[], Any],
+    log_z: Tensor,
+    *,
+    at: tuple[str | None, Tensor],
+    latents: Mapping[str, Tensor],
+    again: Callable[[], Tensor | None],
+) -> str | None:
+    """Returns what is wrong with a function for log Z, or ``None``; under ``vmap`` nobody can tell.
+
+    Args:
+        function: The function.
+        log_z: What it has returned now.
+        at: The site, and the values that it stands beside.
+        latents: By name, what gradients may reach.
+        again: Calls it once more.
+    """
+    if not all(map(_is_plain, (log_z, at[1], *latents.values()))):
+        return None
+    seen = _evaluations(function, *at)
+    if len(seen) >= FIRST_CALLS:
+        return None
+    seen.append(_Evaluation(_sum(log_z), {name: _sum(value) for name, value in latents.items()}))
+    if len(seen) <= REPEATED and _differ(log_z.detach(), _repeated(again)):
+        return (
+            "log_normalizer returned two values at the same parameters, so that there is no "
+            "density to infer by: draw what it needs once and hold it, as "
+            "normalizers.base_importance and normalizers.anchored do"
+        )
+    if not log_z.requires_grad and _moves(seen):
+        return (
+            f"log_normalizer moves with latent {', '.join(map(repr, latents))} and no gradient "
+            "passes through it: compute it by torch operations of the latents, with gradients on, "
+            "or by normalizers.base_importance or normalizers.anchored"
+        )
+    return None
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether a tensor has numbers that can be looked at."""
+    try:
+        value.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _evaluations(function: Callable[[], Any], site: str | None, x: Tensor) -> list[_Evaluation]:
+    """What was seen of a function at these data before."""
+    if len(_seen) > MOST_USES:
+        _seen.clear()
+    cells = getattr(function, "__closure__", None) or ()
+    numbers = [v for v in map(_content, cells) if isinstance(v, (int, float, str))]
+    code = getattr(function, "__code__", type(function))
+    return _seen.setdefault((site, code, *numbers, x.data_ptr(), x._version, x.shape), [])
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing yet
+        return None
+
+
+def _sum(value: Tensor) -> Tensor:
+    return value.detach().double().sum()
+
+
+def _repeated(again: Callable[[], Tensor | None]) -> Tensor | None:
+    with rng_preserved(), torch.no_grad():
+        torch.rand(())  # not the numbers of the first call, even if it has set a seed before them
+        return again()
+
+
+def _differ(one: Tensor, other: Tensor | None) -> bool:
+    if other is None or one.shape != other.shape:
+        return False
+    return not torch.allclose(one, other, rtol=1e-6, equal_nan=True)
+
+
+def _moves(seen: list[_Evaluation]) -> bool:
+    """Whether the last value is another than the first one's, and a latent too."""
+    first, last = seen[0], seen[-1]
+    elsewhere = [_differ(v, first.latents.get(name)) for name, v in last.latents.items()]
+    return any(elsewhere) and _differ(last.log_z, first.log_z)
