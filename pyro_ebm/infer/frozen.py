@@ -24,6 +24,7 @@ from pyro_ebm.distributions.layers import layers
 from pyro_ebm.infer import checks
 from pyro_ebm.infer.evaluation import Evaluates, evaluating
 from pyro_ebm.infer.known import covers_parameters, log_normalizer_of_rows
+from pyro_ebm.infer.site_values import on_support
 from pyro_ebm.poutine.surrogate import SurrogateDistribution, SurrogateMessenger
 
 PRIOR_SCALE = 10.0
@@ -130,6 +131,7 @@ def freeze(
     for name in handler.used:
         site = trace.nodes[name]
         checks.full_data(name, site)
+        on_support(name, site)
         fn = _surrogate_in(site["fn"])
         p, mask = fn.p, fn.mask
         x = p.broadcast_value(fn.without_padding(site["value"].detach()))

@@ -194,3 +194,13 @@ def test_energies_of_bits_with_a_dim_in_front():
 
     with pytest.raises(EnergyShapeError, match=r"shape \(1, 5\) for input \(5, 3\)"):
         PseudoLikelihood().differentiable_loss(model, no_guide, torch.ones(5, 3))
+
+
+def test_nan_is_told_when_an_objective_is_frozen():
+    def model(x):
+        a = pyro.sample("a", dist.Gamma(2.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", EnergyDistribution(lambda y: 0.5 * a * y**2, event_shape=()), obs=x)
+
+    with pytest.raises(ValueError, match="1 of 3 rows of the data are NaN or infinite"):
+        NCE(2, dist.Normal(0.0, 1.0)).freeze(model, torch.tensor([0.0, float("nan"), 1.0]))
