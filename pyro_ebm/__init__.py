@@ -28,6 +28,7 @@ from pyro_ebm.distributions import (
 )
 from pyro_ebm.errors import (
     ApproximateSampleWarning,
+    ConditionalEnergyError,
     DivergedTrainingError,
     MissingNormalizerError,
     NonFiniteEnergyError,
@@ -41,6 +42,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "ApproximateSampleWarning",
+    "ConditionalEnergyError",
     "DivergedTrainingError",
     "EnergyDistribution",
     "GeneralizedEBM",
