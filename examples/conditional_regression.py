@@ -209,13 +209,15 @@ def print_refusal(data: tuple[Tensor, Tensor]) -> None:
 def print_table(results: dict[str, Result]) -> None:
     """Prints a row for every objective."""
     names = "".join(f"{name:>8}" for name in TRUTH)
-    print(f"{'':<20}{names}{'nats lost':>11}{'c off':>8}{'s':>7}")
+    print(f"{'':<20}{names}{'nats lost':>11}{'c off':>8}")
     print(f"{'truth':<20}" + "".join(f"{value:>8.3f}" for value in TRUTH.values()))
     for name, result in results.items():
         cells = "".join(f"{value:>8.3f}" for value in result.model.energy.theta.tolist())
         off = result.off()
         shown = f"{off:>8.3f}" if off is not None else f"{'':>8}"
-        print(f"{name:<20}{cells}{result.nats_lost():>11.5f}{shown}{result.seconds:>7.1f}")
+        print(f"{name:<20}{cells}{result.nats_lost():>11.5f}{shown}")
+    took = ", ".join(f"{result.seconds:.1f} ({name})" for name, result in results.items())
+    print(f"seconds of training: {took}")
 
 
 # --- the figure
