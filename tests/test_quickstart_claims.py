@@ -129,6 +129,8 @@ def test_only_seconds_and_paths_are_dropped(tmp_path):
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_two_smoke_runs_print_the_same(name, tmp_path):
     first = printed(EXAMPLES / name, tmp_path / "first")
+    if "need `pip install" in first:
+        pytest.skip(first)
     assert re.search(r"\d\.\d", first)
     assert printed(EXAMPLES / name, tmp_path / "second") == first
 

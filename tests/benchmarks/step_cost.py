@@ -213,13 +213,13 @@ COLUMNS = ("module", "fit", "capture", "compile", "svi, off", "svi, on")
 OTHERS = ("hand, comp", "ebmkit", "torchebm")
 
 
-def print_training(blocks: int, *, compiles: bool) -> None:
+def print_training(blocks: int, part: str, *, compiles: bool) -> None:
     """Prints the table of training steps."""
     labels = (*COLUMNS, *OTHERS)
     print(
         f"{'training step / by hand':24s} {'hand, us':>9s} " + " ".join(f"{n:>10s}" for n in labels)
     )
-    for name in training_steps.FAMILIES:
+    for name in (name for name in training_steps.FAMILIES if part in name):
         found = measure_training(name, blocks, compiles=compiles)
         ratios = " ".join(f"{found[n]:10.2f}" if n in found else f"{'-':>10s}" for n in labels)
         print(f"{name:24s} {1e6 * found['hand']:9.0f} {ratios}", flush=True)
@@ -230,13 +230,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=15)
     parser.add_argument("--only", choices=("samplers", "training"))
+    parser.add_argument("--objective", default="", help="only those with this in their name")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if args.only != "training":
         print_samplers(args.blocks)
     if args.only != "samplers":
-        print_training(args.blocks, compiles=shutil.which("g++") is not None)
+        print_training(args.blocks, args.objective, compiles=shutil.which("g++") is not None)
 
 
 if __name__ == "__main__":

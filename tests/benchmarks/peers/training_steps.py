@@ -6,6 +6,7 @@ Every builder returns a function that takes one step of Adam on one batch and re
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -31,6 +32,9 @@ NUM_LANGEVIN, LANGEVIN_STEP, NUM_CHAINS = 10, 0.1, 4096
 NOISE_STD = 0.1
 Step = Callable[[], object]
 Loss = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
+
+
+_numbers = itertools.count()
 
 
 def new_energy() -> MLPEnergy:
@@ -249,7 +253,7 @@ def by_hand(name: str, x: Tensor, *, compiled: bool = False) -> Step:
 def model_of(name: str) -> tuple[Callable[[Tensor], None], nn.Module]:
     """Returns a model in Pyro and its network."""
     energy, tilts = new_energy(), FAMILIES[name].tilts
-    label = f"energy {id(energy)}"  # the parameter store is one for all
+    label = f"energy {next(_numbers)}"  # the parameter store is one for all
 
     def model(x: Tensor) -> None:
         pyro.module(label, energy)
