@@ -303,7 +303,7 @@ def test_a_loss_that_is_not_finite_in_a_replayed_step():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own compiler
-@pytest.mark.parametrize("name", ["nce", "kale", "score matching"])
+@pytest.mark.parametrize("name", ["nce", "kale", "score matching", "cd"])
 def test_compiled_steps_are_those_of_the_model(name):
     data = torch.randn(22, 2)
     eager, compiled = (trained(name, data, compile=compiled) for compiled in (False, True))
