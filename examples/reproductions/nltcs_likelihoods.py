@@ -347,7 +347,7 @@ def main() -> None:
     parser.add_argument("--noise", type=int, default=8, help="of the mixture beside every row")
     parser.add_argument("--components", type=int, default=12, help="of that mixture")
     parser.add_argument("--flip-rate", type=float, default=0.1, help="of energy discrepancy")
-    parser.add_argument("--sweeps", type=int, default=20, help="of persistent chains, every step")
+    parser.add_argument("--sweeps", type=int, default=40, help="of persistent chains, every step")
     parser.add_argument("--energy", default="", help="only energies with this in their name")
     parser.add_argument("--objectives", default="", help="only those with one of these, by commas")
     parser.add_argument("--judge", choices=["valid", "test"], default="test", help="rows to score")

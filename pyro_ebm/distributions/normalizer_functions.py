@@ -14,6 +14,7 @@ constant is right where log Z is, as of a location.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import CellType
 from typing import Any, NamedTuple
 
@@ -28,9 +29,10 @@ MOST_USES = 256
 
 
 class _Evaluation(NamedTuple):
-    """What log Z and every latent sum up to: the tensors themselves may be large."""
+    """What log Z, the data, tensors that the function holds and latents sum up to."""
 
     log_z: Tensor
+    held: list[Tensor]
     latents: dict[str, Tensor]
 
 
@@ -59,7 +61,8 @@ def problem_of(
     seen = _evaluations(function, *at)
     if len(seen) >= FIRST_CALLS:
         return None
-    seen.append(_Evaluation(_sum(log_z), {name: _sum(value) for name, value in latents.items()}))
+    held = [_sum(v) for v in (at[1], *_parts(function)) if _is_held(v)]
+    seen.append(_Evaluation(_sum(log_z), held, {n: _sum(value) for n, value in latents.items()}))
     if len(seen) <= REPEATED and _differ(log_z.detach(), _repeated(again)):
         return (
             "log_normalizer returned two values at the same parameters, so that there is no "
@@ -88,10 +91,22 @@ def _evaluations(function: Callable[[], Any], site: str | None, x: Tensor) -> li
     """What was seen of a function at these data before."""
     if len(_seen) > MOST_USES:
         _seen.clear()
-    cells = getattr(function, "__closure__", None) or ()
-    numbers = [v for v in map(_content, cells) if isinstance(v, (int, float, str))]
-    code = getattr(function, "__code__", type(function))
+    numbers = [v for v in _parts(function) if isinstance(v, (int, float, str))]
+    inner = function.func if isinstance(function, partial) else function
+    code = getattr(inner, "__code__", type(inner))
     return _seen.setdefault((site, code, *numbers, x.data_ptr(), x._version, x.shape), [])
+
+
+def _parts(function: Any) -> list[Any]:
+    """What a function was made with: the contents of its closure, arguments of a partial."""
+    if isinstance(function, partial):
+        return [*function.args, *function.keywords.values(), *_parts(function.func)]
+    return [_content(cell) for cell in getattr(function, "__closure__", None) or ()]
+
+
+def _is_held(value: Any) -> bool:
+    """Whether this is a tensor that no gradient reaches: not a latent that is inferred."""
+    return isinstance(value, Tensor) and not value.requires_grad
 
 
 def _content(cell: CellType) -> Any:
@@ -118,7 +133,13 @@ def _differ(one: Tensor, other: Tensor | None) -> bool:
 
 
 def _moves(seen: list[_Evaluation]) -> bool:
-    """Whether the last value is another than the first one's, and a latent too."""
-    first, last = seen[0], seen[-1]
-    elsewhere = [_differ(v, first.latents.get(name)) for name, v in last.latents.items()]
-    return any(elsewhere) and _differ(last.log_z, first.log_z)
+    """Whether log Z is another than in an earlier evaluation, and of its inputs latents alone."""
+    return any(_has_moved(before, seen[-1]) for before in seen[:-1])
+
+
+def _has_moved(one: _Evaluation, other: _Evaluation) -> bool:
+    pairs = zip(one.held, other.held, strict=False)
+    if len(one.held) != len(other.held) or any(_differ(a, b) for a, b in pairs):
+        return False
+    elsewhere = [_differ(v, one.latents.get(name)) for name, v in other.latents.items()]
+    return any(elsewhere) and _differ(other.log_z, one.log_z)

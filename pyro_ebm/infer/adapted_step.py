@@ -118,7 +118,7 @@ class AdaptedStep:
 
     @torch.no_grad()
     def spread(self, p: EnergyDistribution, points: Tensor) -> Tensor:
-        """Returns points that are spread over the support as widely as the data.
+        """Returns points over two standard deviations of the data to either side.
 
         Args:
             p: The law.

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyro
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ def save_checkpoint(path: Path, run: Run) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
+    torch.save(_builtin(state), partial)
     os.replace(partial, path)
 
 
@@ -107,6 +108,15 @@ _CURVES = (
     "num_steps",
     "diverged",
 )
+
+
+def _builtin(state: Any) -> Any:
+    """Numbers of NumPy as Python's, wherever they stand: a safe load accepts no others."""
+    if isinstance(state, dict):
+        return {key: _builtin(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)) and type(state) in (list, tuple):
+        return type(state)(map(_builtin, state))
+    return state.item() if isinstance(state, np.generic) else state
 
 
 def _check_settings(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:

@@ -136,7 +136,7 @@ def _mark(label: str, value: Any) -> Any:
 
 
 def refuse(name: str, p: Any, who: str, what: str = "") -> None:
-    """Raises ``ValueError``: one log Z cannot serve all rows of a site."""
+    """Raises ``ConditionalEnergyError``: one log Z cannot serve all rows of a site."""
     others = "" if isinstance(p, GeneralizedEBM) else "use RankingNCE or EnergyDiscrepancy, "
     raise ConditionalEnergyError(
         f"the energy of EBM site {name!r} depends on row-wise values other than x{what}, so log Z "

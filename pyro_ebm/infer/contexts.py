@@ -40,7 +40,7 @@ class ContextChecks:
         values: Callable[[], Any],
         who: str,
     ) -> None:
-        """Raises ``ValueError`` if the energy of a site depends on a context.
+        """Raises ``ConditionalEnergyError`` if the energy of a site depends on a context.
 
         Args:
             name: The site, of an objective with one log Z for all rows.
@@ -76,10 +76,10 @@ class SharedArguments:
     """
 
     def __init__(self, args: Any, kwargs: Any, num_rows: int) -> None:
-        self.args, self.kwargs = args, kwargs
         named = {**{f"argument {i}": a for i, a in enumerate(args)}, **kwargs}
         self._shared = {k: a for k, a in named.items() if _is_shared(a, num_rows)}
-
+        self.args: Any = args if self._shared else ()  # else the model is not run on them again
+        self.kwargs: Any = kwargs if self._shared else {}
         self.num_changes = 0
 
     def is_due(self) -> bool:
@@ -103,7 +103,7 @@ def check_shared_arguments(
     values: Any,
     who: str,
 ) -> None:
-    """Raises ``ValueError`` if the energy of a site depends on what differs between two calls.
+    """Raises ``ConditionalEnergyError`` if an energy depends on what differs between calls.
 
     Args:
         name: The site.
@@ -122,15 +122,21 @@ def check_shared_arguments(
     event = x.reshape((-1, *p.event_shape))[:1]
     try:
         with torch.no_grad(), aside():
-            earlier = poutine.condition(model, values)
-            trace = poutine.trace(earlier).get_trace(*before.args, **before.kwargs)
-            laws: Any = (p, unwrap(trace.nodes[name]["fn"]))
-            one, other = (_at_one_event(law, event) for law in laws)
+            run = poutine.trace(poutine.condition(model, values))
+            sites = [run.get_trace(*at.args, **at.kwargs).nodes[name] for at in (now, before)]
+            laws: Any = (p, *(unwrap(site["fn"]) for site in sites))
+            one, again, other = (_at_one_event(law, event) for law in laws)
+            if not _agree(one, again):
+                raise ValueError("two runs on the same arguments differ: dropout?")
     except Exception as error:  # models may do anything with their arguments
         warn_unchecked(name, f"whether the energy depends on {what}, could not be checked", error)
         return
-    if not torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True):
+    if not _agree(one, other):
         refuse(name, p, who, f" ({what})")
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def _at_one_event(law: Any, event: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ class ContrastiveDivergence(NegativePhase):
         transition: Instead of a kernel, a function ``(p, x) -> x'`` that leaves p invariant, called
             k times with events ``(M,) + sample + batch + event``.
         start: ``"data"``; ``"base"``, the base or, without one, points spread over the support,
-            where it is continuous twice as widely as the data; or a distribution.
+            where it is continuous over two standard deviations of the data to either side; or a
+            distribution.
         num_negatives: M, chains beside every datum, over which U(x-) is averaged.
         energy_penalty: :math:`\alpha` of :math:`\alpha (E(x)^2 + E(x^-)^2)`, per squared nat.
         max_gap: Magnitude of the mean of U(x) - U(x-) in nats that counts as diverged.
@@ -87,11 +88,6 @@ class ContrastiveDivergence(NegativePhase):
         >>> abs(pyro.param("precision").item() - 1 / data.var().item()) < 0.2
         True
     """
-
-    @property
-    def is_replayable(self) -> bool:  # type: ignore[override]
-        """Whether every step does the same: the default kernel adapts its step."""
-        return not self.move.is_default
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
         """Moves M chains beside every datum from where they start."""

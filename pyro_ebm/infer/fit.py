@@ -70,7 +70,7 @@ def fit(
         objective: An :class:`Objective` (or any ``Trace_ELBO``).
         guide: Latents' variational factors and the objective's contrasts.
         optim: A torch optimizer class, or one with options, such as ``partial(torch.optim.AdamW,
-            weight_decay=0.01)``. Adam, AdamW and SGD without options are fused, which is faster.
+            weight_decay=0.01)``. Adam and AdamW without options are fused, which is faster.
         lr: Learning rate; ten times as much for a log Z learned by gradient.
         lr_schedule: Makes a torch scheduler from the optimizer, for example ``lambda optimizer:
             CosineAnnealingLR(optimizer, 1000)``. It moves at every step, ``ReduceLROnPlateau`` at

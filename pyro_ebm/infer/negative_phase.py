@@ -15,11 +15,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import (
@@ -99,7 +101,8 @@ class NegativePhase(Objective):
         """Returns ``num`` starts beside every datum that are not the data.
 
         They are draws of the guide's law, of this objective's or of the base, else points spread
-        over the support, where it is continuous as widely as the data. Shape ``(num,) + x.shape``.
+        over the support, where it is continuous over two standard deviations of the data to either
+        side. Shape ``(num,) + x.shape``.
         """
         own = self.start if isinstance(self.start, Distribution) else p.base
         law, lead = (own if noise is None else noise), torch.Size((num,))
@@ -121,6 +124,8 @@ class NegativePhase(Objective):
 
     def _by_default(self, p: EnergyDistribution, x: Tensor, start: Tensor) -> Moved:
         """Moves by the adapted step, and adapts it, in training alone."""
+        if get_proxy_mode() is not None:
+            raise NotImplementedError("its step is adapted anew each time: give kernel=")
         step = self._step(p, x)
         self.evaluation.note(step_size=torch.tensor(step.share))
         moved = self.move(p, start, step.kernel)
@@ -235,7 +240,7 @@ def _check_lost(share: float, where: str) -> None:
 
 
 def _saved(by_site: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {site: dict(vars(one)) for site, one in by_site.items()}
+    return {site: deepcopy(vars(one)) for site, one in by_site.items()}
 
 
 def _is_continuous(p: EnergyDistribution) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+_FUSED = (torch.optim.Adam, torch.optim.AdamW)  # fused SGD takes no sparse gradients
 _DEVICES = ("cpu", "cuda")
 
 

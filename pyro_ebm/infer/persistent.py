@@ -52,8 +52,9 @@ class PersistentContrastiveDivergence(NegativePhase):
             every step. A buffer much larger than a batch moves a chain rarely.
         restart_prob: Share of the chains used that start afresh.
         start: Where they start: ``"base"``, the base or, without one, points spread over the
-            support, where it is continuous twice as widely as the data; ``"data"``, random rows of
-            the batch; or a distribution. A guide site of the same name goes before it.
+            support, where it is continuous over two standard deviations of the data to either side;
+            ``"data"``, random rows of the batch; or a distribution. A guide site of the same name
+            goes before it.
         num_negatives: M, chains beside every datum, over which U(x-) is averaged.
         energy_penalty: As for :class:`ContrastiveDivergence`.
         max_gap: As for :class:`ContrastiveDivergence`.

@@ -63,7 +63,7 @@ def _moving(table: Any) -> Any:
     Such as the corner of a Cholesky factor: other elements of the same latent move.
     """
     latents = table.index.str.split("[").str[0]
-    return table[(table["sd"] > 0) | (table["sd"].groupby(latents).transform("max") == 0)]
+    return table[(table["sd"] != 0) | (table["sd"].groupby(latents).transform("max") == 0)]
 
 
 def mixing_remarks(found: Posterior) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.poutine import Trace
 
+from pyro_ebm.infer.run_modules import buffers_restored
 from pyro_ebm.ops.rng import rng_preserved
 
 NUM_DRAWS = 16
@@ -33,5 +34,5 @@ def prior_runs(
         >>> len({float(run.nodes["a"]["value"]) for run in runs})
         16
     """
-    with rng_preserved(), torch.no_grad(), poutine.block():
+    with rng_preserved(), buffers_restored(), torch.no_grad(), poutine.block():
         return [poutine.trace(model).get_trace(*args, **kwargs) for _ in range(NUM_DRAWS)]

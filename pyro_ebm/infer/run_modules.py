@@ -46,7 +46,7 @@ def buffers_restored() -> Iterator[None]:
             yield
     finally:
         with torch.no_grad():
-            for buffer, value in kept:
+            for buffer, value in reversed(kept):  # parts may be called before the whole
                 buffer.copy_(value)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-Plain = bool | int | float | str | tuple
+Plain = bool | int | float | str | tuple[Any, ...]
+_FOUND_OUT = {"max_plate_nesting"}  # by Pyro in the first step, so that it says nothing
 DEFAULT = "its default"  # of what one of two runs has not set
 
 
@@ -34,7 +35,8 @@ def settings_of(
 
 def _of_objective(label: str, objective: Any) -> dict[str, Plain]:
     found: dict[str, Plain] = {label: type(objective).__name__}
-    for name in inspect.signature(type(objective)).parameters:
+    own = inspect.signature(type(objective)).parameters.keys() - _FOUND_OUT
+    for name in sorted(own):
         value: Any = getattr(objective, name, None)
         if _is_plain(value):
             found[f"{name} of the {label}"] = value

@@ -126,14 +126,9 @@ class Mover:
         self.transition = transition
         self.user = user
 
-    @property
-    def is_default(self) -> bool:
-        """Whether neither a kernel nor a transition was given."""
-        return self.kernel is None and self.transition is None
-
     def takes_default(self, p: EnergyDistribution) -> bool:
         """Whether states under a law are moved by a kernel that was not given."""
-        return self.is_default and p.base_measure == "lebesgue"
+        return self.kernel is None and self.transition is None and p.base_measure == "lebesgue"
 
     @torch.no_grad()
     def __call__(

@@ -36,7 +36,7 @@ class Exchange(ExchangeKernel):
         auxiliary: How y is drawn; by the energy's exact sampler if it has one, else by 20 sweeps
             that start at the data, which marks the chains as inexact.
         num_bridges: K, parameters between the two at which y is moved.
-        **options: Those of :class:`RandomWalk`.
+        **options: Those of :class:`~pyro_ebm.mcmc.tuned_kernel.TunedKernel`.
 
     Raises:
         TypeError: When run, if an energy is not an exponential family.

@@ -91,7 +91,7 @@ class States:
         if states is None:
             raise NotImplementedError(
                 f"exact sums over finite supports, and {law!r} lives on {plain(law.support)}: use "
-                "quadrature in up to three dimensions, else an estimate"
+                "quadrature in up to three real dimensions, else an estimate (smc, bridge, ...)"
             )
         if states.number > max_states:
             raise ValueError(

@@ -771,10 +771,3 @@ def test_dtypes_are_kept(dtype):
     a = torch.tensor(1.0, dtype=dtype, requires_grad=True)
     for objective in (ContrastiveDivergence(), PersistentContrastiveDivergence(2)):
         assert loss_of(objective, gaussian(a), torch.randn(5, dtype=dtype)).dtype == dtype
-
-
-def test_the_default_step_is_not_replayed():
-    """It follows what it accepts; a kernel that was given is as it is."""
-    assert not ContrastiveDivergence(1).is_replayable
-    assert ContrastiveDivergence(1, kernel=partial(MALA, step_size=0.1)).is_replayable
-    assert ContrastiveDivergence(1, transition=lambda p, x: x).is_replayable
