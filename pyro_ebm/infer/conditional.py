@@ -10,8 +10,7 @@ are, and the energy is evaluated at an ``x`` that does not.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,8 +21,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
 from pyro_ebm.errors import ConditionalEnergyError, SurrogateWarning
 from pyro_ebm.infer.contrast import rows_of
-from pyro_ebm.infer.run_modules import buffers_restored
-from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.infer.run_modules import aside
 from pyro_ebm.poutine.paired_runs import unvalidated
 
 
@@ -87,7 +85,7 @@ def check_arguments(
     marked = [_mark(f"argument {i}", a) for i, a in enumerate(args)]
     named = {key: _mark(f"argument {key!r}", a) for key, a in kwargs.items()}
     try:
-        with torch.no_grad(), aside():
+        with unvalidated(), aside():
             trace = poutine.trace(poutine.condition(model, values)).get_trace(*marked, **named)
             site = trace.nodes[name]
             p = unwrap(site["fn"])
@@ -100,13 +98,6 @@ def check_arguments(
         return
     if found:
         refuse(name, p, who, f" ({', '.join(sorted(map(str, found)))})")
-
-
-@contextmanager
-def aside() -> Iterator[None]:
-    """Surrounds a run of the model that leaves no trace."""
-    with unvalidated(), rng_preserved(), buffers_restored(), poutine.block():
-        yield
 
 
 def warn_unchecked(name: str, what: str, error: Exception) -> None:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.infer.conditional import (
-    aside,
     check_arguments,
     needs_arguments,
     refuse,
     warn_unchecked,
 )
+from pyro_ebm.infer.run_modules import aside
+from pyro_ebm.poutine.paired_runs import unvalidated
 
 
 class ContextChecks:
@@ -121,7 +122,7 @@ def check_shared_arguments(
     what = f"{', '.join(sorted(now.differing(before)))}, which changes from step to step"
     event = x.reshape((-1, *p.event_shape))[:1]
     try:
-        with torch.no_grad(), aside():
+        with unvalidated(), aside():
             run = poutine.trace(poutine.condition(model, values))
             sites = [run.get_trace(*at.args, **at.kwargs).nodes[name] for at in (now, before)]
             laws: Any = (p, *(unwrap(site["fn"]) for site in sites))

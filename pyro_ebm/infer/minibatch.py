@@ -10,8 +10,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_ebm.infer.run_modules import buffers_restored
-from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.infer.run_modules import aside
 
 
 class PlateScale(Messenger):
@@ -141,7 +140,7 @@ class Batches(Iterator[tuple[tuple[Tensor, ...], PlateScale]]):
         self, model: Callable[..., Any], guide: Callable[..., Any], size: int
     ) -> _Plates:
         batch, plates = self._rows(torch.arange(size)), _Plates()
-        with torch.no_grad(), rng_preserved(), buffers_restored(), poutine.block(), plates:
+        with aside(), plates:
             guided = poutine.trace(guide).get_trace(*batch)
             poutine.replay(model, trace=guided)(*batch)
         return plates

@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from pyro import poutine
 from pyro.poutine import Trace
 
-from pyro_ebm.infer.run_modules import buffers_restored
-from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.infer.run_modules import aside
 
 NUM_DRAWS = 16
 
@@ -34,5 +32,5 @@ def prior_runs(
         >>> len({float(run.nodes["a"]["value"]) for run in runs})
         16
     """
-    with rng_preserved(), buffers_restored(), torch.no_grad(), poutine.block():
+    with aside():
         return [poutine.trace(model).get_trace(*args, **kwargs) for _ in range(NUM_DRAWS)]

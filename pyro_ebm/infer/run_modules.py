@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_ebm.ops.rng import rng_preserved
 
 
 class HasModules(Protocol):
@@ -48,6 +51,13 @@ def buffers_restored() -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in reversed(kept):  # parts may be called before the whole
                 buffer.copy_(value)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Surrounds a run of a model that leaves no trace: in draws, buffers, gradients, handlers."""
+    with torch.no_grad(), rng_preserved(), buffers_restored(), poutine.block():
+        yield
 
 
 @contextmanager

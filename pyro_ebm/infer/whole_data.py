@@ -15,8 +15,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 
 from pyro_ebm.distributions import unwrap
-from pyro_ebm.infer.run_modules import buffers_restored
-from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.infer.run_modules import aside
 
 
 def check_whole(trace: Trace) -> None:
@@ -52,7 +51,7 @@ def check_unscaled(
     Raises:
         ValueError: If one is; the message names the site.
     """
-    with rng_preserved(), buffers_restored(), torch.no_grad(), poutine.block():
+    with aside():
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     for name, site in _samples(trace):
         scale = torch.as_tensor(site["scale"])

@@ -37,12 +37,9 @@ class ExchangeKernel(TunedKernel):
     :meth:`decided`.
 
     Args:
-        model: A Pyro model with observed EBM sites whose log Z is missing. Their energies are
-            :class:`~pyro_ebm.energies.ExponentialFamily`; they may stand in plates, with parameters
-            of their own for every group.
-        auxiliary: How y is drawn; by the energy's exact sampler if it has one, else by 20 sweeps
-            that start at the data, which marks the chains as inexact.
-        num_bridges: K, parameters between the two at which y is moved.
+        model: As for :class:`~pyro_ebm.mcmc.Exchange`.
+        auxiliary: Likewise.
+        num_bridges: Likewise.
         **options: Those of :class:`~pyro_ebm.mcmc.tuned_kernel.TunedKernel`.
 
     Raises:

@@ -24,15 +24,15 @@ References:
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.energies import ExponentialFamily
+from pyro_ebm.normalizers.beyond import Beyond
 from pyro_ebm.normalizers.chain_size import effective_size
 from pyro_ebm.ops.arguments import whole
 
@@ -89,7 +89,11 @@ class Anchored:
             )
         self.anchors = anchors.detach().double()
         self.statistics = statistics.detach().double()
-        self._has_warned, self.is_relative = False, log_normalizer is None
+        self.is_relative = log_normalizer is None
+        self._beyond = Beyond(
+            "at parameters that the anchors say nothing of",
+            "Add anchors (anchored_to places them)",
+        )
         self._counts = self._effective_counts()
         self._rows, self._log_counts = self._pooled()
         self.log_normalizers = self._solved() + (log_normalizer or 0.0)
@@ -161,22 +165,8 @@ class Anchored:
         log_weights = self._log_weights(natural)
         value = torch.logsumexp(log_weights, -1)
         held = self._size(log_weights.detach()) >= LEAST_SHARE * self._counts.min()
-        self._warn_beyond(held)
+        self._beyond.look(held)
         return torch.where(held, value, torch.nan).to(natural.dtype)
-
-    def _warn_beyond(self, held: Tensor) -> None:
-        """Says once that draws are asked for more than they tell; under ``vmap`` nobody can."""
-        if self._has_warned:
-            return
-        with suppress(RuntimeError):
-            if not bool(held.all()):
-                self._has_warned = True
-                warnings.warn(
-                    "log Z was asked at parameters that the anchors say nothing of, and is NaN "
-                    "there: chains that get there are stuck. Add anchors (anchored_to places "
-                    "them), or use mcmc.Exchange",
-                    stacklevel=4,
-                )
 
     def _log_weights(self, natural: Tensor) -> Tensor:
         scores = natural.double() @ self._rows.mT

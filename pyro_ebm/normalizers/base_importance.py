@@ -26,9 +26,7 @@ References:
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -37,6 +35,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.normalizers.anchored import LARGEST_DISPLACEMENT, LEAST_SHARE
+from pyro_ebm.normalizers.beyond import Beyond
 from pyro_ebm.normalizers.importance import from_weights
 from pyro_ebm.normalizers.laws import law_of, normalized_on, single
 from pyro_ebm.ops.arguments import whole
@@ -60,7 +59,10 @@ class BaseImportance:
         self.draws = draws.detach()
         with torch.no_grad():
             self._log_density = base.log_prob(self.draws)
-        self._has_warned = False
+        self._beyond = Beyond(
+            "of a law that the draws of its base say nothing of",
+            "Use more draws, a base nearer to the law, normalizers.anchored",
+        )
 
     @property
     def num_draws(self) -> int:
@@ -83,7 +85,7 @@ class BaseImportance:
         log_weights = self.log_weights(law)
         value = torch.logsumexp(log_weights, 0) - math.log(self.num_draws)
         held = _size_of(log_weights.detach()) >= LEAST_SHARE * self.num_draws
-        self._warn_beyond(held)
+        self._beyond.look(held)
         return torch.where(held, value, torch.nan).to(self.draws.dtype)
 
     def log_weights(self, law: EnergyDistribution) -> Tensor:
@@ -176,20 +178,6 @@ class BaseImportance:
             num_parameters: p.
         """
         return LogNormalizerBy(self, law, num_parameters)
-
-    def _warn_beyond(self, held: Tensor) -> None:
-        """Says once that draws are asked for more than they tell; under ``vmap`` nobody can."""
-        if self._has_warned:
-            return
-        with suppress(RuntimeError):
-            if not bool(held.all()):
-                self._has_warned = True
-                warnings.warn(
-                    "log Z was asked of a law that the draws of its base say nothing of, and is "
-                    "NaN there: chains that get there are stuck. Use more draws, a base nearer to "
-                    "the law, normalizers.anchored, or mcmc.Exchange",
-                    stacklevel=4,
-                )
 
 
 class LogNormalizerBy:

@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from one_site import loss_per_datum as loss_of
 from torch.distributions import constraints
 
 from pyro_ebm.distributions import EnergyDistribution
@@ -23,18 +24,6 @@ from pyro_ebm.testing import assert_mean_close
 
 QUIET = {"disable_progbar": True}
 NUM_ROWS = 2000
-
-
-def no_guide(*args):
-    return None
-
-
-def loss_of(objective, p, x):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", p, obs=x)
-
-    return objective.differentiable_loss(model, no_guide, x) / len(x)
 
 
 # --- what is learned, whatever the units

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from one_site import loss_per_datum as step
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
@@ -18,18 +18,6 @@ from pyro_ebm.infer.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.infer.evaluation import evaluating
 from pyro_ebm.infer.persistent import PersistentContrastiveDivergence
 from pyro_ebm.mcmc import MALA, ULA
-
-
-def no_guide(*args):
-    return None
-
-
-def step(objective, p, x):
-    def model(x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", p, obs=x)
-
-    return objective.differentiable_loss(model, no_guide, x) / len(x)
 
 
 def gaussian(a=1.0):
