@@ -16,6 +16,7 @@ from pyro_ebm.mcmc.mala import MALA
 from pyro_ebm.mcmc.nuts import NUTS
 from pyro_ebm.mcmc.pcn import PCN
 from pyro_ebm.mcmc.pcnl import PCNL
+from pyro_ebm.mcmc.pyro_kernel import PyroKernel
 from pyro_ebm.mcmc.random_walk import RandomWalk
 from pyro_ebm.mcmc.recording import RecordingHMC, RecordingNUTS
 from pyro_ebm.mcmc.replay_buffer import ReplayBuffer
@@ -47,6 +48,7 @@ __all__ = [
     "Kernel",
     "KineticLangevin",
     "ParallelTempering",
+    "PyroKernel",
     "RandomWalk",
     "RecordingHMC",
     "RecordingNUTS",

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -230,24 +230,6 @@ class Kernel(ABC):
         if self.needs_gradient:
             return potential(q)
         return potential.value(q), q.new_empty(q.shape[0], 0)
-
-    # --- Pyro's driver
-
-    def setup(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises: Pyro's ``MCMC`` runs one chain at a time."""
-        raise TypeError(
-            f"{type(self).__name__} moves many chains in one batch: run it by pyro_ebm.mcmc.MCMC, "
-            "or use RecordingNUTS or RecordingHMC with pyro.infer.MCMC"
-        )
-
-    @property
-    def initial_params(self) -> Any:
-        """Raises, as :meth:`setup`; Pyro's driver asks for it first."""
-        self.setup()
-
-    @initial_params.setter
-    def initial_params(self, params: Any) -> None:
-        self.setup()
 
 
 _DISTRIBUTIONS = (EnergyDistribution,)

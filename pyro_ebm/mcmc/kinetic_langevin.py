@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.kernel import Info, Kernel, State, ran_off
+from pyro_ebm.mcmc.kernel import Info, State, ran_off
+from pyro_ebm.mcmc.pyro_kernel import PyroKernel
 from pyro_ebm.ops.arguments import one_of, positive
 
 SCHEMES = ("BAOAB", "ABOBA", "OBABO")
 
 
-class KineticLangevin(Kernel):
+class KineticLangevin(PyroKernel):
     r"""Kinetic Langevin; its chains are marked ``adjusted=False``.
 
     Args:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.kernel import Info, Kernel, State, chosen
+from pyro_ebm.mcmc.kernel import Info, State, chosen
+from pyro_ebm.mcmc.pyro_kernel import PyroKernel
 
 
-class MetropolisKernel(Kernel):
+class MetropolisKernel(PyroKernel):
     """Base of kernels whose proposal has a density."""
 
     @abstractmethod

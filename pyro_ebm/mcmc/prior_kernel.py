@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.kernel import Kernel, State
+from pyro_ebm.mcmc.kernel import State
+from pyro_ebm.mcmc.pyro_kernel import PyroKernel
 from pyro_ebm.mcmc.target import GaussianPrior, gaussian_energy
 
 
-class PriorKernel(Kernel):
+class PriorKernel(PyroKernel):
     """Base of kernels that preserve a Gaussian prior."""
 
     needs_gradient = False

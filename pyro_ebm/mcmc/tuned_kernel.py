@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.metric import METRICS
+from pyro_ebm.mcmc.pyro_kernel import PyroKernel
 from pyro_ebm.ops.arguments import one_of, positive, probability
 
 
-class TunedKernel(Kernel):
+class TunedKernel(PyroKernel):
     """Base of kernels that are tuned by a warm-up, with the options that they share.
 
     Args:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.kernel import Info, Kernel, State, ran_off
+from pyro_ebm.mcmc.kernel import Info, State, ran_off
+from pyro_ebm.mcmc.pyro_kernel import PyroKernel
 from pyro_ebm.ops.arguments import positive
 
 
-class ULA(Kernel):
+class ULA(PyroKernel):
     r"""Unadjusted Langevin; its chains are marked ``adjusted=False``.
 
     Args:
