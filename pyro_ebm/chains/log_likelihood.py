@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from numpy.typing import NDArray
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_ebm.chains.observations import Conditioned, Site, is_subsample
+from pyro_ebm.chains.observations import Conditioned, Site
 from pyro_ebm.chains.per_draw import at_all_draws
 from pyro_ebm.chains.record import to_numpy
 from pyro_ebm.distributions import unwrap
@@ -83,7 +84,7 @@ def _check_all_drawn(trace: Any) -> None:
     for name, site in trace.nodes.items():
         if site["type"] != "sample":
             continue
-        if is_subsample(site):
+        if site_is_subsample(site):
             if (site["fn"].subsample_size or site["fn"].size) < site["fn"].size:
                 raise ValueError(
                     f"log_likelihood: plate {name!r} is subsampled; give the model its full data"

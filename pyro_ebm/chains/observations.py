@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
-from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_ebm.chains.record import to_numpy
@@ -105,13 +105,8 @@ def _is_drawn_well(p: EnergyDistribution) -> bool:
     return p.sampler is not None or p.has_exact_sample
 
 
-def is_subsample(site: Site) -> bool:
-    """Whether a site only picks the rows of a plate."""
-    return isinstance(site["fn"], _Subsample)
-
-
 def _holds_data(site: Site) -> bool:
-    if site["type"] != "sample" or not site["is_observed"] or is_subsample(site):
+    if site["type"] != "sample" or not site["is_observed"] or site_is_subsample(site):
         return False
     infer = site["infer"] or {}
     if infer.get("is_auxiliary") or infer.get("_deterministic"):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 
@@ -58,7 +58,7 @@ class FixedWeights(Messenger):
         msg["stop"] = True
         if msg["name"] in self.values:
             msg["value"], msg["done"] = self.values[msg["name"]], True
-        elif not (msg["is_observed"] or isinstance(msg["fn"], _Subsample)):
+        elif not (msg["is_observed"] or site_is_subsample(msg)):
             raise RuntimeError(
                 f"an energy executes pyro.sample({msg['name']!r}) when it is evaluated, which is "
                 "after the model has run: draw the value in the model, before the distribution is "

@@ -31,19 +31,17 @@ from pyro_ebm.normalizers.anchor_error import AnchorError, mcse_logz
 from pyro_ebm.normalizers.anchored import Anchored
 from pyro_ebm.normalizers.anchoring import anchored_to
 from pyro_ebm.ops.rng import rng_preserved
-from pyro_ebm.poutine import surrogate
+from pyro_ebm.poutine.surrogate import SiteScorer, surrogate
 
 LogNormalizerOf = Callable[[Tensor], Tensor]
 
 
-class WithLogNormalizer:
+class WithLogNormalizer(SiteScorer):
     """Scores EBM sites by a function for log Z; for ``surrogate``, as a frozen objective.
 
     Args:
         log_z: From natural parameters ``(..., p)`` to log Z in nats, ``(...)``.
     """
-
-    is_frozen = True
 
     def __init__(self, log_z: LogNormalizerOf) -> None:
         self.log_z = log_z
@@ -55,10 +53,6 @@ class WithLogNormalizer:
         energy = p.energy_function
         assert isinstance(energy, ExponentialFamily)
         return p.unnormalized_log_prob(x) - self.log_z(energy.natural())
-
-    def free_log_normalizers(self) -> dict[str, Any]:
-        """Returns nothing: no log Z is inferred."""
-        return {}
 
 
 def anchored_posterior(
@@ -103,7 +97,9 @@ def anchored_posterior(
         ...     coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 0.6))
         ...     law = EnergyDistribution(Ising(coupling, (12, 12), field=0.1))
         ...     pyro.sample("image", law, obs=image)
-        >>> # found = anchored_posterior(model, image); found.summary()
+        >>> image = Ising(0.3, (12, 12)).sample()
+        >>> found = anchored_posterior(model, image)  # doctest: +SKIP
+        >>> found.summary()  # doctest: +SKIP
     """
     check_model(model, "an anchored posterior")
     target = exchange_target(model, args, kwargs)

@@ -15,10 +15,10 @@ from math import inf
 from typing import Any
 
 import torch
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from pyro_ebm.chains.observations import is_subsample
 from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.layers import mask_of
 from pyro_ebm.distributions.supports import check_observed
@@ -175,7 +175,7 @@ def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Data
     runs = _traced(model, args, kwargs)
     trace = runs[0]
     check_whole(trace)
-    sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not is_subsample(s)]
+    sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not site_is_subsample(s)]
     ebms = [s for s in sites if s["is_observed"] and unwrap(s["fn"]) is not None]
     if not ebms:
         raise ValueError(_without_observed(sites))

@@ -13,9 +13,10 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.contrast import rows_of
 from pyro_ebm.normalizers.exact import States, log_sum
+from pyro_ebm.poutine.surrogate import SiteScorer
 
 
-class Enumerated:
+class Enumerated(SiteScorer):
     """Scores EBM sites with the exact log Z; for ``surrogate``, as a frozen objective.
 
     Args:
@@ -29,7 +30,6 @@ class Enumerated:
         tensor(0.8808)
     """
 
-    is_frozen = True
     is_likelihood = True  # latents may be summed out of it
     is_normalized = True
 
@@ -52,7 +52,3 @@ class Enumerated:
                 f"{tuple(p.batch_shape)}: give batch_shape= all dims of what its energy depends on"
             )
         return log_p - log_sum(p, States.of(p, self.max_states))
-
-    def free_log_normalizers(self) -> dict[str, Any]:
-        """Returns nothing: no log Z is inferred."""
-        return {}

@@ -37,9 +37,9 @@ from pyro.infer.util import is_validation_enabled
 from pyro.util import check_traceenum_requirements
 from torch import Tensor
 
-from pyro_ebm.distributions.layers import layers, num_reinterpreted
+from pyro_ebm.distributions.layers import num_reinterpreted
 from pyro_ebm.poutine.summed_out import refuse_mixture
-from pyro_ebm.poutine.surrogate import SurrogateDistribution
+from pyro_ebm.poutine.surrogate import surrogate_of
 
 
 class EnumerationNeeded(NotImplementedError):
@@ -155,6 +155,6 @@ def _marked_sites(trace: Any) -> dict[str, Any]:
 
 def _check_independent(name: str, site: Any, enumerated: dict[str, int]) -> None:
     fn = site["fn"]
-    scored = next(layer for layer in layers(fn) if isinstance(layer, SurrogateDistribution))
+    scored = surrogate_of(fn)
     x = scored.without_padding(site["value"])
     refuse_mixture(name, scored.p, x, enumerated, event_made=num_reinterpreted(fn))

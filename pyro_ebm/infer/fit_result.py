@@ -27,6 +27,7 @@ class FitResult:
             without ``patience``.
         stopped_early: Whether ``patience`` ended it.
         diverged: The first step at which the loss was found running away, ``None`` if it never was.
+        parameters: What was optimized, by name: the live tensors, unconstrained.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -40,7 +41,7 @@ class FitResult:
     best: tuple[int, float] | None = None
     stopped_early: bool = False
     diverged: int | None = None
-    _parameters: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    parameters: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @torch.no_grad()
     def use_average(self) -> None:
@@ -52,4 +53,4 @@ class FitResult:
         if not self.averaged:
             raise ValueError("no average was kept: fit(..., ema=0.999)")
         for name, value in self.averaged.items():
-            self._parameters[name].copy_(value)
+            self.parameters[name].copy_(value)

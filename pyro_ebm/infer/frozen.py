@@ -20,12 +20,11 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.distributions.layers import layers
 from pyro_ebm.infer import checks
 from pyro_ebm.infer.evaluation import Evaluates, evaluating
 from pyro_ebm.infer.known import covers_parameters, log_normalizer_of_rows
 from pyro_ebm.infer.site_values import on_support
-from pyro_ebm.poutine.surrogate import SurrogateDistribution, SurrogateMessenger
+from pyro_ebm.poutine.surrogate import SiteScorer, SurrogateMessenger, surrogate_of
 
 PRIOR_SCALE = 10.0
 
@@ -51,6 +50,8 @@ class FrozenObjective:
     """
 
     is_frozen = True
+    is_likelihood = False
+    is_normalized = False
 
     def __init__(
         self,
@@ -102,13 +103,8 @@ class _LatentsAsLeaves(Messenger):
             msg["value"] = value.detach().requires_grad_()
 
 
-class _Unscored:
+class _Unscored(SiteScorer):
     """Stands in for an objective while the model is only being run."""
-
-    is_frozen = True
-
-    def free_log_normalizers(self) -> Mapping[str, Any]:
-        return {}
 
     def site_log_prob(self, name: str, p: EnergyDistribution, x: Tensor, **_: Any) -> Tensor:
         raise NotImplementedError
@@ -132,7 +128,7 @@ def freeze(
         site = trace.nodes[name]
         checks.full_data(name, site)
         on_support(name, site)
-        fn = _surrogate_in(site["fn"])
+        fn = surrogate_of(site["fn"])
         p, mask = fn.p, fn.mask
         x = p.broadcast_value(fn.without_padding(site["value"].detach()))
         checks.site(name, p, x, observed=True, objective=objective)
@@ -144,7 +140,3 @@ def freeze(
                 first = objective.initial_log_normalizer(p, x, contrasts[name])
                 log_normalizers[name] = first.reshape(())
     return FrozenObjective(objective, contrasts, log_normalizers)
-
-
-def _surrogate_in(fn: Any) -> SurrogateDistribution:
-    return next(layer for layer in layers(fn) if isinstance(layer, SurrogateDistribution))

@@ -54,6 +54,8 @@ class GeneralizedBayes:
     """
 
     is_frozen = True
+    is_likelihood = False
+    is_normalized = False
 
     def __init__(self, objective: SurrogateObjective, weight: float | Tensor = 1.0) -> None:
         if not getattr(objective, "is_frozen", False):

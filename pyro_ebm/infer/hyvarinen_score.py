@@ -43,9 +43,10 @@ import pyro
 import torch
 from pyro.distributions import constraints
 from pyro.ops.stats import effective_sample_size
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_ebm.chains.observations import Conditioned, Site, is_subsample
+from pyro_ebm.chains.observations import Conditioned, Site
 from pyro_ebm.chains.per_draw import at_all_draws
 from pyro_ebm.chains.record import as_record
 from pyro_ebm.distributions import GeneralizedEBM, unwrap
@@ -218,7 +219,7 @@ def _checked(conditioned: Conditioned, like: Any, wanted: str | None) -> str:
 
 
 def _check_known(name: str, site: Site) -> None:
-    if is_subsample(site):
+    if site_is_subsample(site):
         size = site["fn"].size
         if (site["fn"].subsample_size or size) < size:
             raise ValueError(f"plate {name!r} is subsampled; give the model its full data")

@@ -28,6 +28,7 @@ from pyro_ebm.infer.witnesses import Cells, OnCoordinates, unseen
 from pyro_ebm.normalizers.gauss_hermite import gauss_hermite, on_base
 from pyro_ebm.normalizers.laws import shared_law
 from pyro_ebm.normalizers.quadrature import Box, on_box
+from pyro_ebm.poutine.surrogate import SiteScorer
 
 LARGEST_ERROR = 1e-2  # nats of a log likelihood, over all rows
 BEYOND = 1e4  # nats: log Z is raised by them where its error is too large
@@ -148,7 +149,7 @@ def gaussian_of(base: Any, *, is_shared: bool) -> tuple[Tensor, Tensor]:
     return loc, root
 
 
-class Integrated:
+class Integrated(SiteScorer):
     """Scores EBM sites with log Z by a rule each; for ``surrogate``, as a frozen objective.
 
     Args:
@@ -164,7 +165,6 @@ class Integrated:
         tensor(-0.9189)
     """
 
-    is_frozen = True
     is_normalized = True
 
     def __init__(
@@ -196,7 +196,3 @@ class Integrated:
         """Whether the rules hold for these laws, by site."""
         errors = {name: rule(laws[name])[1] for name, rule in self.rules.items()}
         return all(bool((e <= self.largest_error[name]).all()) for name, e in errors.items())
-
-    def free_log_normalizers(self) -> dict[str, Any]:
-        """Returns nothing: no log Z is inferred."""
-        return {}

@@ -17,16 +17,16 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.distributions.layers import layers, unvalidated
+from pyro_ebm.distributions.layers import unvalidated
 from pyro_ebm.infer import checks
 from pyro_ebm.infer.independent_units import units_of
 from pyro_ebm.mcmc.model_target import ModelTarget
 from pyro_ebm.mcmc.vmap_safe import vmap_safe_operations
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine.surrogate import (
-    SurrogateDistribution,
     SurrogateMessenger,
     SurrogateObjective,
+    surrogate_of,
 )
 
 MOST_NEWTON_STEPS = 50
@@ -55,7 +55,9 @@ class ModelLoss:
         self.degree = degree_of(objective)
         found = self.sites(target.draw_start(1)[0])
         self.counts = torch.cat([_mask_of(site).reshape(-1) for site in found.values()])
-        units = units_of(found, {name: _surrogate_of(s).batch_shape for name, s in found.items()})
+        units = units_of(
+            found, {name: surrogate_of(s["fn"]).batch_shape for name, s in found.items()}
+        )
         self.units = None if units is None else units.counting(self.counts.cpu())
         self._check(found)
 
@@ -66,7 +68,7 @@ class ModelLoss:
         for name, site in found.items():
             checks.full_data(name, site)
             if look is not None:
-                scored = _surrogate_of(site)
+                scored = surrogate_of(site["fn"])
                 look(name, scored.p, scored.without_padding(site["value"]))
 
     def sites(self, q: Tensor, data: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
@@ -172,7 +174,7 @@ class ModelLoss:
 
 def law_of(site: Any) -> EnergyDistribution:
     """Returns the EBM at a scored site."""
-    return _surrogate_of(site).p
+    return surrogate_of(site["fn"]).p
 
 
 def degree_of(objective: Any) -> int:
@@ -183,18 +185,14 @@ def degree_of(objective: Any) -> int:
 
 def _mask_of(site: Any) -> Tensor:
     """Which rows of a scored site count, in the batch shape of its EBM."""
-    scored = _surrogate_of(site)
+    scored = surrogate_of(site["fn"])
     if scored.mask is None:
         return torch.ones(scored.batch_shape, dtype=torch.bool, device=site["value"].device)
     return scored.mask.expand(scored.batch_shape)
 
 
-def _surrogate_of(site: Any) -> SurrogateDistribution:
-    return next(layer for layer in layers(site["fn"]) if isinstance(layer, SurrogateDistribution))
-
-
 def _rows_of(site: Any) -> Tensor:
-    scored = unvalidated(_surrogate_of(site))
+    scored = unvalidated(surrogate_of(site["fn"]))
     loss = -site["scale"] * scored.log_prob(site["value"])
     return loss if scored.mask is None else torch.where(scored.mask, loss, 0.0)
 

@@ -44,7 +44,6 @@ from torch import Tensor
 from pyro_ebm.chains import Record
 from pyro_ebm.chains.record import to_numpy
 from pyro_ebm.distributions import EnergyDistribution, unwrap
-from pyro_ebm.distributions.layers import layers
 from pyro_ebm.infer.conditional import check_rows
 from pyro_ebm.infer.contrast import rows_of
 from pyro_ebm.infer.data_structure import check_model
@@ -57,7 +56,7 @@ from pyro_ebm.mcmc.target import Target
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.rank_rhat import rank_rhat
 from pyro_ebm.ops.rng import rng_preserved
-from pyro_ebm.poutine.surrogate import SurrogateDistribution, surrogate
+from pyro_ebm.poutine.surrogate import surrogate, surrogate_of
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -249,7 +248,7 @@ def _at_centre(
     found = {}
     for name in frozen.contrasts:
         site = trace.nodes[name]
-        fn = next(la for la in layers(site["fn"]) if isinstance(la, SurrogateDistribution))
+        fn = surrogate_of(site["fn"])
         x = fn.p.broadcast_value(fn.without_padding(site["value"]))
         ratios = objective.log_ratios(fn.p, x, frozen.contrasts[name])
         log_z = values.get(_name_of(name), fn.p.log_normalizer_value())

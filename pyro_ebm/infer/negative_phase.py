@@ -218,10 +218,12 @@ class NegativePhase(Objective):
 
     def get_extra_state(self) -> Any:
         """Returns steps and watches of every site, which are part of the state."""
-        return {"steps": _saved(self.steps), "watches": _saved(self.watches)}
+        own = {"steps": _saved(self.steps), "watches": _saved(self.watches)}
+        return {"fitted": super().get_extra_state(), **own}
 
     def set_extra_state(self, state: Any) -> None:
         """Restores them."""
+        super().set_extra_state(state["fitted"])
         self.steps = {site: AdaptedStep(**saved) for site, saved in state["steps"].items()}
         self.watches = {site: ChainWatch(**saved) for site, saved in state["watches"].items()}
 

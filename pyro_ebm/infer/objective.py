@@ -73,6 +73,7 @@ class Objective(EnumeratingELBO, nn.Module):
         sites: The EBM of every site at its last evaluation; not part of the state.
         examples: The data there.
         fitted: What was fitted to the first batch of every site, by its name; part of the state.
+        optimized: Ids of parameters that an optimizer holds although no ``pyro.module`` names them.
         is_frozen: Whether the contrast is fixed, so that the surrogate is one function.
         why_not_frozen: What speaks against fixing it and what to do instead, or ``None``.
         is_held_out_criterion: Whether the loss on held-out data, with the contrast drawn alike, may
@@ -88,6 +89,8 @@ class Objective(EnumeratingELBO, nn.Module):
     trains_energy = True
     has_second_player = False
     is_frozen = False
+    is_likelihood = False
+    is_normalized = False
     why_not_frozen: str | None = None
     is_replayable = True
 
@@ -106,7 +109,7 @@ class Objective(EnumeratingELBO, nn.Module):
         self.evaluation = Evaluation()
         self._checked: dict[str, int] = {}
         self.contexts = ContextChecks()
-        self._optimized: frozenset[int] = frozenset()
+        self.optimized: frozenset[int] = frozenset()
 
     # --- what a subclass defines
 
@@ -364,7 +367,7 @@ class Objective(EnumeratingELBO, nn.Module):
                 )
         if get_proxy_mode() is None:  # a recorded step is compared with one that is not
             self._check_contexts(model, model_trace, handler.used, args, kwargs)
-        checks.registered(model_trace, handler.used, self.sites, self._optimized)
+        checks.registered(model_trace, handler.used, self.sites, self.optimized)
         return model_trace, guide_trace
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:

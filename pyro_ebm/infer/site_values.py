@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.distributions.layers import layers
 from pyro_ebm.errors import EnergyShapeError
 from pyro_ebm.infer.contrast import rows_of
-from pyro_ebm.poutine.surrogate import SurrogateDistribution
+from pyro_ebm.poutine.surrogate import surrogate_of
 
 
 def given(model_trace: Any, guide_trace: Any, used: Collection[str]) -> None:
@@ -45,7 +44,7 @@ def on_support(name: str, site: Any) -> None:
     """
     if get_proxy_mode() is not None:
         return
-    scored = next(la for la in layers(site["fn"]) if isinstance(la, SurrogateDistribution))
+    scored = surrogate_of(site["fn"])
     x = scored.p.broadcast_value(scored.without_padding(site["value"].detach()))
     bad, what = ~x.isfinite(), "NaN or infinite, not"
     if scored._validate_args and not bad.any():

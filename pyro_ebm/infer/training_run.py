@@ -170,7 +170,7 @@ class TrainingRun:
             for name, p in module.named_parameters()
         }
         if isinstance(self.objective, Objective):
-            self.objective._optimized = frozenset(map(id, own.values()))
+            self.objective.optimized = frozenset(map(id, own.values()))
         return own
 
     # --- parameters
@@ -188,7 +188,7 @@ class TrainingRun:
         new = {name: p for name, p in found.items() if name not in self.parameters}
         if new:
             self.parameters |= new
-            self.result._parameters = self.parameters
+            self.result.parameters = self.parameters
             self._optimize(new)
 
     def _optimize(self, new: Iterable[str]) -> None:

@@ -28,21 +28,15 @@ from pyro_ebm.mcmc.model_target import ModelTarget, set_up
 from pyro_ebm.mcmc.target import Values
 from pyro_ebm.mcmc.vmap_safe import VmapSafe, vmap_safe_operations
 from pyro_ebm.ops.rng import rng_preserved
-from pyro_ebm.poutine import surrogate
+from pyro_ebm.poutine.surrogate import SiteScorer, surrogate
 
 
-class UnnormalizedSites:
+class UnnormalizedSites(SiteScorer):
     """Scores observed EBM sites without log Z where it is not known, as frozen objectives do."""
-
-    is_frozen = True
 
     def site_log_prob(self, name: str, p: EnergyDistribution, x: Tensor, **context: Any) -> Tensor:
         """Returns -U(x) in nats, less log Z where it is known."""
         return p.log_prob(x) if p.is_normalized else p.unnormalized_log_prob(x)
-
-    def free_log_normalizers(self) -> dict[str, Any]:
-        """Returns nothing: no log Z is inferred."""
-        return {}
 
 
 class ExchangeTarget(ModelTarget):

@@ -10,7 +10,7 @@ import pyro
 from pyro import poutine
 from pyro.distributions import Delta, ImproperUniform
 from pyro.distributions.transforms import biject_to
-from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.util import site_is_subsample
 
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.ops.constraints import base_measure, plain
@@ -59,7 +59,8 @@ def _remedy(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
     class Look(poutine.messenger.Messenger):
         def _pyro_sample(self, msg: dict[str, Any]) -> None:
-            remedy = None if msg["is_observed"] else _of_site(msg["fn"])
+            drawn = not (msg["is_observed"] or site_is_subsample(msg))
+            remedy = _of_site(msg["fn"]) if drawn else None
             if remedy is not None:
                 seen.append((msg["name"], remedy))
 
@@ -77,8 +78,6 @@ def _of_site(fn: Any) -> str | None:
             "is ImproperUniform, which cannot be drawn to start from: use a proper law that counts "
             "for nothing, such as dist.Normal(0.0, 1.0).mask(False)"
         )
-    if isinstance(fn, _Subsample):
-        return None
     if isinstance(fn, Delta):
         return "is a latent Delta, which has no density: use pyro.deterministic"
     support = plain(fn.support)

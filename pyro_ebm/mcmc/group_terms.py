@@ -19,9 +19,9 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_ebm.chains.observations import is_subsample
 from pyro_ebm.distributions.layers import num_reinterpreted
 from pyro_ebm.mcmc.captured import CapturedFunction
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget
@@ -151,7 +151,7 @@ def _seen(target: ExchangeTarget, plate: str) -> _Layout:
 
 
 def _frame(msg: Any, plate: str) -> Any:
-    if is_subsample(msg):
+    if site_is_subsample(msg):
         return None
     return next((f for f in msg["cond_indep_stack"] if f.name == plate), None)
 

@@ -29,10 +29,10 @@ import torch
 from pyro import poutine
 from pyro.distributions import ImproperUniform, TorchDistribution
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_ebm.chains.observations import is_subsample
 from pyro_ebm.chains.record import as_record
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import innermost, is_normalized, mask_of
@@ -165,12 +165,12 @@ def _checked_latents(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
         nodes = poutine.trace(_OnlyProper()(model)).get_trace(*args, **kwargs).nodes
     sites = {name: site for name, site in nodes.items() if site["type"] == "sample"}
     for name, site in sites.items():
-        if is_subsample(site):
+        if site_is_subsample(site):
             _check_whole(name, site["fn"])
         elif mask_of(site["fn"], site["mask"]) is not False:
             _check_scale(name, site["scale"])
             _check_density(name, site)
-    return {n for n, s in sites.items() if not s["is_observed"] and not is_subsample(s)}
+    return {n for n, s in sites.items() if not s["is_observed"] and not site_is_subsample(s)}
 
 
 class _OnlyProper(Messenger):

@@ -11,6 +11,7 @@ guide hold the contrast: a stock ELBO would count the guide's draw of it as a de
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -24,15 +25,23 @@ from torch.distributions.constraints import Constraint
 
 from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.call_stack import frame_of
-from pyro_ebm.distributions.layers import mask_of, num_reinterpreted
+from pyro_ebm.distributions.layers import layers, mask_of, num_reinterpreted
 from pyro_ebm.distributions.wrappers import rewrap
 from pyro_ebm.poutine.summed_out import refuse_mixture
 
 
 class SurrogateObjective(Protocol):
-    """What the handler asks of an objective."""
+    """What the handler asks of an objective.
+
+    Attributes:
+        is_frozen: Whether the score of a site is one fixed function of its parameters.
+        is_likelihood: Whether latents may be summed out of its exponential, as of a likelihood.
+        is_normalized: Whether the score is the log density, log Z at all parameters included.
+    """
 
     is_frozen: bool
+    is_likelihood: bool
+    is_normalized: bool
 
     def site_log_prob(
         self,
@@ -49,6 +58,25 @@ class SurrogateObjective(Protocol):
 
     def free_log_normalizers(self) -> Mapping[str, Any]:
         """Returns priors of log Z for the sites of a frozen objective that must infer it."""
+
+
+class SiteScorer(ABC):
+    """Scores observed EBM sites by a fixed function; no log Z of theirs is inferred.
+
+    A subclass defines :meth:`site_log_prob`, and says what its score is.
+    """
+
+    is_frozen = True
+    is_likelihood = False
+    is_normalized = False
+
+    @abstractmethod
+    def site_log_prob(self, name: str, p: EnergyDistribution, x: Tensor, **context: Any) -> Tensor:
+        """Returns the score in nats, ``sample + batch``."""
+
+    def free_log_normalizers(self) -> Mapping[str, Any]:
+        """Returns nothing."""
+        return {}
 
 
 class SurrogateDistribution(TorchDistribution):
@@ -118,6 +146,11 @@ class SurrogateDistribution(TorchDistribution):
         )
 
 
+def surrogate_of(fn: Any) -> SurrogateDistribution:
+    """Returns the surrogate inside the distribution of a scored site."""
+    return next(layer for layer in layers(fn) if isinstance(layer, SurrogateDistribution))
+
+
 class SurrogateMessenger(Messenger):
     """Replaces EBM sites by their surrogates.
 
@@ -171,7 +204,7 @@ class SurrogateMessenger(Messenger):
         mask = _mask_of(msg["fn"], msg["mask"])
         event_made = num_reinterpreted(msg["fn"])
         score = self._scorer(name, mask, observed=observed, event_made=event_made)
-        known = getattr(self._objective(name), "is_normalized", False)
+        known = self._objective(name).is_normalized
         msg["fn"] = rewrap(
             msg["fn"], lambda p: SurrogateDistribution(p, score, mask, is_normalized=known)
         )
@@ -196,7 +229,7 @@ class SurrogateMessenger(Messenger):
                     "its density is not a fixed target: freeze it first, "
                     "objective.freeze(model, *args)"
                 )
-            is_loss = not getattr(objective, "is_likelihood", False)
+            is_loss = not objective.is_likelihood
             if summed_out and is_loss and not self.fresh_noise:  # fresh: the ELBO has checked
                 refuse_mixture(name, p, x, summed_out, event_made=event_made)
             log_z = self.log_normalizers.get(name)

@@ -13,10 +13,10 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_ebm.chains.observations import is_subsample
 from pyro_ebm.distributions import unwrap
 from pyro_ebm.mcmc.explain import name_of
 from pyro_ebm.mcmc.target import Values
@@ -190,4 +190,4 @@ def _works(draw: Callable[[], Any]) -> bool:
 
 def _is_fixed(site: dict[str, Any]) -> bool:
     """Whether a site is a plate's rows or a deterministic function, and nothing random."""
-    return is_subsample(site) or bool((site["infer"] or {}).get("_deterministic"))
+    return site_is_subsample(site) or bool((site["infer"] or {}).get("_deterministic"))

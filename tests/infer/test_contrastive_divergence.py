@@ -596,6 +596,13 @@ def test_fit_of_a_regression():
     assert pyro.param("slope").item() == pytest.approx(1.0, abs=0.15)
 
 
+def test_the_state_holds_what_was_fitted():
+    objective, other = ContrastiveDivergence(2), ContrastiveDivergence(2)
+    objective.fitted["x"] = torch.tensor(0.7)
+    other.load_state_dict(objective.state_dict())
+    assert float(other.fitted["x"]) == pytest.approx(0.7)
+
+
 def test_its_value_is_no_criterion():
     """At the truth it is near zero, far below the entropy; the class says so."""
     assert not ContrastiveDivergence.is_held_out_criterion

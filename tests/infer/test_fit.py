@@ -163,7 +163,7 @@ def test_modules_are_trained_without_a_pyro_module_statement():
     model = Model()
     result = fit(model, torch.randn(12, 2), RankingNCE(), num_steps=3, lr=0.1, **QUIET)
     assert not torch.equal(flat(model.net), flat(new_net()))
-    assert "model.net.0.weight" in result._parameters
+    assert "model.net.0.weight" in result.parameters
 
 
 def test_a_stock_elbo_is_taken_too():
