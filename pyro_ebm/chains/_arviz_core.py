@@ -39,10 +39,13 @@ def build(
         attrs: Group name to its attributes.
 
     Raises:
-        ValueError: If two names become one because ``/`` is written as a dot.
+        ValueError: If two names become one because ``/`` is written as a dot, or a variable has the
+            name of a dimension.
     """
     data = {group: _safe_names(group, arrays) for group, arrays in groups.items() if arrays}
     labels = {safe_name(name): list(names) for name, names in (dims or {}).items()}
+    for group, arrays in data.items():
+        _check_dimensions(group, arrays, labels)
     shared: dict[str, Any] = {"coords": dict(coords or {}), "dims": labels, "save_warmup": True}
     described = {group: dict(own) for group, own in (attrs or {}).items() if group in data}
     with _quiet():
@@ -89,11 +92,19 @@ def summary_table(az: Any, draws: Arrays) -> Any:
 
     Columns: mean, sd, mcse_mean, ess_bulk, ess_tail, r_hat. The last three are ArviZ's
     rank-normalized ones, ``nan`` where they do not exist.
+
+    Raises:
+        ValueError: If two names become one because ``/`` is written as a dot.
     """
-    posterior = {name: np.asarray(x, dtype=np.float64) for name, x in draws.items()}
-    data = build(az, {"posterior": posterior})
+    safe = _safe_names("posterior", draws)
+    numbered = {f"v{i}": np.asarray(x, dtype=np.float64) for i, x in enumerate(safe.values())}
+    data = build(az, {"posterior": numbered})  # whose names are those of no dimension
     with _quiet(), np.errstate(all="ignore"):
-        return az.summary(data, kind="all", round_to="none")[_COLUMNS].astype(float)
+        table = az.summary(data, kind="all", round_to="none")[_COLUMNS].astype(float)
+    names = dict(zip(numbered, safe, strict=True))
+    rows = (label.partition("[") for label in table.index)
+    table.index = ["".join((names[number], *entry)) for number, *entry in rows]
+    return table
 
 
 def safe_name(name: str) -> str:
@@ -107,6 +118,30 @@ def _safe_names(group: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
     if len(safe) < len(arrays):
         raise ValueError(f"{group}: names differ only by '/' and '.', rename one: {sorted(arrays)}")
     return safe
+
+
+def _check_dimensions(
+    group: str, arrays: Arrays, dims: Mapping[str, Sequence[str | None]]
+) -> None:
+    """Raises if a variable has the name of a dimension: ArviZ would drop it for labels."""
+    lead = () if group == "observed_data" else ("chain", "draw")
+    own = {
+        dim
+        for name, array in arrays.items()
+        for dim in _dimensions(name, array.ndim - len(lead), dims.get(name, ()))
+    }
+    if lost := sorted(arrays.keys() & {*lead, *own}):
+        raise ValueError(
+            f"{group}: variables {lost} have names of dimensions there, for whose labels they would "
+            "be taken: rename these sites, or for dimensions other than chain and draw give others "
+            "by dims="
+        )
+
+
+def _dimensions(name: str, number: int, given: Sequence[str | None]) -> list[str]:
+    """The names of a variable's dimensions: those given, by number where they are left out."""
+    padded = [*given, *[None] * (number - len(given))]
+    return [dim or f"{name}_dim_{i}" for i, dim in enumerate(padded)]
 
 
 def _old_attrs_name(group: str) -> str:

@@ -66,8 +66,9 @@ def to_arviz(
         MissingNormalizerError: If a log likelihood is asked of a site whose density is not
             normalized at every draw.
         ValueError: If a log likelihood is asked without a model, of a single dependent observation,
-            at draws of a generalized posterior, or with latent sites that have no draws; if
-            predictive draws do not match the posterior's.
+            of a scaled site or a part of the rows, at draws of a generalized posterior, or with
+            latent sites that have no draws; if predictive draws do not match the posterior's; if a
+            site has the name of a dimension, as ``chain`` and ``draw`` are.
         TypeError: If ``source`` is of another kind.
 
     Warns:

@@ -5,7 +5,9 @@ For rows :math:`y_i` of a data site, leave-one-out cross-validation and model co
 
 * the density is normalized *at every draw*: without :math:`\log Z(\theta_s)` the results are wrong
   by many nats while their own diagnostics stay green;
-* the rows are exchangeable observations: one lattice, graph or series has none to leave out.
+* the rows are exchangeable observations: one lattice, graph or series has none to leave out;
+* the posterior holds every row once: of draws under a power w of the likelihood a row is taken out
+  by :math:`p(y_i \mid \theta_s)^{-w}`, and ArviZ takes w = 1.
 
 References:
     Vehtari, Gelman, Gabry, Practical Bayesian model evaluation using leave-one-out cross-validation
@@ -14,23 +16,21 @@ References:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from numpy.typing import NDArray
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_ebm.chains.observations import Conditioned, Site
+from pyro_ebm.chains.observations import Conditioned, Site, check_leaves_rows_out
 from pyro_ebm.chains.per_draw import at_all_draws
 from pyro_ebm.chains.record import to_numpy
 from pyro_ebm.distributions import unwrap
 from pyro_ebm.distributions.layers import layers, mask_of, num_reinterpreted
-from pyro_ebm.errors import MissingNormalizerError, MissingNormalizerWarning
-from pyro_ebm.settings import missing_normalizer_policy
+from pyro_ebm.distributions.normalizer_guard import report
+from pyro_ebm.ops.held_draws import HeldDraws, asked
 
 __all__ = ["pointwise_log_likelihood"]
 
@@ -43,8 +43,8 @@ def pointwise_log_likelihood(
 ) -> dict[str, NDArray[Any]]:
     r"""Returns :math:`\log p(y_i\mid\theta_s)` in nats, of shape ``(S,) + rows``, for every site.
 
-    Scales are left out. Rows that a mask hides are no observations and are left out too, which
-    flattens the rows of their site. Draws are evaluated in batches behind an outer plate, twenty of
+    Rows that a mask hides are no observations and are left out, which flattens the rows of their
+    site. Draws are evaluated in batches behind an outer plate, twenty of
     them also singly as a check; a model that does not allow that is run draw by draw.
 
     Args:
@@ -54,14 +54,14 @@ def pointwise_log_likelihood(
     Raises:
         MissingNormalizerError: If a site's density is not normalized at every draw.
         ValueError: If a latent site has no draws, a site is unknown, a plate is subsampled, or a
-            site holds a single observation.
+            site is scaled or holds a single observation.
     """
     trace = _differentiable_trace(conditioned)
     sites = conditioned.data_sites(trace)
     wanted = list(sites) if names is None else list(names)
     if unknown := [name for name in wanted if name not in sites]:
         raise ValueError(f"log_likelihood: no data at {unknown}; the data sites are {list(sites)}")
-    _check_all_drawn(trace)
+    check_leaves_rows_out(trace, wanted)
     for name in wanted:
         _check_normalized(name, sites[name])
     _score_and_check_covered(conditioned, trace, wanted)
@@ -80,36 +80,24 @@ def _differentiable_trace(conditioned: Conditioned) -> Any:
         return conditioned.trace(leaves)
 
 
-def _check_all_drawn(trace: Any) -> None:
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample":
-            continue
-        if site_is_subsample(site):
-            if (site["fn"].subsample_size or site["fn"].size) < site["fn"].size:
-                raise ValueError(
-                    f"log_likelihood: plate {name!r} is subsampled; give the model its full data"
-                )
-        elif not site["is_observed"]:
-            raise ValueError(
-                f"log_likelihood: latent site {name!r} has no draws, so its likelihood would be "
-                "that of a random value. Add its draws to the source, or marginalize it out"
-            )
-
-
 def _check_normalized(name: str, site: Site) -> None:
     ebm = _energy_based(site["fn"])
-    policy = missing_normalizer_policy()
-    if ebm is None or ebm.is_normalized or policy == "ignore":
+    if ebm is None or ebm.is_normalized:
         return
-    message = (
+    report(
         f"log_likelihood: site {name!r} has an unnormalized density. Its log Z is needed at every "
         "draw: without it LOO, compare and evidence mean nothing, although their diagnostics look "
         "fine. Give the distribution a log_normalizer that is a function of its parameters, or "
         "check the model by posterior prediction"
     )
-    if policy == "error":
-        raise MissingNormalizerError(message)
-    warnings.warn(message, MissingNormalizerWarning, stacklevel=4)
+
+
+def _check_absolute(functions: Sequence[HeldDraws]) -> None:
+    if any(function.is_relative for function in functions):
+        report(
+            "log_likelihood: log Z of an EBM site is known up to a constant only, and LOO would be "
+            "off by it for every row: give Anchored its log_normalizer, log Z at the first anchor"
+        )
 
 
 def _energy_based(fn: Any) -> Any:
@@ -122,13 +110,14 @@ def _energy_based(fn: Any) -> Any:
 
 def _score_and_check_covered(conditioned: Conditioned, trace: Any, names: Sequence[str]) -> None:
     """Scores the data at one draw and differentiates: a log Z that ignores a latent raises."""
-    with torch.enable_grad():
+    with torch.enable_grad(), asked() as functions:
         trace.compute_log_prob(site_filter=lambda name, _: name in names)
         total = torch.stack([trace.nodes[name]["log_prob_sum"] for name in names]).sum()
     latents = [site["value"] for name, site in trace.nodes.items() if name in conditioned.draws]
     leaves = [value for value in latents if value.requires_grad]
     if leaves and total.requires_grad:
         torch.autograd.grad(total, leaves, allow_unused=True)
+    _check_absolute(functions)
 
 
 def _check_rows(name: str, site: Site) -> None:

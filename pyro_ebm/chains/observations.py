@@ -21,8 +21,9 @@ from pyro_ebm.chains.record import to_numpy
 from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.layers import innermost
 from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.poutine.whole_data import check_site_unscaled, check_whole
 
-__all__ = ["Conditioned"]
+__all__ = ["Conditioned", "check_leaves_rows_out"]
 
 Site = dict[str, Any]
 
@@ -99,6 +100,33 @@ class Conditioned:
             sites = self.trace(self.values(0)).nodes.items()
         found = {name: unwrap(site["fn"]) for name, site in sites if site["type"] == "sample"}
         return [n for n, p in found.items() if p is not None and not _is_drawn_well(p)]
+
+
+def check_leaves_rows_out(trace: Any, names: Sequence[str]) -> None:
+    r"""Raises unless draws tell what they would be without a row of these sites.
+
+    A row is left out by the weights :math:`1 / p(y_i \mid \theta_s)`.
+
+    Args:
+        trace: A run of the model at one of the draws.
+        names: Data sites whose rows are left out.
+
+    Raises:
+        ValueError: If a plate is subsampled, a latent has no draws, or a site is scaled.
+    """
+    check_whole(trace)
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not (site["is_observed"] or site_is_subsample(site)):
+            raise ValueError(
+                f"latent site {name!r} has no draws, so that its value would be random: add its "
+                "draws to the source, or marginalize it out"
+            )
+    for name in names:
+        check_site_unscaled(
+            trace.nodes[name],
+            "a row is left out by dividing by its density once, and draws of a scaled posterior "
+            "hold another power of it",
+        )
 
 
 def _is_drawn_well(p: EnergyDistribution) -> bool:

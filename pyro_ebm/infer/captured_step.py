@@ -37,6 +37,7 @@ from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.mcmc.graph_memory import separate_outputs
 from pyro_ebm.mcmc.simplify import simplify
+from pyro_ebm.ops.powers_of_two import is_power_of_two
 from pyro_ebm.ops.rng import rng_preserved
 
 Batch = tuple[Tensor, ...]
@@ -159,8 +160,7 @@ class CapturedStep:
             self.objective.objective_of(site).judge(site, notes, trains=True)
 
     def _is_due(self) -> bool:
-        steps = int(self.objective.num_steps_taken)
-        return steps & (steps - 1) == 0
+        return is_power_of_two(int(self.objective.num_steps_taken))
 
     def _key(self, batch: Batch, parameters: Mapping[str, Tensor]) -> Any:
         shapes = tuple((t.shape, t.dtype, t.device) for t in batch)

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pyro_ebm.infer.checks import SETTLED
+from pyro_ebm.ops.powers_of_two import is_power_of_two
 
 LEAST_ACCEPTANCE = 0.1
 LEAST_MOVE = 0.02
@@ -67,7 +68,7 @@ class ChainWatch:
 
     def verdicts(self, step: int) -> list[str]:
         """Returns what is to be said at a step, one sentence each; closes a window at its end."""
-        if step & (step - 1) or step <= self.closed_at:
+        if not is_power_of_two(step) or step <= self.closed_at:
             return []
         means = {name: total / self.counts.get(name, 1) for name, total in self.sums.items()}
         window, self.closed_at = step - self.closed_at, step

@@ -22,6 +22,7 @@ from pyro_ebm.infer.conditional import (
     warn_unchecked,
 )
 from pyro_ebm.infer.run_modules import aside
+from pyro_ebm.ops.powers_of_two import is_power_of_two
 from pyro_ebm.poutine.paired_runs import unvalidated
 
 
@@ -86,7 +87,7 @@ class SharedArguments:
     def is_due(self) -> bool:
         """Counts a call with other values; true for the first, second, fourth, ..."""
         self.num_changes += 1
-        return self.num_changes & (self.num_changes - 1) == 0
+        return is_power_of_two(self.num_changes)
 
     def differing(self, other: SharedArguments) -> list[str]:
         """Returns the names of those that have another value in another call."""

@@ -25,11 +25,11 @@ from pyro_ebm.distributions.supports import check_observed
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.infer.conditional import depends_on_rows
 from pyro_ebm.infer.prior_runs import prior_runs
-from pyro_ebm.infer.whole_data import check_whole
 from pyro_ebm.mcmc.explain import explained
 from pyro_ebm.normalizers.exact import States
 from pyro_ebm.normalizers.quadrature import MAX_DIM
 from pyro_ebm.ops.constraints import base_measure, finite_values, plain
+from pyro_ebm.poutine.whole_data import check_whole
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,7 @@ from pyro_ebm.infer.calibration import Calibration, calibration_of
 from pyro_ebm.infer.data_structure import check_model
 from pyro_ebm.infer.loss_of_model import ModelLoss
 from pyro_ebm.infer.posterior_result import Posterior
+from pyro_ebm.infer.properness import check_proper
 from pyro_ebm.infer.score_covariance import Choice
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
@@ -113,7 +115,8 @@ def generalized_posterior(
 
     Raises:
         TypeError: If the model is none.
-        ValueError: If the rows are too few for a sandwich, or no mode is found.
+        ValueError: If an energy is improper, the rows are too few for a sandwich, or no mode is
+            found.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -130,6 +133,7 @@ def generalized_posterior(
     """
     check_model(model, "a generalized posterior")
     one_of("calibration", calibration, ("auto", "sandwich", "simulation", "none"))
+    doubts = check_proper(model, args, kwargs)
     frozen = loss if loss.is_frozen else loss.freeze(model, *args, **kwargs)
     scored = GeneralizedBayes(frozen, weight)
     kernel = HMC(surrogate(model, scored))
@@ -149,7 +153,8 @@ def generalized_posterior(
     starts = calibrated.starts(num_chains)
     values = None if starts is None else target.split(starts)
     mcmc.run(*args, initial_params=values, **kwargs)
-    return _result(mcmc, target, calibrated, type(loss).__name__)
+    found = _result(mcmc, target, calibrated, type(loss).__name__)
+    return replace(found, remarks=found.remarks + doubts)
 
 
 def _result(mcmc: MCMC, target: ModelTarget, calibrated: Calibration, name: str) -> Posterior:

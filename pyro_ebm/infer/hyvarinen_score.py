@@ -43,10 +43,9 @@ import pyro
 import torch
 from pyro.distributions import constraints
 from pyro.ops.stats import effective_sample_size
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_ebm.chains.observations import Conditioned, Site
+from pyro_ebm.chains.observations import Conditioned, Site, check_leaves_rows_out
 from pyro_ebm.chains.per_draw import at_all_draws
 from pyro_ebm.chains.record import as_record
 from pyro_ebm.distributions import GeneralizedEBM, unwrap
@@ -144,8 +143,8 @@ def hyvarinen_score(
 
     Raises:
         ValueError: If the site's rows are not vectors of real numbers, a latent has no draws, a
-            plate is subsampled, or the slope of the energy does not depend on x, as between the
-            kinks of a piecewise linear one, which the score cannot see.
+            plate is subsampled, the site is scaled, or the slope of the energy does not depend on
+            x, as between the kinks of a piecewise linear one, which the score cannot see.
         TypeError: If the site is a generalized EBM, which has no density.
         NonFiniteEnergyError: If a derivative of the energy is not finite at a row.
 
@@ -211,23 +210,9 @@ def _checked(conditioned: Conditioned, like: Any, wanted: str | None) -> str:
     name = next(iter(sites)) if wanted is None and len(sites) == 1 else wanted
     if name not in sites:
         raise ValueError(f"site must be one of the data sites {sorted(sites)}, got {wanted!r}")
-    for other, node in like.nodes.items():
-        if node["type"] == "sample":
-            _check_known(other, node)
+    check_leaves_rows_out(like, [name])
     _check_real(name, sites[name])
     return name
-
-
-def _check_known(name: str, site: Site) -> None:
-    if site_is_subsample(site):
-        size = site["fn"].size
-        if (site["fn"].subsample_size or size) < size:
-            raise ValueError(f"plate {name!r} is subsampled; give the model its full data")
-    elif not site["is_observed"]:
-        raise ValueError(
-            f"latent site {name!r} has no draws, so that its value would be random: add its draws "
-            "to the source"
-        )
 
 
 def _check_real(name: str, site: Site) -> None:

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +52,7 @@ from pyro_ebm.infer.frozen import FrozenObjective
 from pyro_ebm.infer.nce import NCE
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.infer.prior_runs import NUM_DRAWS, prior_runs
+from pyro_ebm.infer.properness import check_proper
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.target import Target
 from pyro_ebm.ops.arguments import whole
@@ -134,7 +136,7 @@ def nce_posterior(
 
     Raises:
         TypeError: If the model is none.
-        ValueError: If there is no EBM site, or a site is one observation.
+        ValueError: If there is no EBM site, an energy is improper, or a site is one observation.
         ConditionalEnergyError: If rows need a log Z each, at draws of the prior or the posterior.
 
     Example:
@@ -153,6 +155,7 @@ def nce_posterior(
     check_model(model, "an NCE posterior")
     call = _Call(model, args, kwargs)
     _check_rows(call)
+    doubts = check_proper(model, args, kwargs)
     size = whole("num_samples", num_samples, least=4)
     ratio = whole("num_noise", num_noise, least=1)
     sets = []
@@ -165,7 +168,8 @@ def nce_posterior(
         )
         mcmc.run(*args, **kwargs)
         sets.append(_read(mcmc, call, frozen, objective))
-    return _pooled(sets, ratio)
+    found = _pooled(sets, ratio)
+    return replace(found, remarks=found.remarks + doubts)
 
 
 class _Call(NamedTuple):

@@ -51,6 +51,7 @@ from pyro_ebm.infer.known import (
 )
 from pyro_ebm.infer.objective_module import ObjectiveModule
 from pyro_ebm.ops.log_normalizer import LogNormalizer
+from pyro_ebm.ops.powers_of_two import is_power_of_two
 from pyro_ebm.poutine.surrogate import SurrogateMessenger
 
 _instances = itertools.count()
@@ -220,7 +221,7 @@ class Objective(EnumeratingELBO, nn.Module):
         """
         steps = int(self.num_steps_taken)
         first = name not in self._checked
-        later = torch.is_grad_enabled() and steps & (steps - 1) == 0
+        later = torch.is_grad_enabled() and is_power_of_two(steps)
         due = first or (later and self._checked[name] != steps)
         if due:
             self._checked[name] = steps

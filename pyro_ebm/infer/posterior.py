@@ -31,6 +31,7 @@ from pyro_ebm.normalizers.quadrature import MAX_DIM
 MOST_NODES = 2**15  # of an integral for log Z that is taken unasked
 MOST_DIM = 2  # of such an integral: in three dims chains take hours
 MOST_DIMS = 10  # of an event that noise is told from
+_CHECKED = ("nce", "generalized")  # ways that look for improper energies themselves
 
 
 def posterior(
@@ -86,10 +87,10 @@ def posterior(
     """
     run = Run(model, args, kwargs, num_samples, warmup_steps, num_chains, disable_progbar)
     structure = data_structure(model, *args, **kwargs)
-    doubts = check_proper(model, args, kwargs)
     if method != "auto" and method not in WAYS:
         raise ValueError(f"method must be 'auto' or one of {sorted(WAYS)}, got {method!r}")
     name = route_of(structure) if method == "auto" else method
+    doubts = () if name in _CHECKED else check_proper(model, args, kwargs)
     limits = (MOST_NODES, MOST_DIM) if method == "auto" else (MOST_TERMS, MAX_DIM)
     integrals = run.integrals(structure, *limits) if name == "exact" else None
     if method == "auto" and integrals is None and structure.is_integral:
@@ -103,6 +104,8 @@ def posterior(
         structure = structure.as_conditional()
         name = route_of(structure, can_integrate=False)
         found = WAYS[name](run, structure)
+    if name in _CHECKED:
+        doubts = ()
     told = tuple(structure_of(site) for site in structure.sites)
     # Of an NCE posterior R-hat contains what the noise sets change, of which it speaks itself.
     mixing = () if name == "nce" else mixing_remarks(found)

@@ -24,9 +24,6 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -35,6 +32,7 @@ from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.normalizers.beyond import Beyond
 from pyro_ebm.normalizers.chain_size import effective_size
 from pyro_ebm.ops.arguments import whole
+from pyro_ebm.ops.held_draws import HeldDraws
 
 LEAST_SHARE = 0.05
 """The share of effective draws below which log Z is not told."""
@@ -50,10 +48,8 @@ LEAST_SHARED = 5.0
 
 _NEWTON_STEPS = 100
 
-_asked: ContextVar[tuple[list[Anchored], ...]] = ContextVar("asked", default=())
 
-
-class Anchored:
+class Anchored(HeldDraws):
     """Log Z of an exponential family from draws of its statistics at anchors.
 
     Args:
@@ -155,18 +151,12 @@ class Anchored:
 
     # --- the function
 
-    def __call__(self, natural: Tensor) -> Tensor:
-        """Returns log Z in nats, ``(...)`` for natural parameters ``(..., p)``.
-
-        Differentiable in them; NaN where too few draws count.
-        """
-        for seen in _asked.get():
-            seen.append(self)
+    def value(self, natural: Tensor) -> Tensor:
+        """Returns log Z in nats, ``(...)`` for natural parameters ``(..., p)``."""
         log_weights = self._log_weights(natural)
         value = torch.logsumexp(log_weights, -1)
         held = self._size(log_weights.detach()) >= LEAST_SHARE * self._counts.min()
-        self._beyond.look(held)
-        return torch.where(held, value, torch.nan).to(natural.dtype)
+        return self._beyond.told(value, held).to(natural.dtype)
 
     def _log_weights(self, natural: Tensor) -> Tensor:
         scores = natural.double() @ self._rows.mT
@@ -243,7 +233,9 @@ class Anchored:
         num_anchors, num_chains = self.statistics.shape[:2]
         which = torch.randint(num_chains, (num_replicates, num_anchors, num_chains))
         rows = torch.arange(num_anchors)[:, None]
-        return [Anchored(self.anchors, self.statistics[rows, chains]) for chains in which]
+        first = None if self.is_relative else float(self.log_normalizers[0])
+        resampled = (self.statistics[rows, chains] for chains in which)
+        return [Anchored(self.anchors, each, log_normalizer=first) for each in resampled]
 
 
 def anchored(
@@ -281,20 +273,6 @@ def anchored(
         return Anchored(anchors, drawn)
     known = family.with_natural(anchors[0]).log_normalizer()
     return Anchored(anchors, drawn, log_normalizer=float(known))
-
-
-@contextmanager
-def asked() -> Iterator[list[Anchored]]:
-    """Inside, the functions that are called from this thread are listed.
-
-    A model holds such a function in a closure of any depth, which cannot be read off its sites.
-    """
-    seen: list[Anchored] = []
-    token = _asked.set((*_asked.get(), seen))
-    try:
-        yield seen
-    finally:
-        _asked.reset(token)
 
 
 def _by_sweeps(

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,12 +40,13 @@ from pyro_ebm.normalizers.beyond import Beyond
 from pyro_ebm.normalizers.importance import from_weights
 from pyro_ebm.normalizers.laws import law_of, normalized_on, single
 from pyro_ebm.ops.arguments import whole
+from pyro_ebm.ops.held_draws import HeldDraws
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 
 _CHUNK = 2**22  # weights at once, of the error
 
 
-class BaseImportance:
+class BaseImportance(HeldDraws):
     """Log Z of laws on one base, from draws of it.
 
     Made by :func:`base_importance`.
@@ -69,10 +71,8 @@ class BaseImportance:
         """S."""
         return len(self.draws)
 
-    def __call__(self, law: EnergyDistribution) -> Tensor:
+    def value(self, law: EnergyDistribution) -> Tensor:
         """Returns log Z in nats, of the law's batch shape; differentiable in what it depends on.
-
-        NaN where too few draws count.
 
         Args:
             law: A law with the event shape of the base, before plates expand it; its
@@ -85,8 +85,7 @@ class BaseImportance:
         log_weights = self.log_weights(law)
         value = torch.logsumexp(log_weights, 0) - math.log(self.num_draws)
         held = _size_of(log_weights.detach()) >= LEAST_SHARE * self.num_draws
-        self._beyond.look(held)
-        return torch.where(held, value, torch.nan).to(self.draws.dtype)
+        return self._beyond.told(value, held).to(self.draws.dtype)
 
     def log_weights(self, law: EnergyDistribution) -> Tensor:
         """Returns the log weights of all draws, ``(S,) + batch_shape``.
@@ -167,6 +166,20 @@ class BaseImportance:
                 f"{size:.0f} effective draws of the base displace the posterior by about "
                 f"{off:.2g} of its standard deviations: use {factor} times as many"
             )
+
+    def bootstrap(self, num_replicates: int) -> list[Callable[[EnergyDistribution], Tensor]]:
+        """Returns functions of laws made of resampled draws, which show the error of this one.
+
+        Args:
+            num_replicates: Their number.
+        """
+        return [partial(self._resampled, counts) for counts in _counts(self.draws, num_replicates)]
+
+    def _resampled(self, counts: Tensor, law: EnergyDistribution) -> Tensor:
+        log_weights = self.log_weights(law)
+        log_counts = counts.log().reshape((-1,) + (1,) * (log_weights.dim() - 1))
+        value = torch.logsumexp(log_weights + log_counts, 0) - math.log(self.num_draws)
+        return value.to(self.draws.dtype)
 
     def by(
         self, law: Callable[[Tensor], EnergyDistribution], num_parameters: int

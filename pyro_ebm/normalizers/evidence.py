@@ -18,6 +18,7 @@ References:
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -39,13 +40,14 @@ from pyro_ebm.distributions.layers import innermost, is_normalized, mask_of
 from pyro_ebm.distributions.normalizer_guard import report
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
-from pyro_ebm.normalizers.anchored import asked
 from pyro_ebm.normalizers.bridge import bridge
 from pyro_ebm.normalizers.tempered import TemperedRun, tempered
 from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic
 from pyro_ebm.ops.arguments import one_of
+from pyro_ebm.ops.held_draws import HeldDraws, asked, replicated
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.poutine.whole_data import check_site_unscaled, check_whole
 
 Model = Callable[..., Any]
 
@@ -53,6 +55,7 @@ _METHODS = ("bridge", "stepping_stones", "thermodynamic")
 _PATHS = {"stepping_stones": stepping_stones, "thermodynamic": thermodynamic}
 _NUM_CHAINS, _NUM_DRAWS = 64, 250
 _NUM_RUNGS, _NUM_PER_RUNG = 12, 60
+_NUM_REPLICATES, _NUM_REWEIGHTED = 50, 100  # of the functions for log Z, draws of the posterior
 _RELATIVE = (
     "log Z of an EBM site is known up to a constant only, which is part of the evidence: compare "
     "models that share this very function, or give Anchored its log_normalizer"
@@ -78,8 +81,8 @@ def evidence(
         kwargs: Keyword arguments of the model.
 
     Returns:
-        ``LogNormalizer``, the evidence in nats. That log Z of an EBM site is itself an estimate is
-        not in its error.
+        ``LogNormalizer``, the evidence in nats. Where log Z of an EBM site is a function made of
+        draws (``Anchored``, ``BaseImportance``) its standard error holds theirs, by resampling.
 
     Raises:
         MissingNormalizerError: If log Z of an EBM site is not known at every draw, or there is an
@@ -104,20 +107,19 @@ def evidence(
         target = target_of_model(model, args, kwargs)
     if bool((target.flat_terms(torch.ones(1, target.dim)) != 0).any()):
         raise ValueError(f"{target!r}: a latent has no density at all, so there is no evidence")
+    positions = torch.empty(0)
+    if method == "bridge" or functions:
+        given = _drawn(model, args, kwargs) if posterior is None else posterior
+        positions = _positions(target, names, given)
     if method == "bridge":
-        found = _bridged(target, names, posterior, lambda: _drawn(model, args, kwargs))
+        found = bridge(EnergyDistribution(_flat(target), event_shape=(target.dim,)), positions)
     else:
         law = _between(target, _Prior(model, args, kwargs, like=target))
         found = _PATHS[method](law, _tempered(law))
+    if functions:
+        found = _with_error_of_log_z(found, target, positions, functions)
     start = "posterior" if method == "bridge" else "prior"
-    remarks = found.remarks + ((_RELATIVE,) if any(f.is_relative for f in functions) else ())
-    return replace(
-        found,
-        method=f"evidence by {found.method}",
-        start=start,
-        remarks=remarks,
-        parameters=(),
-    )
+    return replace(found, method=f"evidence by {found.method}", start=start, parameters=())
 
 
 class BayesFactor(NamedTuple):
@@ -162,15 +164,15 @@ def bayes_factor(one: LogNormalizer, other: LogNormalizer) -> BayesFactor:
 def _checked_latents(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
     """Names of the latents, once nothing in the model stands against an evidence."""
     with rng_preserved(), poutine.block(), torch.no_grad():
-        nodes = poutine.trace(_OnlyProper()(model)).get_trace(*args, **kwargs).nodes
-    sites = {name: site for name, site in nodes.items() if site["type"] == "sample"}
+        trace = poutine.trace(_OnlyProper()(model)).get_trace(*args, **kwargs)
+    check_whole(trace)
+    nodes = trace.nodes.items()
+    sites = {n: s for n, s in nodes if s["type"] == "sample" and not site_is_subsample(s)}
     for name, site in sites.items():
-        if site_is_subsample(site):
-            _check_whole(name, site["fn"])
-        elif mask_of(site["fn"], site["mask"]) is not False:
-            _check_scale(name, site["scale"])
+        if mask_of(site["fn"], site["mask"]) is not False:
+            check_site_unscaled(site, "the evidence is that of the data as they are")
             _check_density(name, site)
-    return {n for n, s in sites.items() if not s["is_observed"] and not site_is_subsample(s)}
+    return {name for name, site in sites.items() if not site["is_observed"]}
 
 
 class _OnlyProper(Messenger):
@@ -182,19 +184,6 @@ class _OnlyProper(Messenger):
             raise ValueError(
                 f"site {msg['name']!r} has an improper prior, under which no data have evidence"
             )
-
-
-def _check_whole(name: str, plate: Any) -> None:
-    if (plate.subsample_size or plate.size) < plate.size:
-        raise ValueError(f"plate {name!r} is subsampled: the evidence is that of all data")
-
-
-def _check_scale(name: str, scale: Any) -> None:
-    if not bool((torch.as_tensor(scale) == 1).all()):
-        raise ValueError(
-            f"site {name!r} is scaled by {float(torch.as_tensor(scale).max()):.6g}: the evidence "
-            "is that of the data as they are, take poutine.scale away"
-        )
 
 
 def _check_density(name: str, site: Any) -> None:
@@ -219,16 +208,13 @@ def _drawn(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MCMC:
     return mcmc
 
 
-def _bridged(
-    target: ModelTarget, names: set[str], posterior: Any, drawn: Callable[[], MCMC]
-) -> LogNormalizer:
-    draws = as_record(drawn() if posterior is None else posterior).draws
+def _positions(target: ModelTarget, names: set[str], posterior: Any) -> Tensor:
+    draws = as_record(posterior).draws
     latents = target.split(torch.zeros(1, target.dim)).keys() & names
     if missing := sorted(latents - draws.keys()):
         raise ValueError(f"the posterior has no draws of {', '.join(missing)}, got {sorted(draws)}")
     values = {n: torch.as_tensor(draws[n], dtype=target.dtype) for n in latents}
-    law = EnergyDistribution(_flat(target), event_shape=(target.dim,))
-    return bridge(law, target.position_of({n: x.to(target.device) for n, x in values.items()}))
+    return target.position_of({n: x.to(target.device) for n, x in values.items()})
 
 
 def _flat(target: ModelTarget) -> Callable[[Tensor], Tensor]:
@@ -240,6 +226,30 @@ def _flat(target: ModelTarget) -> Callable[[Tensor], Tensor]:
             return target.potential(rows).reshape(q.shape[:-1])
 
     return potential
+
+
+# --- log Z's that are estimates
+
+
+def _with_error_of_log_z(
+    found: LogNormalizer, target: ModelTarget, positions: Tensor, functions: list[HeldDraws]
+) -> LogNormalizer:
+    """Adds what the evidence would change by, were the draws behind log Z others."""
+    remarks = [_RELATIVE] if any(f.is_relative for f in functions) else []
+    rows = positions.reshape(-1, target.dim)
+    kept = torch.linspace(0, len(rows) - 1, min(len(rows), _NUM_REWEIGHTED)).long()
+    rows, potential = rows[kept.to(rows.device)], _flat(target)
+    try:
+        changes = potential(rows) - replicated(potential, rows, functions, _NUM_REPLICATES)
+    except ValueError as why:
+        remarks.append(f"the error of the log Z of EBM sites is unknown: {why}")
+        return replace(found, remarks=(*found.remarks, *remarks))
+    spread = (torch.logsumexp(changes, 1) - math.log(len(rows))).std()
+    if not bool(spread.isfinite()):
+        remarks.append("the error of the log Z of EBM sites is infinite: use more draws for it")
+    own = 0.0 if found.stderr is None else found.stderr
+    error = torch.hypot(spread, torch.as_tensor(own, dtype=spread.dtype, device=spread.device))
+    return replace(found, stderr=error, remarks=(*found.remarks, *remarks))
 
 
 # --- from the prior

@@ -15,7 +15,7 @@ from pyro import poutine
 from pyro.infer import HMC, MCMC, NUTS, Predictive, RandomWalkKernel
 from pyro.infer.reparam import LocScaleReparam
 
-from pyro_ebm.chains import Record, _arviz_core, to_arviz
+from pyro_ebm.chains import Record, _arviz_core, summary, to_arviz
 from pyro_ebm.chains.arviz import import_arviz
 from pyro_ebm.distributions import EnergyDistribution, energy_factor
 from pyro_ebm.energies import GaussianEnergy
@@ -142,6 +142,37 @@ def test_names_and_labels():
     assert list(posterior["unit"].values) == ["p", "q", "r"]
     with pytest.raises(ValueError, match="differ only by '/'"):
         to_arviz({"a/b": np.zeros((2, 5)), "a.b": np.zeros((2, 5))})
+
+
+@pytest.mark.parametrize("name", ["chain", "draw", "y_dim_1"])
+def test_names_of_dimensions_are_refused(name):
+    """ArviZ takes such variables for labels, and they would be gone."""
+    source = draws(y=(3, 3), **{name: ()})
+    with pytest.raises(ValueError, match=rf"posterior: variables \['{name}'\] have names of dim"):
+        to_arviz(source)
+    assert [row for row in summary(source).index if "[" not in row] == [name]
+
+
+def test_dimensions_may_have_other_names():
+    source = draws(y=(3, 2), y_dim_0=(), row=())
+    posterior = to_arviz(source, dims={"y": ["unit"]})["posterior"]
+    assert set(posterior) == {"y", "y_dim_0", "row"}
+    with pytest.raises(ValueError, match=r"variables \['row'\] have names of dimensions"):
+        to_arviz(source, dims={"y": ["row"]})
+
+
+def test_data_have_no_chains():
+    """A data site may be called draw; of its log likelihood it is a dimension."""
+
+    def model(numbers):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(numbers)):
+            pyro.sample("draw", dist.Normal(m, 1.0), obs=numbers)
+
+    data = to_arviz(draws(m=()), model=model, args=(DATA[:, 0],))
+    np.testing.assert_array_equal(data["observed_data"]["draw"], DATA[:, 0])
+    with pytest.raises(ValueError, match=r"log_likelihood: variables \['draw'\]"):
+        to_arviz(draws(m=()), model=model, args=(DATA[:, 0],), log_likelihood=True)
 
 
 def test_predictive_draws_keep_their_shape():

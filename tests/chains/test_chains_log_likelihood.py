@@ -230,13 +230,16 @@ def test_latents_without_draws_are_refused():
         scores(normal, {"m": draws()["m"]})
 
 
-def test_subsampled_rows_are_refused():
+@pytest.mark.parametrize("taken", [{"subsample_size": 2}, {"subsample": torch.tensor([0, 3])}])
+def test_subsampled_rows_are_refused(taken):
+    """Picked at random or by hand, two rows count as five."""
+
     def model(y):
         m = pyro.sample("m", dist.Normal(0.0, 1.0))
-        with pyro.plate("rows", len(y), subsample_size=2) as index:
+        with pyro.plate("rows", len(y), **taken) as index:
             pyro.sample("y", dist.Normal(m, 1.0), obs=y[index])
 
-    with pytest.raises(ValueError, match="plate 'rows' is subsampled"):
+    with pytest.raises(ValueError, match="plate 'rows' is subsampled: 2 of 5 rows"):
         scores(model, {"m": draws()["m"]})
 
 
@@ -266,10 +269,28 @@ def test_masked_rows_are_no_observations(how):
     np.testing.assert_allclose(values, by_hand(source)[..., MASK.numpy()], rtol=1e-12)
 
 
-def test_scales_are_left_out():
+def with_prior_sample(y, *, scale=1.0):
+    """Rows that may be scaled beside some that are scaled always."""
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    s = pyro.sample("s", dist.HalfNormal(1.0))
+    with pyro.plate("rows before", 5), poutine.scale(scale=0.2):
+        pyro.sample("before", dist.Normal(m, s), obs=torch.zeros(5))
+    with pyro.plate("rows", len(y)), poutine.scale(scale=scale):
+        pyro.sample("y", dist.Normal(m, s), obs=y)
+
+
+@pytest.mark.parametrize("scale", [0.1, torch.tensor([1.0, 1.0, 3.0, 1.0, 1.0])])
+def test_rows_of_scaled_sites_are_not_left_out(scale):
+    """Of a posterior that holds p^w, weights 1 / p are those of no posterior without the row."""
+    sentence = "site 'y' is scaled by .* take poutine.scale away and draw without it"
+    with pytest.raises(ValueError, match=sentence):
+        scores(with_prior_sample, draws(), names=["y"], kwargs={"scale": scale})
+
+
+def test_scales_of_other_sites_are_part_of_the_posterior():
     source = draws()
-    scaled = poutine.scale(normal, scale=0.1)
-    np.testing.assert_allclose(scores(scaled, source)["y"], by_hand(source), rtol=1e-12)
+    values = scores(with_prior_sample, source, names=["y"], kwargs={"scale": torch.ones(5)})["y"]
+    np.testing.assert_allclose(values, by_hand(source), rtol=1e-12)
 
 
 def test_a_row_of_hidden_parts_is_no_observation():

@@ -328,3 +328,12 @@ def test_refusals():
 
     with pytest.raises(ValueError, match="plate 'rows' is subsampled"):
         hyvarinen_score(DRAWS, model=subsampling, args=(torch.randn(5),))
+
+
+def test_scaled_rows_are_refused():
+    """Draws under p^3 hold a row three times, and the formula takes it out once."""
+    x = torch.randn(12)
+    tripled = poutine.scale(precision_model, scale=3.0)
+    draws = dist.Gamma(SHAPE + 18.0, RATE + 1.5 * x.square().sum()).sample((4, 100))
+    with pytest.raises(ValueError, match="site 'x' is scaled by 3: .* give every row as often"):
+        hyvarinen_score({"precision": draws}, model=tripled, args=(x,))

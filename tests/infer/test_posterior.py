@@ -14,10 +14,12 @@ from pyro_ebm import EnergyDistribution
 from pyro_ebm.chains import Record
 from pyro_ebm.energies import ExponentialFamily, Ising
 from pyro_ebm.infer.data_structure import data_structure
+from pyro_ebm.infer.generalized_bayes import generalized_posterior
 from pyro_ebm.infer.nce_posterior import nce_posterior
 from pyro_ebm.infer.posterior import posterior, route_of
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.infer.properness import check_proper
+from pyro_ebm.infer.score_matching import ScoreMatching
 from pyro_ebm.ops.constraints import spins
 
 F64 = torch.float64
@@ -433,6 +435,18 @@ def test_three_dims_are_not_integrated_unasked(monkeypatch):
 
     given_back(monkeypatch, "nce_posterior")
     assert "data can be told from noise" in str(posterior(model, X4[:, :3], **FEW))
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda: generalized_posterior(improper, X, loss=ScoreMatching()),
+        lambda: nce_posterior(improper, X, noise=dist.Normal(0.0, 2.0)),
+    ],
+)
+def test_improper_energies_are_refused_by_ways_that_are_named(way):
+    with pytest.raises(ValueError, match="energy of site 'x' is improper"):
+        way()
 
 
 def test_an_energy_that_is_improper_at_some_draws_of_the_prior_is_told():

@@ -9,7 +9,7 @@ from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import Ising
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.normalizers import Anchored, anchored
-from pyro_ebm.normalizers.anchored import asked
+from pyro_ebm.ops.held_draws import asked
 
 F64 = torch.float64
 SHAPE = (4, 4)
@@ -66,6 +66,13 @@ def test_two_parameters_and_their_slopes():
     torch.testing.assert_close(*curvatures, rtol=0.1, atol=2.0)
     values = torch.vmap(log_z)(at.expand(3, 2))
     torch.testing.assert_close(values, log_z(at).expand(3))
+
+
+def test_resampled_functions_keep_the_constant():
+    function = anchored(Ising(0.0, SHAPE), grid(0.1), num_draws=2000)
+    (copy,) = function.bootstrap(1)
+    assert not copy.is_relative
+    assert float(copy(grid(0.1)[0])) == pytest.approx(float(function(grid(0.1)[0])), abs=1e-9)
 
 
 def test_errors_of_repeats_are_those_of_the_bootstrap():
@@ -137,11 +144,23 @@ def test_bad_input():
         anchored(Ising(0.0, (30, 30)), grid(0.05, 0.3), num_draws=200)
 
 
-def test_parameters_beyond_the_anchors_are_said_once():
+def test_parameters_beyond_the_anchors_are_said_ever_more_seldom():
     log_z = anchored(Ising(0.0, (4, 4)), torch.tensor([[0.1]], dtype=torch.float64), num_draws=200)
-    with pytest.warns(UserWarning, match="log Z was asked at parameters that the anchors say"):
-        assert bool(log_z(torch.tensor([2.0], dtype=torch.float64)).isnan())
-    assert bool(log_z(torch.tensor([2.5], dtype=torch.float64)).isnan())  # no second warning
+    sentence = "log Z was asked at parameters that the anchors say"
+    couplings = torch.linspace(2.0, 2.5, 9, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=sentence) as said:
+        values = [float(log_z(coupling[None])) for coupling in couplings]
+    assert values == pytest.approx([float("nan")] * 9, nan_ok=True)
+    assert len(said) == 4
+
+
+@pytest.mark.filterwarnings("ignore:log Z was asked at parameters")
+def test_beyond_the_anchors_there_is_no_slope_to_follow():
+    """Otherwise optimizers would follow that of the energy alone."""
+    log_z = anchored(Ising(0.0, (4, 4)), torch.tensor([[0.1]]), num_draws=200)
+    natural = torch.tensor([[0.1], [2.0]], requires_grad=True)
+    log_z(natural).sum().backward()
+    assert natural.grad.isnan().flatten().tolist() == [False, True]
 
 
 def test_functions_that_are_asked_are_listed_inside_only():

@@ -216,7 +216,12 @@ def test_beyond_its_reach_it_is_nan_and_says_so():
     assert bool(log_z(law(torch.tensor(0.5))).isfinite())
     with pytest.warns(UserWarning, match="the draws of its base say nothing of"):
         assert bool(log_z(law(torch.tensor(30.0))).isnan())
-    assert bool(log_z(law(torch.tensor(30.0))).isnan())  # said once
+    tilt = torch.tensor(0.5, requires_grad=True)
+    (slope,) = torch.autograd.grad(log_z(law(tilt)), tilt)
+    assert bool(slope.isfinite())
+    with pytest.warns(UserWarning, match="NaN there with its slope"):
+        (slope,) = torch.autograd.grad(log_z(law(60 * tilt)), tilt)
+    assert bool(slope.isnan())
 
 
 def test_the_check_asks_for_more_draws_or_another_way():

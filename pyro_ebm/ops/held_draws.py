@@ -1,0 +1,98 @@
+"""Log Z as a function of parameters, from draws that are held: what all such functions share.
+
+They are estimates, and whoever sums up a model through them has to know of it. A model holds its
+function in a closure of any depth, which cannot be read off its sites: so the functions say when
+they are called, and can be replaced, all at once, by others made of resampled draws, whose scatter
+is the error of these.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Replicate = Callable[[Any], Tensor]
+
+_asked: ContextVar[tuple[list[HeldDraws], ...]] = ContextVar("asked", default=())
+_replicates: ContextVar[Mapping[HeldDraws, Replicate] | None] = ContextVar(
+    "replicates", default=None
+)
+
+
+class HeldDraws(ABC):
+    """Base of functions for log Z that are made of draws.
+
+    Attributes:
+        is_relative: Whether log Z is known up to a constant only.
+    """
+
+    is_relative = False
+
+    def __call__(self, parameters: Any) -> Tensor:
+        """Returns log Z in nats; NaN where too few draws count.
+
+        Args:
+            parameters: What :meth:`value` takes.
+        """
+        for seen in _asked.get():
+            seen.append(self)
+        replicate = (_replicates.get() or {}).get(self)
+        return self.value(parameters) if replicate is None else replicate(parameters)
+
+    @abstractmethod
+    def value(self, parameters: Any) -> Tensor:
+        """Returns log Z in nats, differentiable in the parameters."""
+
+    @abstractmethod
+    def bootstrap(self, num_replicates: int) -> Sequence[Replicate]:
+        """Returns functions made of resampled draws.
+
+        Raises:
+            ValueError: If there are too few draws to be resampled.
+        """
+
+
+@contextmanager
+def asked() -> Iterator[list[HeldDraws]]:
+    """Inside, the functions that are called from this thread are listed."""
+    seen: list[HeldDraws] = []
+    token = _asked.set((*_asked.get(), seen))
+    try:
+        yield seen
+    finally:
+        _asked.reset(token)
+
+
+def replicated(
+    potential: Callable[[Tensor], Tensor],
+    positions: Tensor,
+    functions: Sequence[HeldDraws],
+    num_replicates: int,
+) -> Tensor:
+    """Returns a potential with the functions in it made of resampled draws, ``(B, S)``, in nats.
+
+    Args:
+        potential: From positions ``(S, D)`` to U, ``(S,)``.
+        positions: Where, ``(S, D)``.
+        functions: What to resample.
+        num_replicates: B.
+
+    Raises:
+        ValueError: If a function has too few draws to be resampled.
+    """
+    different = list(dict.fromkeys(functions))
+    copies = [function.bootstrap(num_replicates) for function in different]
+    found = []
+    for each in zip(*copies, strict=True):
+        token = _replicates.set(dict(zip(different, each, strict=True)))
+        try:
+            found.append(potential(positions))
+        finally:
+            _replicates.reset(token)
+    return torch.stack(found)
