@@ -57,7 +57,7 @@ from pyro_ebm.energies.graph_statistics import (
     adjacency_of,
     ties_of,
 )
-from pyro_ebm.mcmc import HMC, MCMC, Exchange, Sweeps
+from pyro_ebm.mcmc import HMC, MCMC, Exchange, Sweeps, exchange_diagnostics
 from pyro_ebm.plots import PALETTE
 
 WEALTH = {
@@ -198,6 +198,8 @@ def triangles_explain(x: Tensor, args: argparse.Namespace) -> MCMC:
     runs = {num: run_exchange(x, num, args) for num in (4, 8)}
     for num, mcmc in runs.items():
         print_summary(f"edges and triangles, exchange with {num} sweeps", mcmc)
+        better = Sweeps(10 if args.smoke else 50)
+        print(exchange_diagnostics(mcmc, auxiliary=better, num_auxiliary=8, max_draws=256))
     return runs[8]
 
 

@@ -37,7 +37,7 @@ from pyro_ebm.energies.graph_goodness_of_fit import (
     shared_partner_counts,
 )
 from pyro_ebm.energies.graph_statistics import GWESP, Edges, adjacency_of, ties_of
-from pyro_ebm.mcmc import MCMC, Exchange, Sweeps
+from pyro_ebm.mcmc import MCMC, Exchange, Sweeps, exchange_diagnostics
 from pyro_ebm.plots import PALETTE
 
 NUM_NODES = 34
@@ -119,6 +119,8 @@ def run_exchange(x: Tensor, args: argparse.Namespace) -> MCMC:
     mcmc.run(x, initial_params=starts)
     table = mcmc.summary()[["mean", "sd", "mcse_mean", "ess_bulk", "ess_tail", "r_hat"]]
     print(f"\nexchange with 4 sweeps\n{table.to_string(float_format='{:.4f}'.format)}")
+    better = Sweeps(10 if args.smoke else 50)
+    print(exchange_diagnostics(mcmc, auxiliary=better, num_auxiliary=8, max_draws=256))
     return mcmc
 
 

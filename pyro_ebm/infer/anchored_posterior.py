@@ -43,6 +43,8 @@ class WithLogNormalizer(SiteScorer):
         log_z: From natural parameters ``(..., p)`` to log Z in nats, ``(...)``.
     """
 
+    is_normalized = True
+
     def __init__(self, log_z: LogNormalizerOf) -> None:
         self.log_z = log_z
 
@@ -125,8 +127,9 @@ def anchored_posterior(
         start=None if family.is_sampleable else start,
         max_draws=max_draws,
     )
+    scored = WithLogNormalizer(log_z)
     mcmc = MCMC(
-        HMC(surrogate(model, WithLogNormalizer(log_z))),
+        HMC(surrogate(model, scored)),
         num_samples,
         warmup_steps,
         num_chains=num_chains,
@@ -136,7 +139,7 @@ def anchored_posterior(
     error = mcse_logz(mcmc.record, log_z, natural, laws.counts)
     record = error.attached_to(mcmc.record)
     remarks = (_displacement(record, error), *error.doubts)
-    return Posterior(record, "anchored log Z", _reasons(log_z), remarks)
+    return Posterior(record, "anchored log Z", _reasons(log_z), remarks, scored_by=scored)
 
 
 def _displacement(record: Record, error: AnchorError) -> str:

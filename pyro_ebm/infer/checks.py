@@ -306,7 +306,7 @@ def free_of_latents(name: str, model_trace: Any, guide_trace: Any, objective: Tr
     if not torch.is_grad_enabled():  # nothing is inferred, and there is no graph
         return
     drawn = {n for n, s in guide_trace.nodes.items() if s["type"] == "sample"}
-    if all(n == name or _is_point(guide_trace.nodes[n]["fn"]) for n in drawn):
+    if all(n == name or is_point(guide_trace.nodes[n]["fn"]) for n in drawn):
         return
     node = model_trace.nodes[name]
     reached = graph(children(node["log_prob"]), stop=node_of(node["value"]))
@@ -315,7 +315,7 @@ def free_of_latents(name: str, model_trace: Any, guide_trace: Any, objective: Tr
         sites = [(n, s) for n, s in trace.nodes.items() if s["type"] == "sample" and n != name]
         return [n for n, s in sites if any(v in reached for v in node_of(s["value"]))]
 
-    random = [n for n in behind(guide_trace) if not _is_point(guide_trace.nodes[n]["fn"])]
+    random = [n for n in behind(guide_trace) if not is_point(guide_trace.nodes[n]["fn"])]
     if random:
         latents = ", ".join(repr(n) for n in behind(model_trace) or random)
         raise ValueError(
@@ -338,7 +338,8 @@ def _bent_by_latents(objective: Traits) -> str:
     )
 
 
-def _is_point(fn: Any) -> bool:
+def is_point(fn: Any) -> bool:
+    """Whether a law has all its mass at one point, as an estimate without spread has."""
     return isinstance(innermost(fn), Delta)
 
 

@@ -1,9 +1,9 @@
-"""Mini-batches of rows, and the handler that scales a model's plates as if they subsampled."""
+"""Mini-batches of rows, and handlers that scale a model's plates as if there were more rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -13,7 +13,23 @@ from torch import Tensor
 from pyro_ebm.infer.run_modules import aside
 
 
-class PlateScale(Messenger):
+class PlateFactors(Messenger):
+    """Scales every site by the factors of the plates that it is in.
+
+    Args:
+        factors: By name of plate; one where there is none.
+    """
+
+    def __init__(self, factors: Mapping[str, float]) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def _pyro_sample(self, msg: Any) -> None:
+        for frame in msg["cond_indep_stack"]:
+            msg["scale"] = msg["scale"] * self.factors.get(frame.name, 1.0)
+
+
+class PlateScale(PlateFactors):
     """Scales the sites inside the plate over rows as if it subsampled.
 
     Args:
@@ -22,34 +38,66 @@ class PlateScale(Messenger):
     """
 
     def __init__(self, plates: frozenset[str], scale: float) -> None:
-        super().__init__()
-        self.plates, self.scale = plates, scale
+        super().__init__(dict.fromkeys(plates, scale))
 
     def _pyro_sample(self, msg: Any) -> None:
-        over_rows = [f.name for f in msg["cond_indep_stack"] if f.name in self.plates]
+        over_rows = [f.name for f in msg["cond_indep_stack"] if f.name in self.factors]
         if len(over_rows) > 1:
             raise ValueError(
                 f"site {msg['name']!r} is in the plates {over_rows}, which both follow the rows of "
                 "a mini-batch: pairs of rows cannot be scaled to the whole data set. Use "
                 "batch_size=None"
             )
-        if over_rows:
-            msg["scale"] = msg["scale"] * self.scale
+        super()._pyro_sample(msg)
 
 
-class _Plates(Messenger):
-    """Notes the size of every plate that holds a site, and whether it subsamples."""
+class Plates(Messenger):
+    """Notes the plates that hold a site.
+
+    Attributes:
+        sizes: How many rows each has in this run, by name.
+        full_sizes: How many they stand for: more where a plate subsamples by itself.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[str, int] = {}
-        self.subsampled: set[str] = set()
+        self.full_sizes: dict[str, int] = {}
+
+    @property
+    def subsampled(self) -> set[str]:
+        """The names of those that subsample by themselves."""
+        return {name for name, size in self.sizes.items() if self.full_sizes[name] != size}
 
     def _pyro_sample(self, msg: Any) -> None:
         for frame in msg["cond_indep_stack"]:
             self.sizes[frame.name] = frame.size
-            if frame.full_size is not None and frame.full_size != frame.size:
-                self.subsampled.add(frame.name)
+            self.full_sizes[frame.name] = frame.full_size or frame.size
+
+
+class DryRun(NamedTuple):
+    """What a run of guide and model on a batch was made of.
+
+    Args:
+        plates: The plates in it.
+        guide_trace: The guide's sites.
+        model_trace: The model's, at the guide's values.
+    """
+
+    plates: Plates
+    guide_trace: Any
+    model_trace: Any
+
+
+def dry_run(
+    model: Callable[..., Any], guide: Callable[..., Any], batch: tuple[Tensor, ...]
+) -> DryRun:
+    """Runs guide and model on a batch without a trace of it in what follows."""
+    plates = Plates()
+    with aside(), plates:
+        guided = poutine.trace(guide).get_trace(*batch)
+        replayed = poutine.trace(poutine.replay(model, trace=guided)).get_trace(*batch)
+    return DryRun(plates, guided, replayed)
 
 
 class Batches(Iterator[tuple[tuple[Tensor, ...], PlateScale]]):
@@ -112,7 +160,7 @@ class Batches(Iterator[tuple[tuple[Tensor, ...], PlateScale]]):
         self._check(now, grow, fit)
         self.plates = frozenset(grow or fit)
 
-    def _check(self, now: _Plates, grow: set[str], fit: set[str]) -> None:
+    def _check(self, now: Plates, grow: set[str], fit: set[str]) -> None:
         who = f"batch_size={self.batch_size}"
         advice = "Use pyro.plate(name, len(x)), or batch_size=None where the model subsamples"
         if now.subsampled & (grow | fit):
@@ -138,9 +186,5 @@ class Batches(Iterator[tuple[tuple[Tensor, ...], PlateScale]]):
 
     def _plates_at(
         self, model: Callable[..., Any], guide: Callable[..., Any], size: int
-    ) -> _Plates:
-        batch, plates = self._rows(torch.arange(size)), _Plates()
-        with aside(), plates:
-            guided = poutine.trace(guide).get_trace(*batch)
-            poutine.replay(model, trace=guided)(*batch)
-        return plates
+    ) -> Plates:
+        return dry_run(model, guide, self._rows(torch.arange(size))).plates

@@ -19,7 +19,7 @@ from pyro_ebm.infer.checkpoint import save_checkpoint
 from pyro_ebm.infer.early_stopping import EarlyStopping, State, checked_value
 from pyro_ebm.infer.fit_options import Options
 from pyro_ebm.infer.fit_result import FitResult
-from pyro_ebm.infer.held_out import criterion_of, held_out
+from pyro_ebm.infer.held_out import HeldOutLoss, held_out
 from pyro_ebm.infer.minibatch import Batches
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.infer.optimizers import new_optimizer
@@ -59,9 +59,7 @@ class TrainingRun:
         self.called: list[nn.Module] = []
         self.settings = settings_of(objective, options.optim, options.lr, batches.batch_size)
         self.result = FitResult()
-        self._criterion = criterion_of(
-            options.criterion, objective, model, guide, options.validation
-        )
+        self._criterion = self._new_criterion()
         self._recorded: dict[tuple[str, str], Tensor] = {}
         self._seen: set[str] = set()
         self._captured = self._new_capture()
@@ -143,6 +141,13 @@ class TrainingRun:
         """Runs the model once so that every parameter exists and has its place in the optimizer."""
         with self._unnoted():
             self._loss(*next(self.batches))
+
+    def _new_criterion(self) -> Callable[[], Any] | None:
+        """What a validation point evaluates: the user's criterion, else the held-out loss."""
+        rows, criterion = self.options.validation, self.options.criterion
+        if criterion is not None or rows is None:
+            return criterion
+        return HeldOutLoss(self.objective, self.model, self.guide, rows, self.batches)
 
     def _new_capture(self) -> CapturedStep | None:
         options, objective = self.options, self.objective
@@ -250,6 +255,9 @@ class TrainingRun:
         if self.result.diverged is None and divergence.is_running_away(losses):
             self.result.diverged = step
             divergence.warn_running_away(losses, self.objective)
+        if isinstance(self._criterion, HeldOutLoss) and not self._criterion.is_prepared:
+            with held_out(modules_of(self).values()):  # what it refuses, it refuses at once
+                self._criterion.prepare()
         if self._criterion is not None and step % options.validate_every == 0:
             self._validate(step)
         if options.checkpoint is not None and step % options.checkpoint_every == 0:

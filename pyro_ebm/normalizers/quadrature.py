@@ -27,6 +27,7 @@ from pyro_ebm.distributions.layers import unvalidated
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.growth import check_grows
+from pyro_ebm.normalizers.held_nodes import HeldNodes
 from pyro_ebm.normalizers.laws import check_inside, law_of, on_reals, parameters_behind
 from pyro_ebm.normalizers.peaks import NEGLIGIBLE, Peaks, find_peaks, scattered
 from pyro_ebm.ops.log_normalizer import LogNormalizer
@@ -41,6 +42,11 @@ _GROWTH, _MAX_GROWTHS = 1.5, 60
 # Waves in so many steps from which on the largest size counts: of half a wave a step alone, those
 # that come to lie on each other may cancel. With these a kink at a node is told as it is.
 _PERIOD, _HALF, _QUARTER = 22, 9, 5
+_NODES = HeldNodes(
+    "quadrature",
+    "of a law that is too narrow or too wide for a box",
+    "use box.refined(), a wider box, infer.posterior",
+)
 
 
 @dataclass(frozen=True)
@@ -83,16 +89,19 @@ def quadrature(
         dist: A distribution on a continuous support of at most three dimensions.
         box: Where to put the nodes; found if not given. With a box nothing depends on values, so
             that the sum is differentiable under ``vmap``:
-            ``dist.with_log_normalizer(quadrature(dist, box=box))`` inside a model, with the box
-            found once by :func:`find_box`.
+            ``dist.with_log_normalizer(quadrature(dist, box=box))`` inside a model. It must hold for
+            the whole posterior: take that of the widest law there (:func:`find_box`), and
+            ``box.refined()`` until ``stderr`` of the narrowest one is small, too.
+            :func:`pyro_ebm.infer.posterior` finds its boxes itself.
         draws: Values of the law, ``lead + event_shape``, such as draws or data: the search for the
             box begins there, too, at no more than 4096 of them that are evenly spaced.
         tolerance: Nats by which log Z may still move when steps are halved; not less than eight
             roundings of the box's dtype, in which the energy is evaluated.
 
     Returns:
-        ``LogNormalizer`` of the distribution's batch shape; its ``stderr`` is the last change, and
-        no standard error.
+        ``LogNormalizer`` of the distribution's batch shape; its ``stderr`` is the last change, in a
+        box what :func:`on_box` says, and no standard error. In a model log Z in a box is NaN where
+        that is above :data:`~.held_nodes.LARGEST_ERROR`.
 
     Raises:
         NotImplementedError: If the support is not continuous.
@@ -107,8 +116,8 @@ def quadrature(
     """
     integrand = _Integrand(dist)
     if box is not None:
-        value = integrand.log_sum(box)
-        return integrand.result(value, torch.zeros_like(value.detach()), box)
+        value, error = integrand.with_error(box)
+        return _NODES.log_normalizer(value, error, integrand.parameters(value, box))
     peaks = integrand.peaks(draws)
     box = _box_around(integrand, peaks, 2 * NEGLIGIBLE)
     tolerance = max(tolerance, 8 * torch.finfo(box.low.dtype).eps)
@@ -121,7 +130,10 @@ def quadrature(
         value, seen = integrand.counted_sum(box)
         change = (value.detach() - old).abs()
         if bool((change < tolerance).all()):
-            return integrand.result(value, change, box, seen.remarks)
+            remarks, parameters = seen.remarks, integrand.parameters(value, box)
+            return LogNormalizer(
+                value, change, "quadrature", remarks=remarks, parameters=parameters
+            )
 
 
 def _unresolved(integrand: _Integrand, box: Box, peaks: Peaks, seen: NaNCount) -> Exception:
@@ -169,12 +181,7 @@ def on_box(dist: EnergyDistribution, box: Box) -> tuple[Tensor, Tensor]:
         >>> bool(on_box(law, Box(low / 4, high / 4, 41))[1] > 0.1)  # mass is left at its faces
         True
     """
-    integrand = _Integrand(dist)
-    nodes, log_volume = box.nodes()
-    heights = integrand.log_density(nodes)
-    value = torch.logsumexp(heights, 0) + log_volume
-    grid = heights.detach().reshape((box.num_nodes,) * integrand.dim + heights.shape[1:])
-    return value, _of_rule(grid, integrand.dim) + _outside(grid, integrand.dim)
+    return _Integrand(dist).with_error(box)
 
 
 def _of_rule(grid: Tensor, dim: int) -> Tensor:
@@ -334,22 +341,22 @@ class _Integrand:
         values = torch.where(values.isnan(), -torch.inf, values).reshape(len(values), -1)
         return values.max(1).values.reshape((box.num_nodes,) * self.dim)
 
-    def log_sum(self, box: Box) -> Tensor:
-        """Returns the rule's value of log Z, of the batch shape."""
+    def with_error(self, box: Box) -> tuple[Tensor, Tensor]:
+        """Returns what :func:`on_box` does."""
         nodes, log_volume = box.nodes()
-        return torch.logsumexp(self.log_density(nodes), 0) + log_volume
+        heights = self.log_density(nodes)
+        grid = heights.detach().reshape((box.num_nodes,) * self.dim + heights.shape[1:])
+        error = _of_rule(grid, self.dim) + _outside(grid, self.dim)
+        return torch.logsumexp(heights, 0) + log_volume, error
 
     def counted_sum(self, box: Box) -> tuple[Tensor, NaNCount]:
-        """Returns the same with NaN counted as nothing, and how often that was."""
+        """Returns the rule's value of log Z with NaN counted as nothing, and how often that was."""
         nodes, log_volume = box.nodes()
         seen = NaNCount()
         return torch.logsumexp(-seen(-self.log_density(nodes)), 0) + log_volume, seen
 
-    def result(
-        self, value: Tensor, change: Tensor, box: Box, remarks: tuple[str, ...] = ()
-    ) -> LogNormalizer:
-        """Returns the value with its last change."""
+    def parameters(self, value: Tensor, box: Box) -> tuple[Tensor, ...]:
+        """Returns what a log Z from the nodes of a box depends on."""
         with torch.no_grad():
             x = self.space.to_support(box.low[None])
-        parameters = parameters_behind(self.law, value, x)
-        return LogNormalizer(value, change, "quadrature", remarks=remarks, parameters=parameters)
+        return parameters_behind(self.law, value, x)

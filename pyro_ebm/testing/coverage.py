@@ -15,6 +15,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
 from scipy import special
 from torch import Tensor
 
@@ -81,23 +84,26 @@ class Coverage(NamedTuple):
         )
 
 
-def coverage(lower: Tensor, upper: Tensor, truth: Tensor | float, *, level: float) -> Coverage:
+def coverage(
+    lower: Tensor | ArrayLike, upper: Tensor | ArrayLike, truth: Tensor | ArrayLike, *, level: float
+) -> Coverage:
     """Counts the intervals that hold the truth.
 
     Args:
-        lower: Lower ends of independent intervals, ``(n,)``.
+        lower: Lower ends of independent intervals, ``(n,)``, as a tensor, an array or a list.
         upper: Upper ends, ``(n,)``.
         truth: One for every interval, or for all.
         level: What the intervals promise, such as .95.
 
     Raises:
-        ValueError: If ends are not numbers, in the wrong order, or none are given.
+        ValueError: If ends or truths are not numbers, ends are in the wrong order, or none are
+            given.
 
     Example:
-        >>> import torch
-        >>> print(coverage(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 3.0]), 0.5, level=0.5))
+        >>> print(coverage([0.0, 2.0], [1.0, 3.0], 0.5, level=0.5))
         0.500 of 2 intervals hold the truth (between 0.013 and 0.987), promised 0.5 ± 0.354: p 1
     """
+    lower, upper, truth = (_as_tensor(x) for x in (lower, upper, truth))
     if lower.dim() != 1 or lower.shape != upper.shape or len(lower) == 0:
         raise ValueError(
             f"coverage needs one lower and one upper end per interval, (n,) each, got "
@@ -108,6 +114,11 @@ def coverage(lower: Tensor, upper: Tensor, truth: Tensor | float, *, level: floa
             "coverage: some lower end is above its upper end or NaN: leave out intervals that were "
             "not given, and report their number"
         )
+    if bool(truth.isnan().any()):
+        raise ValueError(
+            "coverage: a truth is NaN, which no interval holds: leave out data sets whose truth is "
+            "not known"
+        )
     held = (lower <= truth) & (truth <= upper)
     if held.shape != lower.shape:
         raise ValueError(
@@ -115,3 +126,8 @@ def coverage(lower: Tensor, upper: Tensor, truth: Tensor | float, *, level: floa
             "number, or one per interval"
         )
     return Coverage(int(held.sum()), len(lower), probability("level", level))
+
+
+def _as_tensor(x: Tensor | ArrayLike) -> Tensor:
+    """Numbers and lists in double precision, arrays in their own."""
+    return x if isinstance(x, Tensor) else torch.tensor(np.asarray(x))

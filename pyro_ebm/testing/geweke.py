@@ -137,7 +137,8 @@ def geweke_test(
     Args:
         model: A Pyro model without arguments; its data sites are drawn, not observed. EBM sites
             must be drawn exactly.
-        sites: Names of the data sites; all others are parameters.
+        sites: Names of the data sites; all others are parameters, but for discrete latents, which
+            kernels sum out, and which are drawn anew with the data.
         kernel: Makes the kernel from a model.
         num_chains: Independent chains; the z-scores come from the spread of their means.
         num_steps: Steps of every chain.

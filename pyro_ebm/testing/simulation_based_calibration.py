@@ -56,7 +56,8 @@ class CalibrationResult:
         thinning: Steps between two draws.
         effective_draws: To how many independent draws the L are worth, of the worst parameter.
         kernel: The kernel's name.
-        has_log_likelihood: Whether it is among the quantities; not without log Z.
+        has_log_likelihood: Whether it is among the quantities; not without log Z, nor where
+            latents are summed out.
     """
 
     ranks: dict[str, Tensor]
@@ -126,7 +127,8 @@ class CalibrationResult:
         if self.effective_draws < _FEW * self.num_draws:
             remarks.append("draws of a chain are correlated, which too looks ∪: set thinning=")
         if not self.has_log_likelihood:
-            remarks.append("the log likelihood was not ranked: its log Z is not known")
+            why = "its log Z is not known, or latents are summed out"
+            remarks.append(f"the log likelihood was not ranked: {why}")
         return remarks
 
 
@@ -144,13 +146,14 @@ def simulation_based_calibration(
     """Ranks parameters among the draws of a kernel that was given data simulated from them.
 
     Every scalar parameter is ranked, the log likelihood where log Z is known, and what the user
-    adds. A kernel may be wrong in ways that leave every parameter's own ranks uniform, and be seen
-    by quantities that join parameters and data.
+    adds. Discrete latents, which kernels sum out, are drawn with the data and not ranked. A kernel
+    may be wrong in ways that leave every parameter's own ranks uniform, and be seen by quantities
+    that join parameters and data.
 
     Args:
         model: A Pyro model without arguments; its data sites are drawn, not observed. EBM sites
             must be drawn exactly.
-        sites: Names of the data sites; all others are parameters.
+        sites: Names of the data sites; all others are parameters, but for discrete latents.
         kernel: Makes the kernel from a model.
         num_simulations: Data sets, and chains.
         num_draws: L, draws kept of every chain.

@@ -2,6 +2,9 @@
 
 Calibration tests need draws of the model itself: parameters from their prior, data given them, and
 both exact. A whole batch is drawn by ``vmap`` where the model's samplers allow it, else one by one.
+
+Discrete latents of finite support are drawn, too, but are no parameters: kernels sum them out, and
+draw from the posterior of all others, whose law with the data is the marginal one.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
@@ -31,14 +35,16 @@ class Simulator:
 
     Args:
         model: A Pyro model without arguments.
-        sites: Names of the sites that are data; all others are parameters.
+        sites: Names of the sites that are data.
 
     Attributes:
-        parameters: Names of the other sites.
+        parameters: Names of the other sites that kernels draw.
+        knows_likelihood: Whether the density of the data given them can be had: log Z is known, and
+            nothing is summed out.
 
     Raises:
-        ValueError: If a site does not exist, something else is observed, or a site is not drawn
-            exactly.
+        ValueError: If a site does not exist, something else is observed, there is a factor, or a
+            site is not drawn exactly.
     """
 
     def __init__(self, model: Callable[[], Any], sites: Sequence[str]) -> None:
@@ -48,11 +54,11 @@ class Simulator:
             trace = _trace(model, {})
         nodes = {n: s for n, s in trace.nodes.items() if s["type"] == "sample"}
         self._check(nodes)
-        self.parameters = tuple(
-            n for n, s in nodes.items() if n not in self.sites and not _is_fixed(s)
-        )
+        latents = [n for n, s in nodes.items() if n not in self.sites and not _is_fixed(s)]
+        self.parameters = tuple(n for n in latents if not nodes[n]["fn"].has_enumerate_support)
         laws = [unwrap(nodes[name]["fn"]) for name in self.sites]
-        self.knows_likelihood = all(law is None or law.is_normalized for law in laws)
+        has_log_z = all(law is None or law.is_normalized for law in laws)
+        self.knows_likelihood = has_log_z and len(self.parameters) == len(latents)
         self._at_once: dict[str, bool] = {}
 
     def _check(self, nodes: dict[str, Any]) -> None:
@@ -62,6 +68,13 @@ class Simulator:
                 f"{name_of(self.model)} has no site {missing or self.sites}: sites= names the data"
             )
         for name, site in nodes.items():
+            is_factor = isinstance(site["fn"], dist.Unit)
+            if is_factor:
+                raise ValueError(
+                    f"factor {name!r} changes the law of {name_of(self.model)}, which running it "
+                    "does not draw from: write it as a sample site whose density it is (of a "
+                    "latent, or of data that are named in sites=)"
+                )
             if site["is_observed"] and not _is_fixed(site):
                 raise ValueError(
                     f"site {name!r} is observed in {name_of(self.model)} itself, and simulation "

@@ -42,6 +42,14 @@ def conjugate():
         pyro.sample("x", dist.Normal(m, 1.0))
 
 
+def mixture(share=0.4):
+    """Rows of N(m, 1), of which a share lies higher by 3."""
+    m = pyro.sample("m", dist.Normal(torch.tensor(0.0), 1.0))
+    with pyro.plate("rows", NUM_ROWS):
+        high = pyro.sample("high", dist.Bernoulli(torch.tensor(share)))
+        pyro.sample("x", dist.Normal(m + 3.0 * high, 1.0))
+
+
 def precisions():
     """Rows of N(0, 1 / precision); a log-normal prior, which vmap draws."""
     precision = pyro.sample("precision", dist.LogNormal(torch.tensor(0.5), 0.7))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,14 @@ def test_counts_ends_as_held():
     found = coverage(lower, upper, torch.tensor([1.0, 3.0, 2.0, 0.0]), level=0.5)
     assert (found.covered, found.num_intervals) == (3, 4)
     assert coverage(lower, upper, 1.0, level=0.5).covered == 2
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.asarray, np.float32, torch.tensor])
+def test_any_array_will_do(kind):
+    """An end that is the truth is held in every precision."""
+    lower, upper, truth = kind([0.1, 0.0, 0.3]), kind([1.0, 2.0, 3.0]), kind([0.1, 3.0, 0.2])
+    assert coverage(lower, upper, truth, level=0.5).covered == 1
+    assert coverage(lower, upper, 0.1, level=0.5).covered == 2
 
 
 @pytest.mark.parametrize(("k", "n", "p"), [(180, 200, 0.95), (200, 200, 0.95), (3, 20, 0.5)])
@@ -59,6 +68,7 @@ BAD = {
     "order": (ONE, 0.5 * ONE, 0.0, "above its upper end"),
     "nan": (ONE, torch.nan * ONE, 0.0, "above its upper end or NaN"),
     "truth": (ONE, ONE, torch.ones(2, 3), "truth of shape"),
+    "no truth": (ONE, ONE, [1.0, math.nan, 1.0], "a truth is NaN, which no interval holds"),
 }
 
 

@@ -10,6 +10,7 @@ from calibrated_models import (
     WrongSign,
     conjugate,
     lattice,
+    mixture,
     precisions,
 )
 
@@ -40,6 +41,15 @@ def test_exchange_keeps_the_joint_law():
     result = geweke_test(precisions, ["x"], Exchange, **QUICK)
     result.check()
     assert "Exchange: 300 chains of 60 steps" in str(result)
+
+
+def test_what_is_summed_out_is_drawn_anew():
+    """m alone is moved, by its posterior without the latents. A drift of .4 sd would be seen."""
+    few = QUICK | {"num_chains": 150, "num_steps": 30, "warmup_steps": 30}
+    result = geweke_test(mixture, ["x"], RandomWalk, **few)
+    result.check()
+    assert list(result.moments) == ["m"]
+    assert 6.2816 * result.moments["m"].location_stderr / 0.2821 < 0.4
 
 
 def test_a_missing_jacobian_is_seen():

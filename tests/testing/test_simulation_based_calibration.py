@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +15,7 @@ from calibrated_models import (
     conjugate,
     lattice,
     log_likelihood_of_lattice,
+    mixture,
     precisions,
 )
 from pyro import poutine
@@ -27,6 +29,7 @@ from pyro_ebm.testing.calibration_power import (
     smallest_detectable,
 )
 from pyro_ebm.testing.simulation_based_calibration import (
+    CalibrationResult,
     _effective,
     _lag,
     _ranks,
@@ -41,6 +44,21 @@ QUICK = {"num_simulations": 400, "num_draws": 15, "warmup_steps": 60}
 @pytest.fixture(autouse=True)
 def double():
     torch.set_default_dtype(torch.float64)
+
+
+def test_many_quantities_share_the_level():
+    """A right kernel fails as often with ten quantities as with one."""
+    even, ranks = torch.arange(400) % 8, torch.arange(400) % 8
+    ranks[:80] = torch.arange(80) % 4
+    alone = CalibrationResult({"m": ranks}, 7, 1, 7.0, "HMC", has_log_likelihood=False)
+    p = alone.pvalues["m"]
+    assert 1e-6 < p < 0.01
+    with pytest.raises(AssertionError, match="m: p "):
+        alone.check(level=5 * p)
+    many = replace(alone, ranks={"m": ranks, **{f"other {i}": even for i in range(9)}})
+    many.check(level=5 * p)
+    with pytest.raises(AssertionError, match="m: p "):
+        many.check(level=11 * p)
 
 
 # --- kernels
@@ -232,6 +250,31 @@ def test_the_log_likelihood_is_that_of_the_data_sites():
     torch.testing.assert_close(got, dist.Normal(0.3, 1.0).log_prob(x).sum())
 
 
+def of_another_share(each):
+    return RandomWalk(EachChain(lambda: mixture(0.8), each.data))
+
+
+@pytest.mark.parametrize(("kernel", "is_right"), [(RandomWalk, True), (of_another_share, False)])
+def test_what_is_summed_out_is_not_ranked(kernel, is_right):
+    """The posterior of m alone. Taking .8 for .4 moves it by more than an sd, and .7 are seen."""
+    few = {"num_simulations": 150, "num_draws": 7, "warmup_steps": 40, "thinning": 12}
+    result = simulation_based_calibration(mixture, ["x"], kernel, **few)
+    assert list(result.ranks) == ["m"]
+    assert "or latents are summed out" in str(result)
+    assert result.smallest_detectable().bias < 0.7
+    assert (result.pvalues["m"] > 1e-4) is is_right
+
+
+def test_what_is_summed_out_is_drawn_with_the_data():
+    """Var(mean of x) = 1 + (1 + 9 * .4 * .6) / 5, and given m without the first term."""
+    simulator = Simulator(mixture, ["x"])
+    drawn = simulator.joint(4000)[1]["x"].mean(1)
+    given = simulator.data({"m": torch.zeros(4000)})["x"].mean(1)
+    for mean, variance in ((drawn, 1.632), (given, 0.632)):
+        assert abs(float(mean.mean()) - 1.2) < 5 * (variance / 4000) ** 0.5
+        assert float(mean.var()) == pytest.approx(variance, rel=5 * (2 / 4000) ** 0.5)
+
+
 def test_deterministic_sites_are_no_parameters():
     def model():
         m = pyro.sample("m", dist.Normal(torch.tensor(0.0), 1.0))
@@ -365,7 +408,7 @@ def by_a_sampler():
 BAD = {
     "observes": (observes, ["x"], "site 'y' is observed in model 'observes' itself"),
     "its data": (observes_its_data, ["x"], "site 'x' is observed in model"),
-    "weighs": (weighs, ["x"], "site 'extra' is observed"),
+    "weighs": (weighs, ["x"], "factor 'extra' changes the law of model 'weighs'"),
     "no site": (conjugate, ["y"], r"model 'conjugate' has no site \['y'\]"),
     "none": (conjugate, [], "has no site"),
     "short chains": (short_chains, ["x"], "EBM site 'x' is drawn by short chains"),

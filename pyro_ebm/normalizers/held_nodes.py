@@ -1,0 +1,61 @@
+"""What a sum over nodes that are held may be taken for.
+
+Nodes hold for some parameters and not for others, so that every such log Z comes with its error.
+Looked at by itself it keeps its value, with a remark where the error is large. In a model nobody
+reads remarks, and parameters move to where a wrong log Z is most wrong: there it is NaN instead,
+with its slope, which kernels reject. The same holds wherever values cannot be looked at, under
+``vmap`` and while a graph is recorded.
+"""
+
+from __future__ import annotations
+
+import torch
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor
+
+from pyro_ebm.distributions.known_normalizer import is_asked_by_law
+from pyro_ebm.normalizers.beyond import Beyond
+from pyro_ebm.ops.log_normalizer import LogNormalizer
+
+LARGEST_ERROR = 1e-3
+"""Nats of error above which a sum is no log Z: a hundred rows see it a hundred times, a tenth of a
+nat, which moves a posterior by about a tenth of its standard deviation at most."""
+
+
+class HeldNodes:
+    """Makes estimates of sums over nodes that do not depend on parameters.
+
+    Args:
+        method: Name of the rule.
+        where: Of what its nodes do not hold for log Z was asked.
+        remedy: What to do there.
+
+    Example:
+        >>> nodes = HeldNodes("rule", "of a narrow law", "use more nodes")
+        >>> print(nodes.log_normalizer(torch.tensor(0.5), torch.tensor(0.2), ()))
+        log Z = 0.50 ± 0.20 nats (rule); not to be trusted: its nodes err by 0.2 nats: use more nodes
+    """
+
+    def __init__(self, method: str, where: str, remedy: str) -> None:
+        self.method, self.remedy = method, remedy
+        self.beyond = Beyond(where, f"A posterior that reaches there is cut off: {remedy}")
+
+    def log_normalizer(
+        self, value: Tensor, error: Tensor, parameters: tuple[Tensor, ...]
+    ) -> LogNormalizer:
+        """Returns a sum with its error, NaN in a model where that is above :data:`LARGEST_ERROR`.
+
+        Args:
+            value: The sum, log Z in nats, of the batch shape.
+            error: About how far it may be off, of that shape, without a graph.
+            parameters: What it depends on.
+        """
+        held = error <= LARGEST_ERROR
+        try:
+            holds, is_looked_at = bool(held.all()), not (am_i_wrapped() or is_asked_by_law())
+        except RuntimeError:  # vmap, or a graph under way
+            holds, is_looked_at = True, False
+        if not is_looked_at:
+            value = self.beyond.told(value, held)
+        remarks = () if holds else (f"its nodes err by {float(error.max()):.2g} nats: {self.remedy}",)
+        return LogNormalizer(value, error, self.method, remarks=remarks, parameters=parameters)
