@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,14 @@ REPRODUCTIONS = {
     "mode_weights.py",
     "nce_log_normalizer.py",
     "nltcs_likelihoods.py",
+}
+# Where an answer is printed beside ours: a pattern of both, and how far they may be apart. Means of
+# the chains of smoke runs err by .05 (missing_log_z) and .002 (maximum_entropy).
+ANSWERS = {
+    "conway_maxwell_poisson.py": (r"^log-likelihood +(\S+) +(\S+)", 1e-3),
+    "florentine_families.py": (r"^edges of edges, wealth +(\S+) +(\S+)", 1e-4),
+    "maximum_entropy.py": (r"^member, member later +(\S+) +\S+ +(\S+)", 0.015),
+    "missing_log_z.py": (r"with log Z\(theta\) +(\S+).*\n +the posterior: .*\) +(\S+) ", 0.3),
 }
 LONG = {"ising_field.py", "latent_energy_digits.py", "florentine_families.py", "karate_club.py"}
 SCRIPTS = [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in EXAMPLES]
@@ -92,6 +101,26 @@ def test_example_runs(name, tmp_path):
     figures = [path for path in tmp_path.rglob("*") if path.suffix in FIGURES]
     assert bool(figures) >= EXAMPLES[name]
     assert all(path.stat().st_size > 1000 for path in figures)
+    if name in ANSWERS:
+        check_answer(run.stdout, *ANSWERS[name])
+
+
+def check_answer(printed, pattern, tolerance):
+    """Asserts that the two numbers that a pattern finds agree."""
+    found = re.search(pattern, printed, re.MULTILINE)
+    assert found is not None, printed
+    ours, known = map(float, found.groups())
+    assert abs(ours - known) < tolerance, found[0]
+
+
+def test_a_wrong_answer_is_found():
+    printed = "a       here  published\nlog-likelihood   -18.6449   -18.6349\nb"
+    pattern, tolerance = ANSWERS["conway_maxwell_poisson.py"]
+    check_answer(printed, pattern, 0.02)
+    with pytest.raises(AssertionError, match="log-likelihood +-18.6449"):
+        check_answer(printed, pattern, tolerance)
+    with pytest.raises(AssertionError):
+        check_answer("nothing", pattern, tolerance)
 
 
 def test_table_lists_exactly_the_reproductions():

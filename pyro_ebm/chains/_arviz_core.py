@@ -120,9 +120,7 @@ def _safe_names(group: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
     return safe
 
 
-def _check_dimensions(
-    group: str, arrays: Arrays, dims: Mapping[str, Sequence[str | None]]
-) -> None:
+def _check_dimensions(group: str, arrays: Arrays, dims: Mapping[str, Sequence[str | None]]) -> None:
     """Raises if a variable has the name of a dimension: ArviZ would drop it for labels."""
     lead = () if group == "observed_data" else ("chain", "draw")
     own = {
@@ -132,9 +130,9 @@ def _check_dimensions(
     }
     if lost := sorted(arrays.keys() & {*lead, *own}):
         raise ValueError(
-            f"{group}: variables {lost} have names of dimensions there, for whose labels they would "
-            "be taken: rename these sites, or for dimensions other than chain and draw give others "
-            "by dims="
+            f"{group}: variables {lost} have names of dimensions there, and ArviZ would take them "
+            "for their labels: rename these sites (draws that are at hand in a dict of arrays), or, "
+            "unless it is chain or draw, the dimension by dims="
         )
 
 

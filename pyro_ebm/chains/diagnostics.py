@@ -239,13 +239,16 @@ def _sampler_warnings(
         )
     if saturated:
         found.append(f"{saturated} of {total} trees hit the maximal depth: raise max_tree_depth")
+    if doubts := record.attrs.get("doubts"):
+        found.append(str(doubts))
     return found
 
 
 def _notes(record: Record, partly: list[str]) -> list[str]:
     notes = [f"some coordinates of {name} are constant and were left out" for name in partly]
     if not record.adjusted:
-        notes.append(f"{record.sampler} is not adjusted: its draws are biased by the step size")
+        bias = record.attrs.get("bias", "its draws are not those of the target")
+        notes.append(f"{record.sampler} is not adjusted: {bias}")
     if record.approximate:
         notes.append("the draws are approximate: their chains were known to be short")
     if record.inverse_temperature not in (None, 1, 1.0):

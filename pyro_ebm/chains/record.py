@@ -36,11 +36,13 @@ class Record:
         warmup_stats: Statistics of the adaptation, if kept.
         sampler: Name of the kernel.
         adjusted: Whether a Metropolis step (or exactness) makes the target invariant. ``False`` for
-            unadjusted Langevin chains, whose draws are biased by their step size.
+            unadjusted Langevin chains and for exchange without exact draws; ``attrs["bias"]`` says
+            what biases the draws then.
         inverse_temperature: Set if the energy was multiplied by it: not 1 is not the model.
         approximate: Whether the draws come from chains known to be too short.
         seconds: Wall-clock time of the run.
-        attrs: Further metadata that JSON can hold.
+        attrs: Further metadata that JSON can hold; ``"bias"`` and ``"doubts"`` are sentences of
+            the sampler's own.
 
     Raises:
         ValueError: If arrays disagree on the numbers of chains or draws, or have under two axes.
@@ -110,7 +112,7 @@ class Record:
             adjusted=bool(getattr(kernel, "adjusted", True)),
             inverse_temperature=getattr(kernel, "inverse_temperature", None),
             approximate=bool(getattr(kernel, "approximate", False)),
-            attrs=_acceptance_by_chain(finished),
+            attrs={**_bias(kernel), **_acceptance_by_chain(finished)},
         )
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -188,6 +190,11 @@ def _sample_stats(chains: list[dict[str, Any]], num_samples: int) -> Arrays:
 def _stacked(chains: list[dict[str, Any]], group: str) -> Arrays:
     per_chain = [chain.get(group, {}) for chain in chains]
     return {name: np.stack([stats[name] for stats in per_chain]) for name in per_chain[0]}
+
+
+def _bias(kernel: Any) -> dict[str, Any]:
+    unadjusted = not getattr(kernel, "adjusted", True) and hasattr(kernel, "bias")
+    return {"bias": kernel.bias} if unadjusted else {}
 
 
 def _acceptance_by_chain(chains: list[dict[str, Any]]) -> dict[str, Any]:

@@ -297,6 +297,12 @@ class EnergyDistribution(TorchDistribution):
         return self._draws_exactly
 
     @property
+    def energy_sweeps(self) -> bool:
+        """Whether the energy's own ``sweep`` keeps this distribution."""
+        moves = self.base is None and getattr(self._energy, "has_sweep", False)
+        return moves and _lives_on(self._energy, self._support, self.event_shape)
+
+    @property
     def has_enumerate_support(self) -> bool:
         """Whether Pyro may enumerate: a scalar with finitely many values and a known log Z."""
         return (

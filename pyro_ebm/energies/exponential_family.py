@@ -11,6 +11,7 @@ and reweighting do, needs the statistics and never the points.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from torch.distributions.constraints import Constraint
 
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.closed_form import check_event_shape
+
+_LAW = ("forward", "__call__", "statistics", "natural", "_set_natural", "coefficients")
+_KNOWN = {"log_normalizer": "is_tractable", "sample": "is_sampleable", "sweep": "has_sweep"}
 
 
 class ExponentialFamily(Energy):
@@ -48,6 +52,14 @@ class ExponentialFamily(Energy):
     is_tractable = False  # whether log_normalizer() is known
     is_sampleable = False  # whether sample() draws exactly
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass that is another law has not inherited what is known of the one above it."""
+        super().__init_subclass__(**kwargs)
+        at = _depth(cls, *_LAW)
+        for method, flag in _KNOWN.items():
+            if _depth(cls, method) > at and flag not in vars(cls):
+                setattr(cls, flag, False)
+
     def __init__(self, event_shape: torch.Size | tuple[int, ...], support: Constraint) -> None:
         super().__init__()
         self.event_shape = torch.Size(event_shape)
@@ -59,7 +71,7 @@ class ExponentialFamily(Energy):
 
     @property
     def has_sweep(self) -> bool:
-        """Whether the family has a kernel of its own."""
+        """Whether the family has a kernel of its own, for this law of it."""
         return type(self).sweep is not ExponentialFamily.sweep
 
     @property
@@ -97,7 +109,8 @@ class ExponentialFamily(Energy):
         """Returns the same family at other natural parameters, ``batch + (p,)``."""
         new = self.__class__.__new__(self.__class__)
         new.__dict__.update(self.__dict__)
-        new._parameters, new._buffers = {}, dict(self._buffers)
+        others = {n: p for n, p in self._parameters.items() if n not in self.coefficients}
+        new._parameters, new._buffers = others, dict(self._buffers)
         new._set_natural(natural)
         return new
 
@@ -112,3 +125,9 @@ class ExponentialFamily(Energy):
         check_event_shape(x, self.event_shape, type(self).__name__)
         statistics = self.statistics(x)
         return -(statistics * self.natural().to(statistics.dtype)).sum(-1)
+
+
+def _depth(cls: type, *names: str) -> int:
+    """How far up the first class stands that defines one of these."""
+    kinds = cls.__mro__
+    return min(i for i, kind in enumerate(kinds) if not vars(kind).keys().isdisjoint(names))

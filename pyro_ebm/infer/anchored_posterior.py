@@ -26,6 +26,7 @@ from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.infer.data_structure import check_model
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.mcmc import HMC, MCMC
+from pyro_ebm.mcmc.exchange_kernel import check_drawable
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget, exchange_target
 from pyro_ebm.normalizers.anchor_error import AnchorError, mcse_logz
 from pyro_ebm.normalizers.anchored import Anchored
@@ -162,6 +163,7 @@ def _family_of(target: ExchangeTarget) -> tuple[ExponentialFamily, str]:
             f"anchors need one observed EBM site that is an exponential family without a base, got "
             f"{sorted(target.energies)}: use Exchange for several, or give log_normalizer="
         )
+    check_drawable(target, exactly=target.draws_are_exact, by_sweeps=not target.draws_are_exact)
     ((name, family),) = families.items()
     return family, name
 

@@ -12,9 +12,10 @@ the draws, of covariance about :math:`H^{-1}`, are mapped to :math:`\hat q + C (
 
 so that they have the covariance V and stay on their supports. Without a prior V is the sandwich
 :math:`H^{-1} J H^{-1}`. What is not loss enters as if it were right: a log likelihood, for which
-:math:`J = \nabla^2 L`, is left alone whatever the prior. The map changes width, not location, and V
-is the uncertainty of the loss's own minimizer: where a loss discards information, calibrated draws
-are wider than the posterior by Bayes' rule.
+:math:`J = \nabla^2 L`, is left alone whatever the prior. The map changes width, not location: how much
+the prior moves the mode is up to w, which :mod:`~pyro_ebm.infer.loss_weight` chooses. V is the
+uncertainty of the loss's own minimizer: where a loss discards information, calibrated draws are
+wider than the posterior by Bayes' rule.
 
 J comes from independent rows (*sandwich*), or from data sets drawn at the mode (*simulation*): see
 :mod:`pyro_ebm.infer.score_covariance`.
@@ -34,10 +35,8 @@ from torch import Tensor
 from pyro_ebm.infer.loss_of_model import ModelLoss
 from pyro_ebm.infer.score_covariance import (
     Choice,
-    check_simulations,
     chosen,
-    from_rows,
-    from_simulation,
+    score_covariance,
 )
 
 _OVERDISPERSED = 2.0
@@ -145,13 +144,8 @@ def calibration_of(
     kind, reason = chosen(choice, loss.units, loss.target.dim)
     if kind == "none":
         return Calibration(kind, (reason,), _UNCALIBRATED)
-    if kind == "simulation":
-        check_simulations(num_simulations, loss.target.dim)
     mode = loss.mode()
-    if kind == "sandwich":
-        j, remarks = from_rows(loss, mode)
-    else:
-        j, remarks = from_simulation(loss, mode, num_simulations, num_sweeps)
+    j, remarks = score_covariance(loss, mode, kind, num_simulations, num_sweeps)
     hessian, of_loss = loss.hessians(mode)
     factor = affine_factor(hessian, sandwich(hessian, j, hessian - of_loss))
     remarks += _on_scales(loss.scaled_sites(mode))

@@ -7,15 +7,17 @@ alike. Parameters and buffers are live in the graph, Python numbers are frozen i
 
 Steps whose number is a power of two are not replayed: there the objective looks closely at the
 model, and the graph is compared with what it stands for: loss, gradients, and the objective's
-state. Where they differ, or where values are read by Python (``if x.mean() > 0``), training goes on
-step by step, with a warning that says why.
+state. So it is after every point of the training at which the user's code is called, and at its
+end. Where they differ, or where values are read by Python (``if x.mean() > 0``), training goes on
+step by step, with a warning that says why, and which steps nothing has vouched for. What is frozen,
+and which modules are in training mode, is looked at in every step: each has a graph of its own.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -87,6 +89,7 @@ class CapturedStep:
         model: The model.
         guide: Its guide.
         num_rows: Rows of the whole data set, by which the loss is divided.
+        called: Modules that the model calls, beside those that are handed over with a step.
         compile: Whether to hand graphs to ``torch.compile``.
     """
 
@@ -97,18 +100,31 @@ class CapturedStep:
         guide: Callable[..., Any],
         num_rows: int,
         *,
+        called: Sequence[nn.Module] = (),
         compile: bool,  # noqa: A002
     ) -> None:
         self.objective, self.model, self.guide = objective, model, guide
-        self.num_rows, self.compile = num_rows, compile
+        self.num_rows, self.called, self.compile = num_rows, called, compile
         self.is_given_up = False
         self._graphs: dict[Any, tuple[Callable[..., Any], Pass]] = {}
+        self._agreed: set[Any] = set()
+        self._unsure: dict[Any, tuple[int, int]] = {}
+        self._parts: list[nn.Module] = []
+        self._weights: list[Tensor] = []
+
+    def look_again(self) -> None:
+        """Takes the next step of every graph as it is, to compare the graph with it."""
+        self._agreed.clear()
 
     def replay(self, batch: Batch, parameters: Mapping[str, Tensor]) -> Pass | None:
         """Returns this step by its graph, or ``None`` if it has to be taken as it is."""
+        if is_power_of_two(int(self.objective.num_steps_taken)):
+            self.look_again()
         key = self._key(batch, parameters)
-        if self.is_given_up or key not in self._graphs or self._is_due():
+        if self.is_given_up or key not in self._agreed:
             return None
+        step = int(self.objective.num_steps_taken) + 1
+        self._unsure[key] = (self._unsure.get(key, (step, step))[0], step)
         found = self._run(key, batch)
         self.objective.diagnostics = self.objective.diagnostics | found.notes
         self._judge(found)
@@ -131,7 +147,8 @@ class CapturedStep:
         if self.is_given_up or int(self.objective.num_steps_taken) < FIRST:
             yield
             return
-        key = self._key(batch, parameters)
+        self._watch([*modules.values(), *self.called])
+        key, kept = self._key(batch, parameters), self._switches(parameters)
         try:
             with self._unchanged(modules):
                 if key not in self._graphs:
@@ -147,9 +164,15 @@ class CapturedStep:
             yield
             return
         yield
+        if self._switches(parameters) != kept:  # in this step: the graph stands for neither
+            del self._graphs[key]
+            return
         grads = [p.grad for p in parameters.values()]
         if not _agree(replayed.grads, grads) or not self._same(state, self._state(modules)):
             self._give_up("its gradients or its state are not those of the step itself")
+            return
+        self._agreed.add(key)
+        self._unsure.pop(key, None)
 
     def _objectives(self) -> list[Objective]:
         """The objective and its members."""
@@ -159,13 +182,19 @@ class CapturedStep:
         for site, notes in found.notes.items():
             self.objective.objective_of(site).judge(site, notes, trains=True)
 
-    def _is_due(self) -> bool:
-        return is_power_of_two(int(self.objective.num_steps_taken))
-
     def _key(self, batch: Batch, parameters: Mapping[str, Tensor]) -> Any:
         shapes = tuple((t.shape, t.dtype, t.device) for t in batch)
         turns = tuple(part.is_second_players_turn for part in self._objectives())
-        return (shapes, len(parameters), turns)
+        return (shapes, turns, self._switches(parameters))
+
+    def _switches(self, parameters: Mapping[str, Tensor]) -> Any:
+        """What is frozen, and which modules are in training mode."""
+        weights = [*parameters.values(), *self._weights]
+        return (*[p.requires_grad for p in weights], *[part.training for part in self._parts])
+
+    def _watch(self, modules: Iterable[nn.Module]) -> None:
+        self._parts = [part for module in modules for part in module.modules()]
+        self._weights = [p for part in self._parts for p in part.parameters(recurse=False)]
 
     def _run(self, key: Any, batch: Batch) -> Pass:
         graph, structure = self._graphs[key]
@@ -250,11 +279,21 @@ class CapturedStep:
         self._graphs.clear()
         warnings.warn(
             f"fit(capture=True): the steps of {type(self.objective).__name__} cannot be replayed "
-            f"from a graph ({why}), so that they are taken one by one, with the same result. Use "
-            "torch.where in place of branches on values and tensors in place of Python numbers "
-            "that change",
+            f"from a graph ({why}), so that they are taken one by one from here on. "
+            f"{self._on_the_past()}Use torch.where in place of branches on values and tensors in "
+            "place of Python numbers that change",
             SurrogateWarning,
             stacklevel=2,
+        )
+
+    def _on_the_past(self) -> str:
+        """What is to be said of the steps replayed since a graph was last seen to be right."""
+        if not self._unsure:
+            return ""
+        starts, ends = zip(*self._unsure.values(), strict=True)
+        return (
+            f"Steps {min(starts)} to {max(ends)} were replayed since it was last compared, and may be those "
+            "of a model that had changed by then: train anew with capture=False. "
         )
 
 

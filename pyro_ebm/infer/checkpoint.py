@@ -9,13 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 import pyro
 import torch
-from torch import nn
 
-from pyro_ebm.infer.run_modules import HasModules, modules_of
 from pyro_ebm.infer.run_settings import DEFAULT
+from pyro_ebm.infer.run_state import HasState, restore, state_of
 
 
-class Run(HasModules, Protocol):
+class Run(HasState, Protocol):
     """A fit in progress, as far as it is saved."""
 
     settings: dict[str, Any]
@@ -24,7 +23,6 @@ class Run(HasModules, Protocol):
     scheduler: Any
     stopping: Any
     groups: list[list[str]]
-    result: Any
 
     def materialize(self) -> None:
         """Runs the model once so that every parameter exists."""
@@ -40,9 +38,7 @@ def save_checkpoint(path: Path, run: Run) -> None:
     """
     result = run.result
     state: dict[str, Any] = {
-        "parameters": {name: p.detach() for name, p in run.parameters.items()},
-        "buffers": {name: dict(m.named_buffers()) for name, m in modules_of(run).items()},
-        "objective": _objective_state(run),
+        **state_of(run),
         "groups": run.groups,
         "optimizer": run.optimizer.state_dict() if run.optimizer else None,
         "scheduler": run.scheduler.state_dict() if run.scheduler else None,
@@ -59,7 +55,6 @@ def save_checkpoint(path: Path, run: Run) -> None:
     os.replace(partial, path)
 
 
-@torch.no_grad()
 def load_checkpoint(path: Path, run: Run) -> None:
     """Restores what :func:`save_checkpoint` wrote.
 
@@ -81,13 +76,7 @@ def load_checkpoint(path: Path, run: Run) -> None:
     if saved.keys() != run.parameters.keys():
         differ = sorted(saved.keys() ^ run.parameters.keys())
         raise ValueError(f"{path} is a checkpoint of another model: {differ} are on one side only")
-    for name, p in run.parameters.items():
-        p.copy_(saved[name])
-    for name, module in modules_of(run).items():
-        for key, buffer in module.named_buffers():
-            buffer.copy_(state["buffers"][name][key])
-    if isinstance(run.objective, nn.Module):
-        run.objective.load_state_dict(state["objective"])
+    restore(state, run)
     for name, curve in state["curves"].items():
         setattr(run.result, name, curve)
     if state["optimizer"] is not None:
@@ -104,7 +93,6 @@ _CURVES = (
     "diagnostics",
     "diagnostic_steps",
     "validation",
-    "averaged",
     "num_steps",
     "diverged",
 )
@@ -158,7 +146,3 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     kind, words, *rest = state["numpy"]
     words = words.numpy().astype("uint32")
     pyro.util.set_rng_state({**state, "numpy": (kind, words, *rest)})
-
-
-def _objective_state(run: Run) -> dict[str, Any]:
-    return run.objective.state_dict() if isinstance(run.objective, nn.Module) else {}

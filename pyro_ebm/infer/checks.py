@@ -22,6 +22,7 @@ from pyro_ebm.distributions.normalizer_guard import names_of
 from pyro_ebm.errors import NonFiniteEnergyError, SurrogateWarning, UnregisteredParameterError
 from pyro_ebm.infer import enumeration, site_values
 from pyro_ebm.infer.evaluation import Evaluation
+from pyro_ebm.infer.separation import Separation
 from pyro_ebm.ops.autograd import grad_of
 from pyro_ebm.ops.autograd_graph import children, graph, leaves_of, node_of
 
@@ -37,6 +38,8 @@ class Traits(Protocol):
     needs_density: bool
     trains_energy: bool
     has_second_player: bool
+
+    separations: dict[str, Separation]
 
     @property
     def learns_log_normalizer(self) -> bool:
@@ -182,7 +185,7 @@ def not_degenerate(name: str, evaluation: Evaluation, objective: Traits, step: i
             SurrogateWarning,
             stacklevel=2,
         )
-    if float(notes.get("accuracy", 0.0)) == 1.0:
+    if objective.separations[name].is_complete():
         warnings.warn(
             f"{who} at EBM site {name!r}, step {step}: data and contrast are told apart without "
             "error, so that there is nothing to learn from. Choose noise closer to the data (a "

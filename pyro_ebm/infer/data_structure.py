@@ -66,8 +66,7 @@ class SiteStructure:
     @property
     def can_be_exchanged(self) -> bool:
         """Whether auxiliary data can be drawn: the energy is a family with a sampler or kernel."""
-        family = self.family
-        return family is not None and (self.law.energy_draws_exactly or family.has_sweep)
+        return self.family is not None and (self.law.energy_draws_exactly or self.law.energy_sweeps)
 
     @property
     def has_noise(self) -> bool:

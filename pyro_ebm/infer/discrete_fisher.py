@@ -4,7 +4,8 @@ r"""Discrete Fisher divergence: ratios of probabilities along every coordinate.
 
 with :math:`x^{j\pm}` the next and the previous value of coordinate j. A finite list of values is
 closed to a circle (with two values both are the flip); of counts the first term is zero at
-:math:`x_j = 0`. In expectation under the data's law :math:`\pi` it is, up to a constant,
+:math:`x_j = 0`. In a table every column has its own values. In
+expectation under the data's law :math:`\pi` it is, up to a constant,
 :math:`E_\pi \sum_j (p(x^{j-}) / p(x) - \pi(x^{j-}) / \pi(x))^2`.
 
 Squares of ratios are heavy-tailed: one unlikely row can outweigh all others, and the posterior is
@@ -29,7 +30,7 @@ from pyro_ebm.infer.neighbours import changes_of_potential, previous_and_next
 
 
 class DiscreteFisher(DeterministicObjective):
-    """Discrete Fisher divergence of binary events, spins, categories or counts.
+    """Discrete Fisher divergence of bits, spins, categories, counts, and tables of these.
 
     It draws nothing.
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-State = dict[str, Any]
+from pyro_ebm.infer.run_state import State
 
 
 class EarlyStopping:

@@ -70,7 +70,8 @@ def fit(
         objective: An :class:`Objective` (or any ``Trace_ELBO``).
         guide: Latents' variational factors and the objective's contrasts.
         optim: A torch optimizer class, or one with options, such as ``partial(torch.optim.AdamW,
-            weight_decay=0.01)``. Adam and AdamW without options are fused, which is faster.
+            weight_decay=0.01)``; the learning rate is ``lr``. Adam and AdamW without options are
+            fused, which is faster.
         lr: Learning rate; ten times as much for a log Z learned by gradient.
         lr_schedule: Makes a torch scheduler from the optimizer, for example ``lambda optimizer:
             CosineAnnealingLR(optimizer, 1000)``. It moves at every step, ``ReduceLROnPlateau`` at
@@ -81,8 +82,8 @@ def fit(
         ema: Decay of the moving average of parameters, for example 0.999.
         grad_clip: Largest gradient norm over all parameters.
         schedule: Overrides the objective's ``(energy steps, generator steps)``.
-        validation: Data for the validation curve: the loss per datum, with the same contrast draws
-            at all points and modules in evaluation mode.
+        validation: Data for the validation curve: the loss per datum as if they were all of the
+            training's, with the same draws at all points and modules in evaluation mode.
         validate_every: Steps between its points.
         criterion: A function without arguments for the curve instead, called without gradients;
             smaller is better.
@@ -94,8 +95,8 @@ def fit(
         seed: Seeds Pyro at the start.
         capture: Whether to replay most steps from a graph of tensor operations, without Pyro's
             handlers in between: the same numbers in less time, for models that do the same
-            operations at every step. Python numbers are frozen in the graph. Steps 2, 3, 5, 9, ...
-            are taken as they are and compared with it.
+            operations at every step. Python numbers are frozen in the graph. Steps 2, 3, 5, 9, ...,
+            those after validation points and the last are taken as they are and compared with it.
         compile: Whether to hand that graph to ``torch.compile``, which takes seconds at the start
             and needs a C++ compiler.
         disable_progbar: Hides the progress bar.
@@ -106,8 +107,8 @@ def fit(
     Raises:
         TypeError: If ``data`` are no tensors, ``objective`` is none or ``optim`` is no class.
         ValueError: If arguments are out of range, ``data`` have no rows or differ in length, a
-            checkpoint is of other data, or ``patience`` is given where the loss does not
-            distinguish better from worse.
+            checkpoint is of other data, ``patience`` is given where the loss does not distinguish
+            better from worse, or ``validation`` where no plate tells the terms of rows from others.
         NonFiniteEnergyError: If a surrogate, the loss or a gradient is not finite; names site and
             step. The parameters of the last good step are in the checkpoint, if any.
 
@@ -221,7 +222,7 @@ def _as_tuple(data: Any, name: str) -> tuple[Tensor, ...]:
 
 
 def _check_objective(objective: Any, optim: Any) -> None:
-    """Raises ``TypeError`` for a class of objectives, or an optimizer in place of its class."""
+    """Raises for a class of objectives, an optimizer in place of its class, or with its own lr."""
     if not isinstance(objective, Trace_ELBO):
         got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
         hint = f": make one, {got}()" if isinstance(objective, type) else ""
@@ -233,6 +234,12 @@ def _check_objective(objective: Any, optim: Any) -> None:
             f"{type(optim).__name__}"
         )
     made = optim.func if isinstance(optim, partial) else optim
+    if isinstance(optim, partial) and "lr" in optim.keywords:
+        rate = optim.keywords["lr"]
+        raise ValueError(
+            f"optim has a learning rate of its own, lr={rate!r}, beside that of fit, which every "
+            f"group of parameters gets: call fit(..., lr={rate!r}) and take it out of the partial"
+        )
     if isinstance(made, type) and issubclass(made, torch.optim.LBFGS):
         raise TypeError(
             "fit takes one step per batch, and LBFGS evaluates a closure as often as it likes: use "

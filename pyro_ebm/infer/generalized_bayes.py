@@ -3,8 +3,9 @@ r"""Generalized Bayes: a posterior from a loss, where the likelihood has no comp
 .. math:: \pi_w(\theta) \propto \pi(\theta)\, e^{-w L(\theta)}, \qquad L = \sum_i \ell_\theta(x_i)
 
 A loss is not a log likelihood: w = 1 has no meaning, and for several parameters no single w makes
-the posterior's width that of the estimator's own uncertainty. :func:`generalized_posterior` draws
-and then calibrates (:mod:`pyro_ebm.infer.calibration`).
+the posterior's width that of the estimator's own uncertainty. :func:`generalized_posterior` chooses
+w by that uncertainty (:mod:`pyro_ebm.infer.loss_weight`), which settles the balance of loss and
+prior, draws, and then calibrates the width (:mod:`pyro_ebm.infer.calibration`).
 
 References:
     Bissiri, Holmes, Walker, A general framework for updating belief distributions, JRSS B 78, 2016.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.calibration import Calibration, calibration_of
 from pyro_ebm.infer.data_structure import check_model
 from pyro_ebm.infer.loss_of_model import ModelLoss
+from pyro_ebm.infer.loss_weight import weight_of
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.infer.properness import check_proper
 from pyro_ebm.infer.score_covariance import Choice
@@ -97,7 +99,9 @@ def generalized_posterior(
         model: A Pyro model with observed EBM sites, log Z not needed.
         *args: Its arguments, with the full data.
         loss: An objective, such as ``PseudoLikelihood()``; one with noise is frozen first.
-        weight: w of the loss while drawing; where a calibration follows, it sets the shape only.
+        weight: w of the loss, if nothing is calibrated. A calibration chooses w itself, so that
+            neither this nor the unit of the data matters, but where the loss alone has no
+            minimizer, which a remark says.
         calibration: ``"sandwich"`` from the gradients of independent rows, ``"simulation"`` from
             data sets drawn at the posterior mode, ``"none"``, or ``"auto"``: by the structure of
             the data.
@@ -110,8 +114,9 @@ def generalized_posterior(
         **kwargs: Keyword arguments of the model.
 
     Returns:
-        A :class:`Posterior`. A factor of ``poutine.scale`` weighs the loss against the prior, as
-        ``weight`` does; a calibrated width is that of the rows that there are, and a note says so.
+        A :class:`Posterior`; ``record.attrs["weight"]`` is the w that was drawn with. A factor of
+        ``poutine.scale`` multiplies the loss, as ``weight`` does; what is calibrated counts the
+        rows that there are, and a note says so.
 
     Raises:
         TypeError: If the model is none.
@@ -135,14 +140,15 @@ def generalized_posterior(
     one_of("calibration", calibration, ("auto", "sandwich", "simulation", "none"))
     doubts = check_proper(model, args, kwargs)
     frozen = loss if loss.is_frozen else loss.freeze(model, *args, **kwargs)
-    scored = GeneralizedBayes(frozen, weight)
-    kernel = HMC(surrogate(model, scored))
-    with rng_preserved():
-        target = target_of_model(kernel.given, args, kwargs)
-        losses = ModelLoss(target, model, scored, (args, kwargs))
-    calibrated = calibration_of(
-        losses, choice=calibration, num_simulations=num_simulations, num_sweeps=num_sweeps
-    )
+    how: _How = {
+        "choice": calibration,
+        "num_simulations": num_simulations,
+        "num_sweeps": num_sweeps,
+    }
+    balance = weight_of(_scored(model, frozen, weight, args, kwargs)[1], **how)
+    weight = weight * balance.factor
+    kernel, losses = _scored(model, frozen, weight, args, kwargs)
+    calibrated = calibration_of(losses, **how)
     mcmc = MCMC(
         kernel,
         num_samples,
@@ -151,13 +157,41 @@ def generalized_posterior(
         disable_progbar=disable_progbar,
     )
     starts = calibrated.starts(num_chains)
-    values = None if starts is None else target.split(starts)
+    values = None if starts is None else losses.target.split(starts)
     mcmc.run(*args, initial_params=values, **kwargs)
-    found = _result(mcmc, target, calibrated, type(loss).__name__)
-    return replace(found, remarks=found.remarks + doubts)
+    found = _result(mcmc, losses.target, calibrated, {"loss": type(loss).__name__, "weight": weight})
+    counts = f"The loss counts {weight:.3g} times, {balance.why}."
+    return replace(
+        found,
+        reasons=(*found.reasons, counts),
+        remarks=balance.remarks + found.remarks + doubts,
+    )
 
 
-def _result(mcmc: MCMC, target: ModelTarget, calibrated: Calibration, name: str) -> Posterior:
+class _How(TypedDict):
+    choice: Choice
+    num_simulations: int
+    num_sweeps: int
+
+
+def _scored(
+    model: Callable[..., Any],
+    frozen: SurrogateObjective,
+    weight: float,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[HMC, ModelLoss]:
+    """The kernel over a model with a weighted loss, and that loss."""
+    scored = GeneralizedBayes(frozen, weight)
+    kernel = HMC(surrogate(model, scored))
+    with rng_preserved():
+        target = target_of_model(kernel.given, args, kwargs)
+        return kernel, ModelLoss(target, model, scored, (args, kwargs))
+
+
+def _result(
+    mcmc: MCMC, target: ModelTarget, calibrated: Calibration, attrs: Mapping[str, Any]
+) -> Posterior:
     old = mcmc.record
     q = target.join(mcmc.get_samples(unconstrained=True))
     stats = old.sample_stats
@@ -168,11 +202,11 @@ def _result(mcmc: MCMC, target: ModelTarget, calibrated: Calibration, name: str)
         sample_stats=stats,
         sampler=old.sampler,
         seconds=old.seconds,
-        attrs={"loss": name, "calibration": calibrated.kind},
+        attrs={**attrs, "calibration": calibrated.kind},
     )
     return Posterior(
         record,
-        f"generalized Bayes by {name}",
+        f"generalized Bayes by {attrs['loss']}",
         reasons=calibrated.reasons,
         remarks=calibrated.remarks,
         calibration=calibrated.kind,

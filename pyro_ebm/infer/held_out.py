@@ -19,7 +19,7 @@ them: with a single one it would be lowest where that draw, not the guide, is be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,7 @@ class HeldOutLoss:
         batches: What is trained on, N rows.
 
     Raises:
-        ValueError: When it is called, if the guide draws latents and no plate follows the rows.
+        ValueError: By ``prepare``, if the guide draws latents and no plate follows the rows.
     """
 
     def __init__(
@@ -67,7 +67,6 @@ class HeldOutLoss:
 
     def __call__(self) -> float:
         """Returns the loss, leaving the objective's diagnostics as they were."""
-        self.prepare()
         kept = dict(getattr(self.objective, "diagnostics", {}))
         losses = [self._one_pass() for _ in range(self.num_passes)]
         if kept:
@@ -78,12 +77,14 @@ class HeldOutLoss:
         with self.scaling:
             return float(self.objective.differentiable_loss(self.model, self.guide, *self.data))
 
-    def prepare(self) -> None:
-        """Finds out, once, which plates follow the rows and whether the guide draws latents."""
-        if self.is_prepared:
-            return
+    def prepare(self, trained: Mapping[str, int]) -> None:
+        """Finds out which plates follow the rows and whether the guide draws latents.
+
+        Args:
+            trained: How many rows each plate stands for in the training, by name.
+        """
         run = dry_run(self.model, self.guide, self.data)
-        factors = self._factors(run)
+        factors = self._factors(run, trained)
         latents = _latents(run)
         if not factors and len(self.data[0]) != self.batches.num_rows:
             _check_nothing_counts_once(latents)
@@ -92,12 +93,11 @@ class HeldOutLoss:
             self.num_passes = math.ceil(NUM_DRAWS / self.objective.num_particles)
         self.scaling, self.is_prepared = PlateFactors(factors), True
 
-    def _factors(self, run: DryRun) -> dict[str, float]:
+    def _factors(self, run: DryRun, trained: Mapping[str, int]) -> dict[str, float]:
         """How many times larger each plate over rows is in the training; of one size, no others."""
         if self.batches.plates is not None:
             return dict.fromkeys(self.batches.plates, self.batches.num_rows / len(self.data[0]))
         held = run.plates.full_sizes
-        trained = dry_run(self.model, self.guide, self.batches.data).plates.full_sizes
         return {n: trained[n] / size for n, size in held.items() if trained.get(n, size) != size}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import unvalidated
 from pyro_ebm.infer import checks
+from pyro_ebm.infer.damped_newton import MOST_STEPS, damped_newton, derivatives, scales_of
 from pyro_ebm.infer.independent_units import units_of
 from pyro_ebm.mcmc.model_target import ModelTarget
 from pyro_ebm.mcmc.vmap_safe import vmap_safe_operations
@@ -29,7 +30,6 @@ from pyro_ebm.poutine.surrogate import (
     surrogate_of,
 )
 
-MOST_NEWTON_STEPS = 50
 MOST_NUMBERS = 2**24  # of neighbouring events at once, over simulated data sets
 
 
@@ -116,9 +116,7 @@ class ModelLoss:
 
     def hessians(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the second derivatives of the potential and of the loss alone, ``(D, D)``."""
-        total = torch.func.jacrev(torch.func.jacrev(self.potential))(q)
-        loss = torch.func.jacrev(torch.func.jacrev(lambda at: self.rows(at).sum()))(q)
-        return _symmetric(total), _symmetric(loss)
+        return derivatives(self.potential, q)[0], derivatives(self._total, q)[0]
 
     def simulated_gradients(self, q: Tensor, data: Mapping[str, Tensor]) -> Tensor:
         """Returns the gradient of the loss at R data sets, ``(R, D)``.
@@ -139,37 +137,38 @@ class ModelLoss:
         Raises:
             ValueError: If there is none, as where the data push a parameter to its boundary.
         """
-        q = self._best_of(self.target.draw_start(num_starts))
+        starts = self.target.draw_start(num_starts)
+        q = _best_of(starts, self._potentials(starts))
         size = 1.0 + self.potential(q).detach().abs()  # below its rounding nothing descends
-        tolerance = size * torch.finfo(q.dtype).eps ** 0.75
-        for _ in range(MOST_NEWTON_STEPS):
-            hessian, gradient = torch.func.jacrev(self._gradient_twice, has_aux=True)(q)
-            hessian = _symmetric(hessian)
-            step = -_solve_convex(hessian, gradient)
-            if -(gradient @ step) <= tolerance and _is_convex(hessian):
-                return (q + step).detach()
-            q = self._descended(q, step)
+        mode = damped_newton(self.potential, q, size * _rounding(q))
+        if mode is not None:
+            return mode
         raise ValueError(
-            f"{self.target!r}: no posterior mode was found in {MOST_NEWTON_STEPS} Newton steps on "
+            f"{self.target!r}: no posterior mode was found in {MOST_STEPS} Newton steps on "
             "the unconstrained space, and calibration is about the mode. Is a parameter pushed to "
             "its boundary, a prior improper, or a scale shared by latents that could all be equal "
             "(give it a prior that excludes 0)? calibration='none' leaves it out"
         )
 
-    def _gradient_twice(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        gradient = torch.func.grad(self.potential)(q)
-        return gradient, gradient
+    def own_minimum(self, num_starts: int = 32) -> Tensor | None:
+        """Returns a minimum of the loss alone, ``(D,)``; ``None`` if it has none.
 
-    def _best_of(self, q: Tensor) -> Tensor:
-        potentials = self._potentials(q).detach()
-        return q[torch.where(potentials.isfinite(), potentials, torch.inf).argmin()]
+        Directions along which no row's loss changes are left where the best start has them. Where
+        the loss falls for ever, its curvature dies away under Newton steps: then there is none.
+        """
+        starts = self.target.draw_start(num_starts)
+        q = _best_of(starts, torch.stack([self._total(start).detach() for start in starts]))
+        size = self.rows(q).detach().abs().sum()
+        found = damped_newton(self._total, q, size * _rounding(q), flat=flatness(q))
+        if found is None:
+            return None
+        hessian, gradient = derivatives(self._total, found)
+        step = -gradient / scales_of(hessian) ** 2
+        further = derivatives(self._total, found + step)[0]
+        return None if bool((further.diagonal() < 0.5 * hessian.diagonal()).any()) else found
 
-    def _descended(self, q: Tensor, step: Tensor) -> Tensor:
-        """The first of ever shorter steps that lowers the potential; none that is too short."""
-        lengths = 0.5 ** torch.arange(30.0, dtype=q.dtype, device=q.device)
-        potentials = self._potentials(q + lengths[:, None] * step).detach()
-        lower = potentials < self.potential(q).detach()
-        return q + lengths[lower.to(torch.uint8).argmax()] * step if bool(lower.any()) else q
+    def _total(self, q: Tensor) -> Tensor:
+        return self.rows(q).sum()
 
 
 def law_of(site: Any) -> EnergyDistribution:
@@ -209,16 +208,14 @@ class _Replaced(Messenger):
             msg["value"], msg["is_observed"] = self.data[msg["name"]], True
 
 
-def _symmetric(matrix: Tensor) -> Tensor:
-    return (0.5 * (matrix + matrix.mT)).detach()
+def flatness(q: Tensor) -> float:
+    """Returns the curvature, of one along every coordinate, below which a loss counts as flat."""
+    return float(torch.finfo(q.dtype).eps ** 0.5)
 
 
-def _is_convex(hessian: Tensor) -> bool:
-    return bool((torch.linalg.eigvalsh(hessian) > 0).all())
+def _rounding(q: Tensor) -> float:
+    return float(torch.finfo(q.dtype).eps ** 0.75)
 
 
-def _solve_convex(hessian: Tensor, gradient: Tensor) -> Tensor:
-    """A Newton step with curvatures by their size, so that it always leads downhill."""
-    values, vectors = torch.linalg.eigh(hessian)
-    floor = values.abs().amax() * torch.finfo(values.dtype).eps  # below it they are rounding
-    return vectors @ ((vectors.mT @ gradient) / values.abs().clamp_min(floor))
+def _best_of(q: Tensor, values: Tensor) -> Tensor:
+    return q[torch.where(values.isfinite(), values.detach(), torch.inf).argmin()]

@@ -184,7 +184,5 @@ class Batches(Iterator[tuple[tuple[Tensor, ...], PlateScale]]):
                 f"so it is not known which to scale. {advice}, or another batch_size"
             )
 
-    def _plates_at(
-        self, model: Callable[..., Any], guide: Callable[..., Any], size: int
-    ) -> Plates:
+    def _plates_at(self, model: Callable[..., Any], guide: Callable[..., Any], size: int) -> Plates:
         return dry_run(model, guide, self._rows(torch.arange(size))).plates

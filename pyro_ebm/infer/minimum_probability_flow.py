@@ -5,10 +5,10 @@ r"""Minimum probability flow: how much probability leaves the data in an instant
 
 the rate at which a Markov process with the model as stationary law would leave x for its
 neighbours: all events that differ from x at one site; of counts, those one higher or lower at one
-site. N is symmetric, so that the expectation under the data's law :math:`\pi` is a sum over pairs
-of neighbours of :math:`\pi(x) \sqrt{\rho} + \pi(x') / \sqrt{\rho}`, :math:`\rho = p(x') / p(x)`,
-each least where :math:`\rho = \pi(x') / \pi(x)`: the minimizer is consistent where the model is
-right.
+site. In a table every column has its own values. N is symmetric, so that the expectation under the
+data's law :math:`\pi` is a sum over pairs of neighbours of
+:math:`\pi(x) \sqrt{\rho} + \pi(x') / \sqrt{\rho}`, :math:`\rho = p(x') / p(x)`, each least where
+:math:`\rho = \pi(x') / \pi(x)`: the minimizer is consistent where the model is right.
 
 **Neighbours that are data.** The flow from data to data leaves the divergence of the process from
 the data as it is, so the paper sums over neighbours which are not data. ``exclude_data=True`` does,
@@ -37,12 +37,11 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.deterministic import DeterministicObjective
-from pyro_ebm.infer.neighbours import changes_of_potential, previous_and_next, shifts
-from pyro_ebm.ops.constraints import finite_values
+from pyro_ebm.infer.neighbours import changes_of_potential, others
 
 
 class MinimumProbabilityFlow(DeterministicObjective):
-    """Minimum probability flow of binary events, spins, categories or counts.
+    """Minimum probability flow of bits, spins, categories, counts, and tables of these.
 
     It draws nothing.
 
@@ -79,21 +78,11 @@ class MinimumProbabilityFlow(DeterministicObjective):
     def _log_ratios(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None) -> Tensor:
         """Returns log p(x') / p(x), ``(M,) + rows``; minus infinity for those that do not count."""
         x = p.broadcast_value(x)
-        neighbours, exists = _neighbours(p, x)
+        neighbours, exists = others(p, x, "MinimumProbabilityFlow")
         if self.exclude_data:
             exists = exists & ~_are_data(neighbours, x, len(p.event_shape), mask)
         change = changes_of_potential(p, x, neighbours)
         return torch.where(exists, -change, -math.inf)
-
-
-def _neighbours(p: EnergyDistribution, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns M neighbours of every event, ``(M,) + x.shape``, and which exist, ``(M,) + rows``."""
-    values = finite_values(p.support) if p.base_measure == "counting" else None
-    if values is not None and len(values) > 1:
-        changed = shifts(x, values.to(x.device), len(p.event_shape)).flatten(0, 1)
-        return changed, torch.ones((), dtype=torch.bool, device=x.device)
-    changed, has_previous = previous_and_next(p, x, "MinimumProbabilityFlow")
-    return changed.flatten(0, 1), torch.cat([has_previous, torch.ones_like(has_previous)])
 
 
 def _are_data(neighbours: Tensor, x: Tensor, event_dim: int, mask: Tensor | None) -> Tensor:

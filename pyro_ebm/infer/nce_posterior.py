@@ -53,6 +53,7 @@ from pyro_ebm.infer.nce import NCE
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.infer.prior_runs import NUM_DRAWS, prior_runs
 from pyro_ebm.infer.properness import check_proper
+from pyro_ebm.infer.whole_data import check_unscaled
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.target import Target
 from pyro_ebm.ops.arguments import whole
@@ -65,6 +66,7 @@ Arrays = dict[str, NDArray[Any]]
 LARGEST_DIM = 10
 LARGEST_ACCURACY = 0.9
 LARGEST_NOISE_SPREAD = 0.5  # of a posterior sd; with ten noise draws it is a quarter
+ENOUGH_ROWS = 10  # for each coordinate; the width is right as rows grow in number
 LARGEST_RHAT = 1.05  # of short chains: R-hat itself errs by a hundredth
 
 
@@ -136,7 +138,8 @@ def nce_posterior(
 
     Raises:
         TypeError: If the model is none.
-        ValueError: If there is no EBM site, an energy is improper, or a site is one observation.
+        ValueError: If there is no EBM site, an energy is improper, or a site is one observation or
+            under ``poutine.scale``.
         ConditionalEnergyError: If rows need a log Z each, at draws of the prior or the posterior.
 
     Example:
@@ -153,6 +156,7 @@ def nce_posterior(
         8
     """
     check_model(model, "an NCE posterior")
+    check_unscaled(model, args, kwargs, "an NCE posterior")
     call = _Call(model, args, kwargs)
     _check_rows(call)
     doubts = check_proper(model, args, kwargs)
@@ -346,10 +350,22 @@ def _remarks(sets: Sequence[_Set], accuracy: Mapping[str, float]) -> list[str]:
                 f"Site {name!r} has {dim} coordinates: beyond {LARGEST_DIM} the posterior is much "
                 "wider than by Bayes' rule."
             )
+    found += _on_few_rows(sets[0])
     rhat = max(one.rhat for one in sets)
     if not rhat < LARGEST_RHAT:
         found.append(f"Chains under one noise set disagree (R-hat {rhat:.2f}): draw more.")
     return found
+
+
+def _on_few_rows(one: _Set) -> list[str]:
+    num_rows = sum(site.num_rows for site in one.sites.values())
+    dim = sum(draws[0, 0].size for draws in one.draws.values())
+    if num_rows >= ENOUGH_ROWS * dim:
+        return []
+    return [
+        f"There are {num_rows} rows for {dim} latents and log Z's, and the width is right for many "
+        f"rows only: with fewer than {ENOUGH_ROWS} for each it is rough."
+    ]
 
 
 def _spread_remarks(spread: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> list[str]:

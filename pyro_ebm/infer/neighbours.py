@@ -3,60 +3,62 @@ r"""The neighbours of a discrete event: all events that differ from it at one si
 Losses on discrete supports need ratios :math:`p(x') / p(x) = e^{U(x) - U(x')}` over neighbours,
 from which Z cancels. A site with K values, in ascending order, is shifted by k of them in a circle;
 with two values every shift is the flip. Counts have a next and a previous value, but for 0, which
-has no previous one.
+has no previous one. Every site moves among its own values (:mod:`~pyro_ebm.ops.ladders`), also in
+tables with columns of several kinds.
 """
 
 from __future__ import annotations
 
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.ops.constraints import finite_values, integer_bounds, is_integer
+from pyro_ebm.ops.ladders import Ladder, ladder_of
 
-__all__ = ["changes_of_potential", "previous_and_next", "shifts", "site_values_of"]
+__all__ = ["changes_of_potential", "others", "previous_and_next", "shifts"]
 
 MOST_NUMBERS = 2**24  # in one call of the energy: 128 MiB of doubles
+ELSEWHERE = (
+    "ScoreMatching on continuous supports, and on tables with columns of both kinds "
+    "DiscreteEnergyDiscrepancy(MixedColumns(...)) or NCE"
+)
 
 
-def site_values_of(p: EnergyDistribution, who: str) -> Tensor:
-    """Returns the K values that every site can take, ascending.
-
-    Raises:
-        NotImplementedError: If the support is not discrete with one finite list for all sites.
-    """
-    values = finite_values(p.support) if p.base_measure == "counting" else None
-    if values is None or len(values) < 2:
-        raise NotImplementedError(
-            f"{who} compares an event with all changes of one site, so the sites must share one "
-            f"finite list of values (boolean, spins, integer_interval), got support {p.support}; "
-            "use ScoreMatching on continuous supports, DiscreteFisher on counts"
-        )
-    return values
-
-
-def shifts(x: Tensor, values: Tensor, event_dim: int) -> Tensor:
-    """Returns every event with one site shifted by k of its K values.
+def shifts(p: EnergyDistribution, x: Tensor, who: str) -> Tensor:
+    """Returns every event with one site shifted by k of the K values that all sites share.
 
     Args:
+        p: The EBM.
         x: Events, ``rows + event``.
-        values: The K values of a site, equally spaced and ascending.
-        event_dim: Number of event dims of ``x``.
+        who: What messages call the loss.
 
     Returns:
         Shape ``(K - 1, d) + rows + event`` for the shifts k = 1, ..., K - 1 of each of d sites.
 
+    Raises:
+        NotImplementedError: If the support is not discrete with one finite list for all sites.
+
     Example:
-        >>> shifts(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 1.0, 2.0]), 1)[:, 1]
+        >>> from pyro.distributions import constraints
+        >>> support = constraints.integer_interval(0, 2)
+        >>> p = EnergyDistribution(lambda x: x.sum(-1), event_shape=(2,), support=support)
+        >>> shifts(p, torch.tensor([0.0, 2.0]), "A test")[:, 1]
         tensor([[0., 0.],
                 [0., 1.]])
     """
-    ladder = _Ladder.of(values)
-    by = torch.arange(1, len(values), device=x.device)
-    return _at_one_site(x, ladder.moved(x, by), event_dim)
+    ladder = ladder_of(p.support, p.event_shape)
+    num = 0 if ladder is None else ladder.shared_num()
+    if ladder is None or num < 2:
+        raise NotImplementedError(
+            f"{who} compares an event with all changes of one site, so the sites must share one "
+            f"finite list of values (boolean, spins, integer_interval), got support {p.support}; "
+            "use MinimumProbabilityFlow or DiscreteFisher on counts and on sites with lists of "
+            f"their own, {ELSEWHERE}"
+        )
+    by = torch.arange(1, num, device=x.device)
+    return _at_one_site(x, ladder.to(x.device).moved(x, by), len(p.event_shape))
 
 
 def previous_and_next(p: EnergyDistribution, x: Tensor, who: str) -> tuple[Tensor, Tensor]:
@@ -74,11 +76,39 @@ def previous_and_next(p: EnergyDistribution, x: Tensor, who: str) -> tuple[Tenso
     Raises:
         NotImplementedError: If the support is not discrete.
     """
-    ladder, event_dim = _ladder_of(p, who, x.device), len(p.event_shape)
+    ladder, event_dim = _ladder_of(p, who).to(x.device), len(p.event_shape)
     moved = ladder.moved(x, torch.tensor([-1, 1], device=x.device))
     exists = moved[0] != x
     rows = x.shape[: x.dim() - event_dim]
     return _at_one_site(x, moved, event_dim), exists.reshape((*rows, -1)).movedim(-1, 0)
+
+
+def others(p: EnergyDistribution, x: Tensor, who: str) -> tuple[Tensor, Tensor]:
+    """Returns every event with one site at another value; counts at the next and the previous.
+
+    Args:
+        p: The EBM, on a discrete support.
+        x: Events, ``rows + event``.
+        who: What messages call the loss.
+
+    Returns:
+        M events, ``(M,) + rows + event``; and which of them there are, ``(M,) + rows``: 0 has no
+        previous value, and where sites have other lists in other rows, M is for the longest.
+
+    Raises:
+        NotImplementedError: If the support is not discrete.
+    """
+    ladder, event_dim = _ladder_of(p, who), len(p.event_shape)
+    by = torch.tensor([-1, *range(1, max(2, int(ladder.num.max())))])
+    column = by.reshape((-1,) + (1,) * x.dim())
+    counts = ladder.num == 0
+    does_move = torch.where(counts, column.abs() == 1, (column > 0) & (column < ladder.num))
+    which, site = does_move.reshape(len(by), -1, prod(p.event_shape)).any(1).nonzero(as_tuple=True)
+    by, does_move, which, site = (part.to(x.device) for part in (by, does_move, which, site))
+    moved = torch.where(does_move, ladder.to(x.device).moved(x, by), x)
+    exists = (moved != x).reshape((len(by), *x.shape[: x.dim() - event_dim], -1))
+    changed = torch.where(_sites(x, event_dim)[site], moved[which], x)
+    return changed, exists.movedim(-1, 1)[which, site]
 
 
 def changes_of_potential(p: EnergyDistribution, x: Tensor, changed: Tensor) -> Tensor:
@@ -101,42 +131,14 @@ def changes_of_potential(p: EnergyDistribution, x: Tensor, changed: Tensor) -> T
     return (potential[1:] - potential[:1]).reshape(lead + potential.shape[1:])
 
 
-class _Ladder(NamedTuple):
-    """The equally spaced values of a site."""
-
-    low: Tensor | float
-    step: Tensor | float
-    num: Tensor | int | None  # None: no highest value
-    is_bounded: bool = True  # whether there is a lowest
-
-    @classmethod
-    def of(cls, values: Tensor) -> _Ladder:
-        return cls(values[0], values[1] - values[0], len(values))
-
-    def moved(self, x: Tensor, by: Tensor) -> Tensor:
-        """Returns ``x`` moved up by numbers of values ``(M,)``, shape ``(M,) + x.shape``."""
-        index = ((x.to(torch.get_default_dtype()) - self.low) / self.step).round()
-        index = index + by.reshape((-1,) + (1,) * x.dim())
-        if self.num is not None:
-            index = torch.remainder(index, self.num)
-        elif self.is_bounded:
-            index = index.clamp_min(0.0)
-        return (self.low + self.step * index).to(x.dtype)
-
-
-def _ladder_of(p: EnergyDistribution, who: str, device: torch.device) -> _Ladder:
-    values = finite_values(p.support) if p.base_measure == "counting" else None
-    if values is not None and len(values) > 1:
-        return _Ladder.of(values.to(device))
-    if p.base_measure != "counting" or not is_integer(p.support):
+def _ladder_of(p: EnergyDistribution, who: str) -> Ladder:
+    ladder = ladder_of(p.support, p.event_shape)
+    if ladder is None:
         raise NotImplementedError(
             f"{who} moves sites to the next and the previous value, so it needs a support of "
-            f"integers, booleans or spins, got {p.support}; use ScoreMatching on continuous ones"
+            f"integers, booleans or spins, got {p.support}; use {ELSEWHERE}"
         )
-    lower, upper = integer_bounds(p.support)
-    if lower is None:
-        return _Ladder(0.0, 1.0, None, is_bounded=False)
-    return _Ladder(lower, 1.0, None if upper is None else upper - lower + 1)
+    return ladder
 
 
 def _at_one_site(x: Tensor, moved: Tensor, event_dim: int) -> Tensor:
@@ -145,7 +147,11 @@ def _at_one_site(x: Tensor, moved: Tensor, event_dim: int) -> Tensor:
     Returns:
         Shape ``(M, d) + x.shape``.
     """
+    return torch.where(_sites(x, event_dim), moved.unsqueeze(1), x)
+
+
+def _sites(x: Tensor, event_dim: int) -> Tensor:
+    """Returns masks of the d sites of an event, to broadcast with ``(d,) + x.shape``."""
     event = x.shape[x.dim() - event_dim :]
     lead = (1,) * (x.dim() - event_dim)
-    here = torch.eye(prod(event), dtype=torch.bool, device=x.device)
-    return torch.where(here.reshape((-1, *lead, *event)), moved.unsqueeze(1), x)
+    return torch.eye(prod(event), dtype=torch.bool, device=x.device).reshape((-1, *lead, *event))

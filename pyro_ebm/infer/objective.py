@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.known_normalizer import parameters_of
 from pyro_ebm.infer import checks, conditional
 from pyro_ebm.infer.contexts import ContextChecks
+from pyro_ebm.infer.contrast import rows_of
 from pyro_ebm.infer.enumeration import EnumeratingELBO
 from pyro_ebm.infer.evaluation import Evaluation, evaluating
 from pyro_ebm.infer.frozen import FrozenObjective, freeze
@@ -50,6 +52,7 @@ from pyro_ebm.infer.known import (
     shared_with_store,
 )
 from pyro_ebm.infer.objective_module import ObjectiveModule
+from pyro_ebm.infer.separation import Separation
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.powers_of_two import is_power_of_two
 from pyro_ebm.poutine.surrogate import SurrogateMessenger
@@ -108,6 +111,7 @@ class Objective(EnumeratingELBO, nn.Module):
         self._name = f"{type(self).__name__}_{next(_instances)}"
         self.examples: dict[str, Tensor] = {}
         self.evaluation = Evaluation()
+        self.separations: dict[str, Separation] = defaultdict(Separation)
         self._checked: dict[str, int] = {}
         self.contexts = ContextChecks()
         self.optimized: frozenset[int] = frozenset()
@@ -157,6 +161,9 @@ class Objective(EnumeratingELBO, nn.Module):
 
     def judge(self, site: str, notes: Mapping[str, Tensor], *, trains: bool) -> None:
         """Judges a step by its diagnostics, whether the model has run or a graph was replayed."""
+        if trains:
+            rows = rows_of(self.sites[site], self.examples[site])
+            self.separations[site].see(notes, rows.numel())
 
     # --- log Z
 
@@ -439,7 +446,7 @@ class Objective(EnumeratingELBO, nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What was seen of the model stays behind: energies may be closures over graphs."""
         seen: dict[str, Any] = {"sites": {}, "examples": {}, "evaluation": Evaluation()}
-        seen["contexts"] = ContextChecks()
+        seen |= {"contexts": ContextChecks(), "separations": defaultdict(Separation)}
         return {**self.__dict__, **seen}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

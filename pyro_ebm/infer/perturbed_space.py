@@ -2,7 +2,8 @@ r"""Where perturbed data live: real coordinates, discrete sites, or tables with 
 
 Continuous columns are perturbed in unconstrained coordinates :math:`x = T(u)`, in which the
 potential is :math:`U(T(u)) - \log|\det J_T(u)|`. Discrete ones keep the numbers they are stored as;
-what a site can be is an equally spaced list, each site its own. An event of a table becomes a
+what a site can be is an equally spaced list, each site its own
+(:mod:`~pyro_ebm.ops.ladders`). An event of a table becomes a
 vector with its real coordinates first.
 """
 
@@ -12,7 +13,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -21,28 +21,22 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.ops.constraints import (
     Segment,
     base_measure,
-    finite_values,
-    integer_bounds,
-    plain,
     segments,
 )
+from pyro_ebm.ops.ladders import Ladder, ladder_beside
 from pyro_ebm.ops.spaces import UnconstrainedSpace, bijection
 
 __all__ = ["Layout", "PerturbedSpace", "Sites"]
 
 
-class Sites(NamedTuple):
-    """The values of discrete sites: ``lowest + step * k`` for ``k < num``, tensors of event shape.
+class Sites(Ladder):
+    """Ladders with an end, the same in all rows: tensors of event shape.
 
     Example:
         >>> sites = Sites.of(constraints.integer_interval(1, 3), torch.Size([2]), "A test")
         >>> sites.numbers(torch.tensor([1.0, 3.0]))
         tensor([0, 2])
     """
-
-    lowest: Tensor
-    step: Tensor
-    num: Tensor
 
     @classmethod
     def of(cls, support: Constraint, event_shape: torch.Size, who: str) -> Sites:
@@ -51,23 +45,24 @@ class Sites(NamedTuple):
         Raises:
             NotImplementedError: If a site's values are no finite list of numbers.
         """
-        if not event_shape:
-            return cls(*(part[0] for part in _ladder(support, torch.Size([1]), who)))
         return cls.beside(segments(support, event_shape), event_shape, who)
 
     @classmethod
     def beside(cls, parts: Sequence[Segment], event_shape: torch.Size, who: str) -> Sites:
-        """Joins the sites of some columns of the last event dim."""
-        widths = [len(range(event_shape[-1])[part.columns]) for part in parts]
-        ladders = [
-            _ladder(part.constraint, event_shape[:-1] + (width,), who)
-            for part, width in zip(parts, widths, strict=True)
-        ]
-        return cls(*(torch.cat(pieces, -1) for pieces in zip(*ladders, strict=True)))
+        """Joins the sites of some columns of the last event dim.
 
-    def to(self, device: torch.device) -> Sites:
-        """Returns them on a device."""
-        return Sites(*(part.to(device) for part in self))
+        Raises:
+            NotImplementedError: If a site's values are no finite list of numbers.
+        """
+        ladder = ladder_beside(parts, event_shape)
+        if ladder is None or ladder.num.dim() > len(event_shape) or not bool(ladder.num.all()):
+            raise NotImplementedError(
+                f"{who} needs sites with a finite list of values each, the same in all rows "
+                "(boolean, spins, integer_interval), got support "
+                f"{', '.join(str(part.constraint) for part in parts)}; give counts an upper bound "
+                "or use DiscreteFisher, and store one-hot vectors as categories"
+            )
+        return cls(*ladder)
 
     def numbers(self, x: Tensor) -> Tensor:
         """Returns which of its values every site of ``x`` has, integers shaped as ``x``.
@@ -75,44 +70,16 @@ class Sites(NamedTuple):
         Raises:
             ValueError: If a site has none of them.
         """
-        exact = (x.to(self.lowest.dtype) - self.lowest) / self.step
+        numbers = super().numbers(x)
         if get_proxy_mode() is not None:  # steps that are not replayed look at the values
-            return exact.long()
-        if not bool(((exact == exact.round()) & (exact >= 0) & (exact < self.num)).all()):
+            return numbers
+        is_value = (numbers >= 0) & (numbers < self.num) & (self.value(numbers, x) == x)
+        if not bool(is_value.all()):
             raise ValueError(
                 "the data must lie in the support, but a site holds none of its values; categories "
                 "are the integers of integer_interval, and NaN is none. Mask missing rows"
             )
-        return exact.long()
-
-    def value(self, numbers: Tensor, like: Tensor) -> Tensor:
-        """Returns the values by their numbers, in the dtype of ``like``."""
-        return (self.lowest + self.step * numbers).to(like.dtype)
-
-
-def _ladder(support: Constraint, shape: torch.Size, who: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Lowest value, step and number of values of sites of one constraint."""
-    values = finite_values(support) if _is_counted(support) else None
-    if values is not None and len(values) > 1:
-        ladder = values[0], values[1] - values[0], torch.tensor(len(values))
-    elif isinstance(plain(support), constraints.integer_interval):
-        low, high = (torch.as_tensor(bound) for bound in integer_bounds(support))
-        ladder = low.to(torch.get_default_dtype()), torch.ones(()), (high - low + 1).long()
-    else:
-        ladder = None
-    if ladder is None or not all(_broadcasts(part, shape) for part in ladder):
-        raise NotImplementedError(
-            f"{who} needs sites with a finite list of values each, the same in all rows (boolean, "
-            f"spins, integer_interval), got support {support}; give counts an upper bound or use "
-            "DiscreteFisher, and store one-hot vectors as categories"
-        )
-    lowest, step, num = (part.expand(shape) for part in ladder)
-    return lowest, step, num
-
-
-def _broadcasts(part: Tensor, shape: torch.Size) -> bool:
-    own = part.shape[::-1]
-    return len(own) <= len(shape) and all(n in (1, m) for n, m in zip(own, shape[::-1]))  # noqa: B905
+        return numbers
 
 
 def _is_counted(support: Constraint) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pyro_ebm.infer.anchored_posterior import anchored_posterior
 from pyro_ebm.infer.data_structure import DataStructure
+from pyro_ebm.infer.discrete_fisher import DiscreteFisher
 from pyro_ebm.infer.enumerated import Enumerated
 from pyro_ebm.infer.generalized_bayes import generalized_posterior
 from pyro_ebm.infer.integration import Integrals, integrals_of
@@ -22,6 +23,7 @@ from pyro_ebm.infer.score_matching import ScoreMatching
 from pyro_ebm.infer.whole_data import check_unscaled
 from pyro_ebm.mcmc import HMC, MCMC, Exchange, GroupedExchange, Kernel
 from pyro_ebm.mcmc.exchange_diagnostics import exchange_diagnostics
+from pyro_ebm.ops.ladders import ladder_of
 from pyro_ebm.poutine import surrogate
 
 MOST_TERMS = 2**18  # energies in the sums for log Z of one draw
@@ -134,7 +136,6 @@ def _anchored(run: Run, structure: DataStructure) -> Posterior:
 
 
 def _nce(run: Run, structure: DataStructure) -> Posterior:
-    check_unscaled(run.model, run.args, run.kwargs, "an NCE posterior")
     for site in structure.observed:
         if site.num_rows == 1:
             raise ValueError(
@@ -171,7 +172,7 @@ def _generalized(run: Run, structure: DataStructure) -> Posterior:
             "continuous and discrete EBM sites in one model need a loss each, and no calibration "
             "of several is implemented: sample surrogate(model, {site: loss, ...}) by mcmc.HMC"
         )
-    loss = ScoreMatching() if continuous == {True} else PseudoLikelihood()
+    loss = ScoreMatching() if continuous == {True} else _discrete_loss(structure)
     found = generalized_posterior(
         run.model,
         *run.args,
@@ -188,6 +189,18 @@ def _generalized(run: Run, structure: DataStructure) -> Posterior:
             remarks=(*found.remarks, f"{_KNOWN}, for the posterior by Bayes' rule."),
         )
     return replace(found, reasons=(f"log Z is unknown, and {does} it.", *found.reasons))
+
+
+def _discrete_loss(structure: DataStructure) -> PseudoLikelihood | DiscreteFisher:
+    """Pseudo-likelihood, which keeps more of the data, where sites share a finite list of values.
+
+    Counts and tables with lists of their own are for the discrete Fisher divergence.
+    """
+    laws = [site.law for site in structure.observed]
+    ladders = [ladder_of(law.support, law.event_shape) for law in laws]
+    if any(ladder is not None and ladder.shared_num() < 2 for ladder in ladders):
+        return DiscreteFisher()
+    return PseudoLikelihood()
 
 
 WAYS: dict[str, Callable[[Run, DataStructure], Posterior]] = {

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.deterministic import DeterministicObjective
-from pyro_ebm.infer.neighbours import changes_of_potential, shifts, site_values_of
+from pyro_ebm.infer.neighbours import changes_of_potential, shifts
 
 
 class PseudoLikelihood(DeterministicObjective):
@@ -46,7 +46,6 @@ class PseudoLikelihood(DeterministicObjective):
     def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns minus the sum over sites of their conditional log probabilities, in nats."""
         x = p.broadcast_value(x)
-        values = site_values_of(p, "PseudoLikelihood").to(x.device)
-        change = changes_of_potential(p, x, shifts(x, values, len(p.event_shape)))
+        change = changes_of_potential(p, x, shifts(p, x, "PseudoLikelihood"))
         odds = torch.cat([torch.zeros_like(change[:1]), -change])
         return torch.logsumexp(odds, 0).sum(0)

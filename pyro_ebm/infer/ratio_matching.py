@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.deterministic import DeterministicObjective
-from pyro_ebm.infer.neighbours import changes_of_potential, shifts, site_values_of
+from pyro_ebm.infer.neighbours import changes_of_potential, shifts
 
 
 class RatioMatching(DeterministicObjective):
@@ -45,11 +45,11 @@ class RatioMatching(DeterministicObjective):
             NotImplementedError: If sites have not two values each.
         """
         x = p.broadcast_value(x)
-        values = site_values_of(p, "RatioMatching").to(x.device)
-        if len(values) != 2:
+        flipped = shifts(p, x, "RatioMatching")
+        if len(flipped) != 1:
             raise NotImplementedError(
                 f"RatioMatching flips sites of two values, got support {p.support} with "
-                f"{len(values)}; use PseudoLikelihood or DiscreteFisher"
+                f"{len(flipped) + 1}; use PseudoLikelihood or DiscreteFisher"
             )
-        change = changes_of_potential(p, x, shifts(x, values, len(p.event_shape)))
+        change = changes_of_potential(p, x, flipped)
         return torch.sigmoid(-change).square().sum((0, 1))

@@ -8,7 +8,7 @@ With N independent rows of loss :math:`\ell_i`
 Rows of several sites count by the unit that they share
 (:mod:`pyro_ebm.infer.independent_units`). Of one lattice or network there are no rows to take a
 covariance over, and neighbours that depend on each other are no rows: there J is the covariance of
-the gradient over data sets drawn from the model at the mode.
+the gradient over data sets drawn from the model at the parameters where J is wanted.
 
 References:
     Bouranis, Friel, Maire, Efficient Bayesian inference for exponential random graph models by
@@ -94,6 +94,27 @@ def _by_number(choice: Choice, num_rows: int, dim: int) -> tuple[str, str]:
             "simulated data."
         )
     return "sandwich", f"The data are {num_rows} rows, taken as independent: J is from the rows."
+
+
+def score_covariance(
+    loss: ModelLoss, at: Tensor, kind: str, num_simulations: int, num_sweeps: int
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Returns J, ``(D, D)``, and what to know of it.
+
+    Args:
+        loss: The model's loss.
+        at: Where, ``(D,)``.
+        kind: ``"sandwich"`` or ``"simulation"``, as :func:`chosen`.
+        num_simulations: Data sets drawn for ``"simulation"``.
+        num_sweeps: Sweeps to each, where the energy has no exact sampler.
+
+    Raises:
+        ValueError: If there are too few simulations, or a coordinate moves fewer than two rows.
+    """
+    if kind == "sandwich":
+        return from_rows(loss, at)
+    check_simulations(num_simulations, len(at))
+    return from_simulation(loss, at, num_simulations, num_sweeps)
 
 
 def from_rows(loss: ModelLoss, mode: Tensor) -> tuple[Tensor, tuple[str, ...]]:
@@ -185,7 +206,7 @@ def simulate(
             "are exact (draws_are_exact)."
         )
     start = x.expand(shape + law.batch_shape + law.event_shape)
-    if law.base is None and isinstance(energy, ExponentialFamily) and energy.has_sweep:
+    if isinstance(energy, ExponentialFamily) and law.energy_sweeps:
         natural = energy.natural()
         family = energy.with_natural(natural.expand(shape + law.batch_shape + natural.shape[-1:]))
         return family.sweep(start, num_sweeps), (

@@ -1,16 +1,22 @@
 r"""Whether the slope of an energy moves by jumps, as that of a network of ReLUs does.
 
 Where the slope jumps the second derivative is a Dirac mass that no automatic derivative shows:
-losses with second derivatives see the flat pieces only, and losses with first ones do not see the
-jumps move with the parameters. Between two points a and b a smooth energy has
+losses with second derivatives see the pieces only, and losses with first ones do not see the jumps
+move with the parameters. On the way from one row of the data to another, :math:`g(t) = U(a + t (b -
+a))`, a smooth energy has
 
-.. math:: \nabla U(b) - \nabla U(a) = \int_0^1 \nabla^2 U(a + t (b - a))\,(b - a)\, dt .
+.. math:: g'(t + h) - g'(t) = \int_t^{t+h} g''(r)\, dr .
 
-If the integrand is the same at both ends and in the middle, and still is not the change of the
-slope, there are jumps between.
+What the midpoint rule leaves of it is bisected, on every way towards the half where more is left.
+Of a smooth energy that comes to nothing as h shrinks, of a slope like :math:`\sqrt t` too, and a
+jump stays what it is.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +25,13 @@ from pyro_ebm.infer.unconstrained import Unconstrained
 
 __all__ = ["has_jumps", "refuse_jumps"]
 
+FEWEST = 1e-3  # of the ways: fewer pass so near to a point where only the direction changes
+PERSISTENT = 0.25  # of what was left halfway through the bisection
+
 
 @torch.no_grad()
 def refuse_jumps(name: str, space: Unconstrained, x: Tensor, why: str) -> None:
-    """Looks for jumps between the data and their mirror images.
+    """Looks for jumps between the data.
 
     Args:
         name: The site.
@@ -35,28 +44,74 @@ def refuse_jumps(name: str, space: Unconstrained, x: Tensor, why: str) -> None:
     """
     if has_jumps(space, space.coordinates(space.p.broadcast_value(x))):
         raise ValueError(
-            f"EBM site {name!r}: the energy's slope jumps between pieces on which its second "
-            f"derivative is constant, as that of a ReLU network does, and "
-            f"{why.format(who=space.who)}: use smooth activations (SiLU, softplus, tanh) or NCE"
+            f"EBM site {name!r}: the energy's slope jumps at kinks, as that of a ReLU network or "
+            f"of absolute values does, and {why.format(who=space.who)}: use smooth activations "
+            "(SiLU, softplus, tanh) or NCE"
         )
 
 
 def has_jumps(space: Unconstrained, u: Tensor) -> bool:
-    """Whether the slope changes by more than a second derivative that is the same everywhere.
+    """Whether the slope jumps on the ways between rows of ``u``, ``rows + event``.
 
-    For a quadratic the two agree, for a smooth energy the second derivative varies.
+    Of a random energy, as under dropout, nothing can be said.
     """
-    end = -u - 0.5
-    along = end - u
-    middle = torch.func.vjp(space.score, 0.5 * (u + end))[1](along)[0]
-    (start, first), (other, last) = (_pulled(space, at, along) for at in (u, end))
-    size = along.abs().amax() * torch.finfo(u.dtype).eps ** 0.5
-    scale = size * (1 + torch.stack([first, middle, last, start, other]).abs().amax())
-    is_constant = torch.stack([first - middle, last - middle]).abs().amax() <= scale
-    return bool(is_constant & ((other - start - middle).abs().amax() > scale))
+    along = _other_rows(u, space) - u
+
+    def slope(t: Tensor) -> tuple[Tensor, Tensor]:
+        """The first two derivatives on every way in nats, of opposite sign, ``rows``."""
+        at = u + t.reshape(t.shape + (1,) * space.event_dim) * along
+        score, second = space.score_and_curvatures(at, along.unsqueeze(0))
+        return space.over_event(score * along), second[0]
+
+    found = _bisected(slope, u.new_zeros(space.rows(u)))
+    return float(found.double().mean()) > FEWEST and torch.allclose(space.score(u), space.score(u))
 
 
-def _pulled(space: Unconstrained, u: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
-    """The score, and its derivative along a direction: Hessians are symmetric."""
-    score, pull_back = torch.func.vjp(space.score, u)[:2]
-    return score, pull_back(along)[0]
+class _Stretch(NamedTuple):
+    """The part of every way that is looked at: where it begins, and slopes there, ``rows``."""
+
+    start: Tensor
+    at_start: Tensor
+    at_middle: Tensor
+    at_end: Tensor
+
+
+def _bisected(slope: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> Tensor:
+    """Returns on which ways a change of the slope stays however short the stretch becomes."""
+    ends = [slope(start + t)[0] for t in (0.0, 0.5, 1.0)]
+    stretch, halfway = _Stretch(start, *ends), torch.zeros_like(start)
+    tolerance = start.new_tensor(torch.finfo(start.dtype).eps).sqrt() * (1 + _largest(ends))
+    num_halvings = round(-math.log2(torch.finfo(start.dtype).eps)) - 3  # points stay apart
+    for k in range(num_halvings):
+        stretch, left = _half(slope, stretch, 0.5**k)
+        if not bool((left > tolerance).any()):
+            break
+        halfway = left if k == num_halvings // 2 else halfway
+    return (left > tolerance) & (left > PERSISTENT * halfway)
+
+
+def _half(
+    slope: Callable[[Tensor], tuple[Tensor, Tensor]], stretch: _Stretch, width: float
+) -> tuple[_Stretch, Tensor]:
+    """Returns the half of which the midpoint rule explains less, and how much it leaves, >= 0."""
+    start, at_start, at_middle, at_end = stretch
+    (first, second), (third, fourth) = (slope(start + q * width) for q in (0.25, 0.75))
+    left = (at_middle - at_start - 0.5 * width * second).abs()
+    right = (at_end - at_middle - 0.5 * width * fourth).abs()
+    goes_left = left >= right
+    begin = _Stretch(start, at_start, first, at_middle)
+    end = _Stretch(start + 0.5 * width, at_middle, third, at_end)
+    half = (torch.where(goes_left, a, b) for a, b in zip(begin, end, strict=True))
+    return _Stretch(*half), torch.maximum(left, right)
+
+
+def _other_rows(u: Tensor, space: Unconstrained) -> Tensor:
+    """Returns another row for each, and the mirror image of coordinates that are the same there."""
+    num_rows = space.rows(u).numel()
+    other = u.flatten(0, -1 - space.event_dim) if space.rows(u) else u.unsqueeze(0)
+    other = other.roll(num_rows // 2, 0).reshape(u.shape)
+    return torch.where(other == u, -u - 0.5, other)
+
+
+def _largest(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).abs().amax(0)

@@ -16,15 +16,17 @@ from tqdm.auto import tqdm
 from pyro_ebm.infer import divergence
 from pyro_ebm.infer.captured_step import CapturedStep
 from pyro_ebm.infer.checkpoint import save_checkpoint
-from pyro_ebm.infer.early_stopping import EarlyStopping, State, checked_value
+from pyro_ebm.infer.early_stopping import EarlyStopping, checked_value
 from pyro_ebm.infer.fit_options import Options
 from pyro_ebm.infer.fit_result import FitResult
 from pyro_ebm.infer.held_out import HeldOutLoss, held_out
-from pyro_ebm.infer.minibatch import Batches
+from pyro_ebm.infer.interrupts import Interrupts
+from pyro_ebm.infer.minibatch import Batches, Plates
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.infer.optimizers import new_optimizer
 from pyro_ebm.infer.run_modules import modules_of, noting_calls
 from pyro_ebm.infer.run_settings import settings_of
+from pyro_ebm.infer.run_state import restore, state_of
 
 _OWN = "log_normalizer of "
 _UNDECAYED = {"weight_decay": 0.0}  # log Z is as large as it is: shrinking it bends the energy
@@ -57,6 +59,8 @@ class TrainingRun:
         self.parameters: dict[str, Tensor] = {}
         self.groups: list[list[str]] = []
         self.called: list[nn.Module] = []
+        self.num_steps = 0
+        self.plates = Plates()
         self.settings = settings_of(objective, options.optim, options.lr, batches.batch_size)
         self.result = FitResult()
         self._criterion = self._new_criterion()
@@ -71,9 +75,10 @@ class TrainingRun:
 
     def loop(self, num_steps: int) -> None:
         """Trains until so many steps are done in all, or patience is exhausted."""
-        todo = range(self.result.num_steps, num_steps)
+        self.num_steps, todo = num_steps, range(self.result.num_steps, num_steps)
         hidden = self.options.disable_progbar
-        with tqdm(todo, desc=f"fit {type(self.objective).__name__}", disable=hidden) as bar:
+        name = f"fit {type(self.objective).__name__}"
+        with Interrupts() as interrupts, tqdm(todo, desc=name, disable=hidden) as bar:
             for step in bar:
                 if self.is_over:
                     break
@@ -81,6 +86,7 @@ class TrainingRun:
                 self._after_step(step + 1)
                 if not hidden and step % 10 == 0:
                     bar.set_postfix_str(self._describe(loss), refresh=False)
+                interrupts.let_through()
 
     # --- one step
 
@@ -100,6 +106,8 @@ class TrainingRun:
         """Deposits gradients, those of a resting player as ``None``, and returns the loss."""
         if self._captured is None:
             return self._backward(batch, scaling)
+        if self._may_be_the_last():
+            self._captured.look_again()
         replayed = self._captured.replay(batch, self.parameters)
         if replayed is not None:
             for p, grad in zip(self.parameters.values(), replayed.grads, strict=True):
@@ -107,6 +115,12 @@ class TrainingRun:
             return replayed.loss
         with self._captured.compared(batch, scaling, self.parameters, modules_of(self)):
             return self._backward(batch, scaling)
+
+    def _may_be_the_last(self) -> bool:
+        """Whether the run may end with the step in progress, by its number or by patience."""
+        step = self.result.num_steps + 1
+        is_point = step % self.options.validate_every == 0
+        return step == self.num_steps or (self.stopping is not None and is_point)
 
     def _backward(self, batch: tuple[Tensor, ...], scaling: Any) -> Tensor:
         loss = self._loss(batch, scaling)
@@ -118,12 +132,18 @@ class TrainingRun:
 
     def _loss(self, batch: tuple[Tensor, ...], scaling: Any) -> Tensor:
         """The loss per datum on a batch; parameters met for the first time are taken in."""
-        watched = noting_calls(self.called) if not self.parameters else nullcontext()
+        watched = self._watched() if not self.parameters else nullcontext()
         with poutine.trace(param_only=True) as capture, scaling, watched:
             own = self._announce_modules()
             loss = self.objective.differentiable_loss(self.model, self.guide, *batch)
         self._collect(capture.trace, own)
         return loss / self.batches.num_rows
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Notes which modules the model calls, and its plates."""
+        with noting_calls(self.called), self.plates:
+            yield
 
     def _move(self, loss: float) -> None:
         step = self.result.num_steps + 1
@@ -162,8 +182,14 @@ class TrainingRun:
                 "as it was made decides from step to step what to do (refit_every, throttle, "
                 "chains that persist): leave capture and compile out"
             )
-        num_rows, compiled = self.batches.num_rows, options.compile
-        return CapturedStep(objective, self.model, self.guide, num_rows, compile=compiled)
+        return CapturedStep(
+            objective,
+            self.model,
+            self.guide,
+            self.batches.num_rows,
+            called=self.called,
+            compile=options.compile,
+        )
 
     def _announce_modules(self) -> dict[str, Tensor]:
         """Tells the objective of parameters optimized although no ``pyro.module`` names them."""
@@ -257,7 +283,7 @@ class TrainingRun:
             divergence.warn_running_away(losses, self.objective)
         if isinstance(self._criterion, HeldOutLoss) and not self._criterion.is_prepared:
             with held_out(modules_of(self).values()):  # what it refuses, it refuses at once
-                self._criterion.prepare()
+                self._criterion.prepare(self.plates.full_sizes)
         if self._criterion is not None and step % options.validate_every == 0:
             self._validate(step)
         if options.checkpoint is not None and step % options.checkpoint_every == 0:
@@ -268,9 +294,11 @@ class TrainingRun:
             value = checked_value(self._criterion(), step)  # type: ignore[misc]
         self.result.validation.append((step, value))
         if self.stopping is not None:
-            self.stopping.see(step, value, self._state)
+            self.stopping.see(step, value, lambda: deepcopy(state_of(self)))
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(value)
+        if self._captured is not None:
+            self._captured.look_again()  # a criterion is the user's code
 
     def save(self) -> None:
         """Writes the checkpoint; parameters that are not finite do not replace good ones."""
@@ -328,34 +356,9 @@ class TrainingRun:
 
     # --- the best point
 
-    def _state(self) -> State:
-        """Copies all that a point of the training consists of, but for the optimizer."""
-        objective = self.objective
-        return {
-            "parameters": _copied(self.parameters),
-            "buffers": {n: _copied(dict(m.named_buffers())) for n, m in modules_of(self).items()},
-            "objective": deepcopy(objective.state_dict())
-            if isinstance(objective, nn.Module)
-            else {},
-            "averaged": _copied(self.result.averaged),
-        }
-
-    @torch.no_grad()
     def finish(self) -> None:
         """Goes back to the best point, if one was kept."""
         if self.stopping is None or self.stopping.best is None:
             return
-        state = self.stopping.state
-        for name, value in state["parameters"].items():
-            self.parameters[name].copy_(value)
-        for name, module in modules_of(self).items():
-            for key, buffer in module.named_buffers():
-                buffer.copy_(state["buffers"][name][key])
-        if isinstance(self.objective, nn.Module):
-            self.objective.load_state_dict(state["objective"])
-        self.result.averaged = _copied(state["averaged"])
+        restore(self.stopping.state, self)
         self.result.best, self.result.stopped_early = self.stopping.best, self.is_over
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}

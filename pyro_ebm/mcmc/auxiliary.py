@@ -13,6 +13,7 @@ Reference:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -24,6 +25,19 @@ class Auxiliary(ABC):
     """How the auxiliary draws of an exponential family are made."""
 
     is_exact: bool
+    moves_by_sweeps = False  # of the energy's own kernel
+    bias = "its auxiliary draws are not exact"  # of draws that are not, in words
+
+    def bound(self, families: Mapping[str, ExponentialFamily]) -> Auxiliary:
+        """Returns what draws for the sites of a model, whatever was drawn before.
+
+        Args:
+            families: Their energies by name.
+
+        Raises:
+            ValueError: If it cannot draw for these.
+        """
+        return self
 
     @abstractmethod
     def draw(self, family: ExponentialFamily, observed: Tensor) -> Tensor:
@@ -46,6 +60,14 @@ class Auxiliary(ABC):
         """
         return family.sweep(y, 1)
 
+    def effective_draws(self, family: ExponentialFamily) -> Tensor | None:
+        """Returns how many draws of a pool stand behind one, ``(C,) + B``; ``None`` without a pool.
+
+        Args:
+            family: The energy at some parameters, ``batch_shape == (C,) + B``.
+        """
+        return None
+
 
 class ExactDraws(Auxiliary):
     """Draws by the energy's own exact sampler."""
@@ -53,8 +75,12 @@ class ExactDraws(Auxiliary):
     is_exact = True
 
     def draw(self, family: ExponentialFamily, observed: Tensor) -> Tensor:
-        """Returns exact draws."""
-        return family.sample()
+        """Returns exact draws.
+
+        Raises:
+            ValueError: If the energy's ``sample`` gives them another shape.
+        """
+        return shaped(family.sample(), family, "sample()")
 
 
 class Sweeps(Auxiliary):
@@ -65,6 +91,8 @@ class Sweeps(Auxiliary):
     """
 
     is_exact = False
+    moves_by_sweeps = True
+    bias = "its auxiliary draws are sweeps from the data, and too wide by what they remember of it"
 
     def __init__(self, num_sweeps: int = 20) -> None:
         self.num_sweeps = whole("num_sweeps", num_sweeps, least=1)
@@ -72,4 +100,19 @@ class Sweeps(Auxiliary):
     def draw(self, family: ExponentialFamily, observed: Tensor) -> Tensor:
         """Returns where the sweeps have led."""
         start = observed.expand(family.batch_shape + family.event_shape)
-        return family.sweep(start, self.num_sweeps)
+        return shaped(family.sweep(start, self.num_sweeps), family, "sweep()")
+
+
+def shaped(y: Tensor, family: ExponentialFamily, method: str) -> Tensor:
+    """Returns draws, once there is one for each element of the family's batch.
+
+    Raises:
+        ValueError: If they would be broadcast: rows that share a draw are no data set.
+    """
+    shape = family.batch_shape + family.event_shape
+    if y.shape != shape:
+        raise ValueError(
+            f"{method} of {type(family).__name__} returned shape {tuple(y.shape)}, expected "
+            f"batch_shape + event_shape = {tuple(shape)}: a draw of its own for every row and chain"
+        )
+    return y

@@ -148,6 +148,8 @@ class MCMC:
             except KeyboardInterrupt:
                 self.interrupted = True
         self._warn_of_lost_chains()
+        for doubt in self.doubts():
+            warnings.warn(doubt, ApproximateSampleWarning, stacklevel=2)
         self.seconds = time.perf_counter() - started
 
     def _check_names(self, target: Target, q: Tensor) -> None:
@@ -276,7 +278,15 @@ class MCMC:
             adjusted=self.kernel.adjusted,
             inverse_temperature=self.kernel.inverse_temperature,
             seconds=self.seconds,
+            attrs={
+                **({} if self.kernel.adjusted else {"bias": self.kernel.bias}),
+                **({"doubts": "; ".join(doubts)} if (doubts := self.doubts()) else {}),
+            },
         )
+
+    def doubts(self) -> list[str]:
+        """Returns what the kernel says of the kept draws' statistics, a sentence each."""
+        return self.kernel.doubts(self.diagnostics()) if self._num_kept else []
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns the statistics of every kept draw, ``(num_chains, draws)``."""

@@ -161,7 +161,7 @@ def exchange_diagnostics(
         (80, '4 auxiliary draws each by 8 sweeps from the data')
     """
     target, blocks = _draws(mcmc, whole("max_draws", max_draws, least=MIN_BLOCKS))
-    auxiliary = auxiliary or best_for(target, LONG_SWEEPS)
+    auxiliary = (auxiliary or best_for(target, LONG_SWEEPS)).bound(target.energies)
     q = blocks.flatten(0, 1)
     found = bartlett(target, q, auxiliary, whole("num_auxiliary", num_auxiliary, least=2))
     x, score, second = _whitened(q, found)
@@ -260,8 +260,9 @@ def _statistics(target: ExchangeTarget, naturals: Values, auxiliary: Auxiliary) 
 
 def _pulled(naturals: Values, statistics: Values, leaf: Tensor) -> Tensor:
     """The statistics' gradient with respect to q, ``(n, D)``: their covariance there is J'Cov J."""
-    values = [statistics[name].to(natural.dtype) for name, natural in naturals.items()]
-    (found,) = torch.autograd.grad(list(naturals.values()), leaf, values, retain_graph=True)
+    moving = {name: natural for name, natural in naturals.items() if natural.requires_grad}
+    values = [statistics[name].to(natural.dtype) for name, natural in moving.items()]
+    (found,) = torch.autograd.grad(list(moving.values()), leaf, values, retain_graph=True)
     return found
 
 

@@ -13,12 +13,14 @@ density to compare it with.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc.auxiliary import Auxiliary, ExactDraws, Sweeps
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget, exchange_target
@@ -28,6 +30,12 @@ from pyro_ebm.mcmc.random_walk import BEST_ACCEPT_PROB, FIRST_STEP_SIZE
 from pyro_ebm.mcmc.target import Values
 from pyro_ebm.mcmc.tuned_kernel import TunedKernel
 from pyro_ebm.ops.arguments import whole
+
+LEAST_DRAWS = 2.0
+"""Effective draws of a pool below which one outweighs all others, and says nothing of log Z."""
+
+MAX_BEYOND = 0.01
+"""The share of proposals beyond a pool's reach that is not worth a word."""
 
 
 class ExchangeKernel(TunedKernel):
@@ -79,8 +87,14 @@ class ExchangeKernel(TunedKernel):
                 "Exchange needs energies that are exponential families without a base, got "
                 f"{', '.join(others)}: derive the energy from ExponentialFamily"
             )
-        self._drawn_by = self.auxiliary or best_for(target)
-        self.adjusted = self._drawn_by.is_exact
+        self._drawn_by = (self.auxiliary or best_for(target)).bound(families)
+        bridged = self.num_bridges > 0 and type(self._drawn_by).bridge is Auxiliary.bridge
+        check_drawable(
+            target,
+            exactly=isinstance(self._drawn_by, ExactDraws),
+            by_sweeps=self._drawn_by.moves_by_sweeps or bridged,
+        )
+        self.adjusted, self.bias = self._drawn_by.is_exact, self._drawn_by.bias
         return target
 
     def init(self, potential: CapturedPotential, q: Tensor) -> State:
@@ -105,7 +119,9 @@ class ExchangeKernel(TunedKernel):
     def decided(self, potential: CapturedPotential, state: State, to: State) -> tuple[State, Info]:
         """Returns the state with the chains moved that accept, and what diagnostics need."""
         moved, accept_prob = accept(state, to, self.log_accept(potential, state, to))
-        return moved, {"acceptance_rate": accept_prob, "non_finite": ~torch.isfinite(to.potential)}
+        lost = ~torch.isfinite(to.potential)
+        reach = self.reach(target_of(potential), to.extra)
+        return moved, {"acceptance_rate": accept_prob, "non_finite": lost, **reach}
 
     def log_accept(self, potential: CapturedPotential, state: State, to: State) -> Tensor:
         """Returns U - U' and what the auxiliary draws say of Z / Z', ``(C,)``."""
@@ -125,7 +141,8 @@ class ExchangeKernel(TunedKernel):
             new: Those proposed.
 
         Returns:
-            Shape ``(C,) + B``, weighted as the site; exponentials have the mean Z / Z'.
+            Shape ``(C,) + B``, weighted as the site; exponentials have the mean Z / Z'. -inf where
+            auxiliary draws of a pool do not reach.
         """
         step = (old[name] - new[name]) / (self.num_bridges + 1)
         if not bool(step.any()):
@@ -136,7 +153,54 @@ class ExchangeKernel(TunedKernel):
         for k in range(1, self.num_bridges + 1):
             y = self._drawn_by.bridge(template.with_natural(new[name] + k * step), y)
             total = total + (step * template.statistics(y)).sum(-1)
-        return total * target.weights[name]
+        beyond = self._leads_beyond(template, old[name], new[name]) & (target.weights[name] != 0)
+        return torch.where(beyond, -torch.inf, total * target.weights[name])
+
+    # --- the reach of a pool
+
+    def _leads_beyond(self, template: ExponentialFamily, old: Tensor, new: Tensor) -> Tensor:
+        """Whether a jump leads to where too few draws of a pool count, and to fewer, ``(C,) + B``.
+
+        A chain that starts there may come back.
+        """
+        draws = self._drawn_by.effective_draws(template.with_natural(new))
+        if draws is None or not bool((draws < LEAST_DRAWS).any()):
+            return torch.zeros(new.shape[:-1], dtype=torch.bool, device=new.device)
+        before = self._drawn_by.effective_draws(template.with_natural(old))
+        assert before is not None
+        return (draws < LEAST_DRAWS) & (draws < before)
+
+    def reach(self, target: ExchangeTarget, naturals: Values) -> Info:
+        """Returns how many draws of a pool stand behind those for proposals; empty without a pool.
+
+        Args:
+            target: The model.
+            naturals: Natural parameters of all sites at the proposals, ``(C,) + B + (p,)``.
+
+        Returns:
+            ``effective_draws``, the least of each chain's elements that count, ``(C,)``.
+        """
+        found = []
+        for name, template in target.energies.items():
+            draws = self._drawn_by.effective_draws(template.with_natural(naturals[name]))
+            if draws is not None:
+                counted = torch.where(target.weights[name] != 0, draws, torch.inf)
+                found.append(counted.reshape(len(counted), -1).amin(1))
+        return {"effective_draws": torch.stack(found).amin(0)} if found else {}
+
+    def doubts(self, stats: Mapping[str, Tensor]) -> list[str]:
+        """Returns a sentence if the posterior is cut off where a pool ends."""
+        if "effective_draws" not in stats:
+            return []
+        beyond = float((stats["effective_draws"] < LEAST_DRAWS).double().mean())
+        if beyond <= MAX_BEYOND:
+            return []
+        return [
+            f"{beyond:.0%} of the proposals lie beyond the pool of auxiliary draws, where one of "
+            "them outweighs all others, and were rejected: the posterior is cut off there. Give a "
+            "pool drawn nearer to the posterior, or of more draws, start chains near its anchor "
+            "(initial_params=), or use Sweeps"
+        ]
 
 
 def target_of(potential: CapturedPotential) -> ExchangeTarget:
@@ -149,3 +213,25 @@ def target_of(potential: CapturedPotential) -> ExchangeTarget:
 def best_for(target: ExchangeTarget, num_sweeps: int = 20) -> Auxiliary:
     """Returns how auxiliary draws are best made: exactly where all energies can, else by sweeps."""
     return ExactDraws() if target.draws_are_exact else Sweeps(num_sweeps)
+
+
+def check_drawable(target: ExchangeTarget, *, exactly: bool, by_sweeps: bool) -> None:
+    """Raises where auxiliary draws would be those of another law.
+
+    Args:
+        target: The model.
+        exactly: Whether they come from the energies' exact samplers.
+        by_sweeps: Whether the energies' kernels move them.
+
+    Raises:
+        TypeError: If they are not of the sites' laws.
+    """
+    bad = target.without_sweeps if by_sweeps else []
+    if bad or (exactly and not target.draws_are_exact):
+        name = repr(bad[0]) if bad else f"among {sorted(target.energies)}"
+        raise TypeError(
+            f"EBM site {name}: nothing draws from its law. sample() and sweep() of its energy are "
+            "missing or those of another law: of another support than the distribution's, or "
+            "inherited by a class that changes the energy. Define them beside it, give auxiliary=, "
+            "or use posterior(..., method='generalized')"
+        )

@@ -50,12 +50,14 @@ class ExchangeTarget(ModelTarget):
         energies: Their energies, as the model made them once; parameters are of no account.
         weights: What counts of each site, ``B``: scale times mask.
         draws_are_exact: Whether the energies of all these sites draw from their laws themselves.
+        without_sweeps: The sites whose energy has no kernel for their law.
     """
 
     observed: Values
     energies: dict[str, Any]
     weights: Values
     draws_are_exact: bool
+    without_sweeps: list[str]
 
     def watch(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -84,6 +86,7 @@ class ExchangeTarget(ModelTarget):
         check_fixed_sites(self, self._sites_at, sites.observed)
         self.energies = {name: law.energy_function for name, law in sites.laws.items()}
         self.draws_are_exact = all(law.energy_draws_exactly for law in sites.laws.values())
+        self.without_sweeps = [name for name, law in sites.laws.items() if not law.energy_sweeps]
         self._has_base = any(law.base is not None for law in sites.laws.values())
         self._captured = CapturedFunction(self._naturals, self.name, compile=False, capture=True)
 

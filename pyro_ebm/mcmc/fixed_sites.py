@@ -1,16 +1,17 @@
 r"""What exchange reads off an EBM site once must be the same at every value of the latents.
 
 A proposal is judged by :math:`(\eta - \eta') \cdot T(y)`, with T and what counts of y as they were
-at one draw of the model. If a latent moves T itself (a curved family), energies at two parameters
-do not differ by that; if it moves the mask, Z enters the likelihood a number of times that changes,
-which no ratio of two Z's of one data set makes up for. Chains would mix, to the wrong posterior.
+at one draw of the model. If a latent moves T itself (a curved family), or a part of the energy
+beside :math:`-\eta \cdot T`, energies at two parameters do not differ by that; if it moves the
+mask, Z enters the likelihood a number of times that changes, which no ratio of two Z's of one data
+set makes up for. Chains would mix, to the wrong posterior.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyro
 import torch
@@ -36,7 +37,7 @@ class SeenSites(Protocol):
 def check_fixed_sites(
     target: ModelTarget, look: Callable[[Tensor], SeenSites], observed: Values
 ) -> None:
-    """Raises if statistics, mask or scale of a site depend on a latent.
+    """Raises if statistics, mask, scale or the rest of the energy of a site depend on a latent.
 
     They are compared at some positions. That a latent is in the graph of the statistics counts too:
     there are data at which they happen not to move, such as zeros.
@@ -62,8 +63,8 @@ def check_fixed_sites(
 def _check_graphs(look: Callable[[Tensor], SeenSites], q: Tensor, observed: Values) -> None:
     with torch.enable_grad():
         q = q.detach().requires_grad_()
-        for (name, what), value in _terms(look(q), observed).items():
-            if value.requires_grad and _leads_to(value, q):
+        for (name, what), (value, _) in _terms(look(q), observed).items():
+            if what != "energy" and value.requires_grad and _leads_to(value, q):  # it cancels
                 raise ValueError(_sentence(name, what))
 
 
@@ -75,38 +76,58 @@ def _check_values(
     target: ModelTarget,
     look: Callable[[Tensor], SeenSites],
     observed: Values,
-    first: Mapping[tuple[str, str], Tensor],
+    first: Mapping[tuple[str, str], Term],
     q: Tensor,
 ) -> None:
     def changes(row: Tensor) -> tuple[Tensor, ...]:
         terms = _terms(look(row), observed)
-        return tuple(_change(terms[key], value) for key, value in first.items())
+        return tuple(_change(term, terms[key]) for key, term in first.items())
 
     for (name, what), change in zip(first, target.over_rows(changes, q), strict=True):
         if bool((change > 0).any()):
             raise ValueError(_sentence(name, what))
 
 
-def _terms(sites: SeenSites, observed: Values) -> dict[tuple[str, str], Tensor]:
-    """What must not move, by site and kind."""
-    energies = {name: law.energy_function for name, law in sites.laws.items()}
-    families = {n: e for n, e in energies.items() if isinstance(e, ExponentialFamily)}
-    statistics = {(n, "statistics"): e.statistics(observed[n]) for n, e in families.items()}
-    return statistics | {(n, "weights"): w for n, w in sites.weights.items()}
+class Term(NamedTuple):
+    """Something that must not move.
+
+    Args:
+        value: What it is.
+        size: Of what it was computed from, of its shape: the measure of rounding errors.
+    """
+
+    value: Tensor
+    size: Tensor
 
 
-def _change(value: Tensor, first: Tensor) -> Tensor:
-    """How far a tensor is from what it was, beyond rounding; 0-d."""
-    size = first.abs().nan_to_num(0.0).amax().clamp_min(torch.finfo(first.dtype).tiny)
-    same = (value == first) | (value.isnan() & first.isnan())  # NaN: of rows that are masked
-    off = torch.where(same, 0.0, (value - first).abs() / size).nan_to_num(torch.inf).amax()
-    return torch.relu(off - _NUM_EPS * torch.finfo(first.dtype).eps)
+def _terms(sites: SeenSites, observed: Values) -> dict[tuple[str, str], Term]:
+    """What a site's natural parameters do not hold, by site and kind."""
+    found = {(n, "weights"): Term(w, w.abs()) for n, w in sites.weights.items()}
+    for name, law in sites.laws.items():
+        energy, x = law.energy_function, observed[name]
+        if isinstance(energy, ExponentialFamily):
+            statistics = energy.statistics(x)
+            found[name, "statistics"] = Term(statistics, statistics.abs().nan_to_num(0.0))
+            linear, whole = -(statistics * energy.natural()).sum(-1), energy(x)
+            found[name, "energy"] = Term(whole - linear, whole.abs().maximum(linear.abs()))
+    return found
+
+
+def _change(first: Term, now: Term) -> Tensor:
+    """How far a term is from what it was, beyond rounding; 0-d."""
+    sizes = torch.maximum(first.size, now.size)
+    known = sizes.isfinite()  # far out, energies are not
+    size = torch.where(known, sizes, 0.0).amax().clamp_min(torch.finfo(sizes.dtype).tiny)
+    same = (now.value == first.value) | (now.value.isnan() & first.value.isnan())  # masked rows
+    off = torch.where(same | ~known, 0.0, (now.value - first.value).abs() / size)
+    return torch.relu(off.nan_to_num(torch.inf).amax() - _NUM_EPS * torch.finfo(off.dtype).eps)
 
 
 def _sentence(name: str, what: str) -> str:
-    if what == "statistics":
+    if what != "weights":
+        part = "statistics" if what == "statistics" else "terms beside -natural * statistics"
         return (
-            f"EBM site {name!r}: the statistics of its energy depend on a latent, and exchange and "
+            f"EBM site {name!r}: the {part} of its energy depend on a latent, and exchange and "
             "anchors follow a law by its natural parameters alone: hold that latent fixed, give "
             "the distribution a log_normalizer, or use posterior(..., method='generalized')"
         )

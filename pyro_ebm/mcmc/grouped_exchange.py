@@ -102,19 +102,22 @@ class GroupedExchange(ExchangeKernel):
 
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
         """Moves every group, then what they share."""
-        state, accepted = self._move_groups(potential, state)
-        return self._move_shared(potential, state, accepted)
+        state, accepted, reach = self._move_groups(potential, state)
+        state, info = self._move_shared(potential, state, accepted)
+        return state, {**info, **reach}
 
     def warm_step(
         self, potential: CapturedPotential, state: State, *, metric_is_final: bool
     ) -> tuple[State, Info]:
         """Moves, and tunes the jumps of every group by what all chains accepted."""
         state = self._with_metric(state)
-        state, accepted = self._move_groups(potential, state)
+        state, accepted, _ = self._move_groups(potential, state)
         return self._move_shared(potential, self._tuned(state, accepted), accepted)
 
-    def _move_groups(self, potential: CapturedPotential, state: State) -> tuple[State, Tensor]:
-        """The state after one jump of every group, and acceptance probabilities, ``(C, G)``."""
+    def _move_groups(
+        self, potential: CapturedPotential, state: State
+    ) -> tuple[State, Tensor, Info]:
+        """The state after a jump of every group, how likely each was, ``(C, G)``, and its reach."""
         groups, target = self.groups, target_of(potential)
         q = self._jumped(state)
         new, log_ratio = target.naturals(q), groups(q) - groups(state.position)
@@ -123,7 +126,7 @@ class GroupedExchange(ExchangeKernel):
             log_ratio = log_ratio + groups.sums_of(name, terms)
         moves, accept_prob = decisions(log_ratio)
         moved = self.at(potential, state, groups.joined(moves, q, state.position))
-        return moved, accept_prob
+        return moved, accept_prob, self.reach(target, new)
 
     def _jumped(self, state: State) -> Tensor:
         """Positions after a jump in the coordinates of every group."""

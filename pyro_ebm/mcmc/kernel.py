@@ -8,7 +8,7 @@ holds what diagnostics need, under ArviZ's names.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from typing import Any
@@ -97,6 +97,7 @@ class Kernel(ABC):
     """
 
     adjusted = True
+    bias = "its draws are biased by the step size"  # of a kernel that is not adjusted, in words
     needs_gradient = True
     knows_potential = True  # whether U of a state is that of its position
     goes_on_from_position = True  # whether a chain may be taken up at its position alone
@@ -220,6 +221,10 @@ class Kernel(ABC):
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
         """Returns the tuning to start with."""
         return {}
+
+    def doubts(self, stats: Mapping[str, Tensor]) -> list[str]:
+        """Returns what a run's statistics, ``(C, draws)`` each, leave in doubt, in sentences."""
+        return []
 
     def find_step_size(self, potential: CapturedPotential, state: State) -> State:
         """Returns the state with a step size of the right order, where the kernel can find one."""

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.exchange_kernel import ExchangeKernel
+from pyro_ebm.mcmc.exchange_kernel import ExchangeKernel, target_of
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget
 from pyro_ebm.mcmc.hamiltonian import draw_momentum, leapfrog
 from pyro_ebm.mcmc.kernel import Info, State
@@ -125,7 +125,8 @@ class SurrogateExchange(ExchangeKernel):
         """Moves the chains whose proposals are accepted."""
         to, gain = self._proposed(potential, state)
         moved, accept_prob = accept(state, to, self.log_accept(potential, state, to) + gain)
-        return moved, {"acceptance_rate": accept_prob, "non_finite": ~torch.isfinite(gain)}
+        lost, reach = ~torch.isfinite(gain), self.reach(target_of(potential), to.extra)
+        return moved, {"acceptance_rate": accept_prob, "non_finite": lost, **reach}
 
     def _proposed(self, potential: CapturedPotential, state: State) -> tuple[State, Tensor]:
         """Where every chain may go, and the log of how much likelier the way back is, ``(C,)``.

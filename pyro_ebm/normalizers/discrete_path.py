@@ -189,6 +189,6 @@ def draws_of_chains(
 def _with_sweeps(law: EnergyDistribution) -> ExponentialFamily | None:
     """The law's energy if it is a family that moves by itself."""
     energy = law.energy_function
-    if law.base is None and isinstance(energy, ExponentialFamily) and energy.has_sweep:
+    if isinstance(energy, ExponentialFamily) and law.energy_sweeps:
         return energy
     return None

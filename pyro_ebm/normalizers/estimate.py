@@ -14,7 +14,6 @@ from dataclasses import replace
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
-from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.normalizers.ais import ais
 from pyro_ebm.normalizers.bridge import bridge, least_draws
@@ -113,12 +112,12 @@ def _on_a_grid(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer:
 def _of_states(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer:
     """Annealing by a family's own sweeps, else particles beside a bridge."""
     law = single(dist, "estimate_log_normalizer")
-    states, energy = States.finite(law), law.energy_function
+    states = States.finite(law)
     if states is None and law.base is None:
         raise NotImplementedError(
             f"{dist!r} has infinitely many states and no base to start from: give base="
         )
-    if isinstance(energy, ExponentialFamily) and energy.has_sweep and law.base is None:
+    if law.energy_sweeps:
         return from_uniform(dist)
     return agreed(smc(dist), _bridged(dist, draws))
 

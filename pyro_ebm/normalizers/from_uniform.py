@@ -140,9 +140,9 @@ def _shifted(found: LogNormalizer, log_number: float) -> LogNormalizer:
 
 def _family_of(law: EnergyDistribution) -> ExponentialFamily:
     family = law.energy_function
-    if not isinstance(family, ExponentialFamily) or not family.has_sweep or law.base is not None:
+    if not isinstance(family, ExponentialFamily) or not law.energy_sweeps:
         raise TypeError(
             "annealing from the uniform law moves by the sweeps of an ExponentialFamily without a "
-            f"base, got {type(family).__name__}: on the reals with a base use ais"
+            f"base, on the family's own support, got {law!r}: on the reals with a base use ais"
         )
     return family

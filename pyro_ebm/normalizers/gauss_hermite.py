@@ -20,10 +20,12 @@ Reference: Golub, Welsch, Calculation of Gauss quadrature rules, Math. of Comput
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal
 
@@ -50,8 +52,8 @@ def gauss_hermite(dist: EnergyDistribution, *, num_nodes: int = 32) -> LogNormal
         num_nodes: Nodes in each dim, 4 to 150.
 
     Returns:
-        ``LogNormalizer`` of the batch shape, in nats; ``stderr`` is the change from fewer nodes, and
-        no standard error. In a model it is NaN where that is above
+        ``LogNormalizer`` of the batch shape, in nats; ``stderr`` is the larger change from fewer
+        nodes, and no standard error. In a model log Z is NaN where that is above
         :data:`~.held_nodes.LARGEST_ERROR`.
 
     Raises:
@@ -148,9 +150,7 @@ class _Gaussian:
         return x.reshape(x.shape[:-1] + self.event_shape)
 
 
-def _with_change(
-    law: EnergyDistribution, base: _Gaussian, num_nodes: int
-) -> tuple[Tensor, Tensor]:
+def _with_change(law: EnergyDistribution, base: _Gaussian, num_nodes: int) -> tuple[Tensor, Tensor]:
     """Returns log E exp(-E) over the base and its change from fewer nodes, of the batch shape."""
     value = _log_mean(law, base, num_nodes)
     with torch.no_grad():
@@ -167,8 +167,13 @@ def _log_mean(law: EnergyDistribution, base: _Gaussian, num_nodes: int) -> Tenso
 
 def _nodes(num_nodes: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Nodes ``(n^D, D)`` and log weights ``(n^D,)`` of the standard normal, in float64."""
-    points, weights = np.polynomial.hermite_e.hermegauss(num_nodes)
-    z = torch.as_tensor(points, device=like.device)
-    log_w = torch.as_tensor(np.log(weights / weights.sum()), device=like.device)
+    z, log_w = (torch.as_tensor(row, device=like.device) for row in _rule(num_nodes))
     grid = torch.cartesian_prod(*[z] * dim).reshape(-1, dim)
     return grid, torch.cartesian_prod(*[log_w] * dim).reshape(-1, dim).sum(-1)
+
+
+@cache
+def _rule(num_nodes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Nodes and log weights in one dim: an eigenvalue problem, solved once."""
+    points, weights = np.polynomial.hermite_e.hermegauss(num_nodes)
+    return points, np.log(weights / weights.sum())

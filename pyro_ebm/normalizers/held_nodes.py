@@ -9,7 +9,6 @@ with its slope, which kernels reject. The same holds wherever values cannot be l
 
 from __future__ import annotations
 
-import torch
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
@@ -31,9 +30,10 @@ class HeldNodes:
         remedy: What to do there.
 
     Example:
-        >>> nodes = HeldNodes("rule", "of a narrow law", "use more nodes")
+        >>> import torch
+        >>> nodes = HeldNodes("rule", "of a narrow law", "use more")
         >>> print(nodes.log_normalizer(torch.tensor(0.5), torch.tensor(0.2), ()))
-        log Z = 0.50 ± 0.20 nats (rule); not to be trusted: its nodes err by 0.2 nats: use more nodes
+        log Z = 0.50 ± 0.20 nats (rule); not to be trusted: its nodes err by 0.2 nats: use more
     """
 
     def __init__(self, method: str, where: str, remedy: str) -> None:
@@ -57,5 +57,7 @@ class HeldNodes:
             holds, is_looked_at = True, False
         if not is_looked_at:
             value = self.beyond.told(value, held)
-        remarks = () if holds else (f"its nodes err by {float(error.max()):.2g} nats: {self.remedy}",)
+        remarks = (
+            () if holds else (f"its nodes err by {float(error.max()):.2g} nats: {self.remedy}",)
+        )
         return LogNormalizer(value, error, self.method, remarks=remarks, parameters=parameters)

@@ -17,9 +17,14 @@ Reference:
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
+import pyro
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
@@ -30,6 +35,7 @@ from pyro_ebm.normalizers.growth import check_grows
 from pyro_ebm.normalizers.held_nodes import HeldNodes
 from pyro_ebm.normalizers.laws import check_inside, law_of, on_reals, parameters_behind
 from pyro_ebm.normalizers.peaks import NEGLIGIBLE, Peaks, find_peaks, scattered
+from pyro_ebm.ops.dtypes import Dtypes
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.nan_energies import NaNCount
 from pyro_ebm.ops.spaces import UnconstrainedSpace
@@ -39,6 +45,7 @@ FIRST_NODES = 33  # along every dim; halving a step of n nodes makes 2 n - 1
 MOST_NODES = 2**22
 _NUM_STARTS, _MOST_DRAWS = 64, 4096
 _GROWTH, _MAX_GROWTHS = 1.5, 60
+_LEAST_ROUNDINGS = 2.0  # of a place, as wide as a mode there must be
 # Waves in so many steps from which on the largest size counts: of half a wave a step alone, those
 # that come to lie on each other may cancel. With these a kink at a node is told as it is.
 _PERIOD, _HALF, _QUARTER = 22, 9, 5
@@ -105,7 +112,8 @@ def quadrature(
 
     Raises:
         NotImplementedError: If the support is not continuous.
-        ValueError: If there are more than three dimensions, or draws are NaN or not on the support.
+        ValueError: If there are more than three dimensions, draws are NaN or not on the support, or
+            the energy refuses nodes by a ``validate_args=True`` of its own.
         NonFiniteEnergyError: If the mass does not end, or no point has any.
         RuntimeError: If log Z still moves at the finest grid.
 
@@ -130,10 +138,20 @@ def quadrature(
         value, seen = integrand.counted_sum(box)
         change = (value.detach() - old).abs()
         if bool((change < tolerance).all()):
-            remarks, parameters = seen.remarks, integrand.parameters(value, box)
+            remarks, parameters = seen.remarks + _rounded(peaks), integrand.parameters(value, box)
             return LogNormalizer(
                 value, change, "quadrature", remarks=remarks, parameters=parameters
             )
+
+
+def _rounded(peaks: Peaks) -> tuple[str, ...]:
+    """What to say of peaks that are hardly wider than the roundings of where they are."""
+    least = _LEAST_ROUNDINGS * torch.finfo(peaks.at.dtype).eps * peaks.at.abs()
+    if bool((peaks.width >= least).all()):
+        return ()
+    return (
+        f"a mode is hardly wider than {peaks.at.dtype} resolves there: give parameters in float64",
+    )
 
 
 def _unresolved(integrand: _Integrand, box: Box, peaks: Peaks, seen: NaNCount) -> Exception:
@@ -184,14 +202,10 @@ def on_box(dist: EnergyDistribution, box: Box) -> tuple[Tensor, Tensor]:
     return _Integrand(dist).with_error(box)
 
 
-def _of_rule(grid: Tensor, dim: int) -> Tensor:
-    """The error of a sum over a grid in nats, by the waves that it shows, of the batch."""
-    mass = (grid - grid.flatten(0, dim - 1).logsumexp(0)).exp()
-    size = torch.fft.fftn(_folded(mass, dim), dim=tuple(range(dim))).abs().flatten(0, dim - 1)
-    waves = torch.arange(_PERIOD, device=grid.device)
-    waves = torch.minimum(waves, _PERIOD - waves)
-    fastest = torch.cartesian_prod(*[waves] * dim).reshape(-1, dim).amax(1)
-    half, quarter = (size[fastest >= least].amax(0) for least in (_HALF, _QUARTER))
+def _of_rule(mass: Tensor, dim: int) -> Tensor:
+    """The error of a sum over a grid in nats, by the waves that its shares show, of the batch."""
+    size = torch.fft.rfftn(_folded(mass, dim), dim=tuple(range(dim))).abs()
+    half, quarter = (_largest(size, dim, least) for least in (_HALF, _QUARTER))
     return half * half / (2.0 * quarter - half)
 
 
@@ -203,12 +217,27 @@ def _folded(mass: Tensor, dim: int) -> Tensor:
     return mass
 
 
-def _outside(grid: Tensor, dim: int) -> Tensor:
+def _largest(size: Tensor, dim: int, least: int) -> Tensor:
+    """The largest size of waves that are so fast along some dim, of the batch."""
+    counted = torch.as_tensor(_are_fast(dim, least), device=size.device)
+    counted = counted.reshape(counted.shape + (1,) * (size.dim() - dim))
+    return (size * counted).flatten(0, dim - 1).amax(0)
+
+
+@cache
+def _are_fast(dim: int, least: int) -> NDArray[np.float64]:
+    """One for waves that are so fast along some dim, else zero; half of those of the last dim."""
+    waves = np.minimum(np.arange(_PERIOD), _PERIOD - np.arange(_PERIOD))
+    axes = [*[waves] * (dim - 1), waves[: _PERIOD // 2 + 1]]
+    fastest = np.stack(np.meshgrid(*axes, indexing="ij")).max(0)
+    return (fastest >= least).astype(np.float64)
+
+
+def _outside(mass: Tensor, dim: int) -> Tensor:
     """The share of the mass beyond the faces if it went on as there, of the batch."""
-    total = grid.flatten(0, dim - 1).logsumexp(0)
-    faces = [grid.select(d, end) for d in range(dim) for end in (0, -1)]
-    logs = torch.stack([f.flatten(0, dim - 2).logsumexp(0) if dim > 1 else f for f in faces])
-    return grid.shape[0] * (logs.logsumexp(0) - total).exp()
+    faces = [mass.select(d, end) for d in range(dim) for end in (0, -1)]
+    shares = [face.flatten(0, dim - 2).sum(0) if dim > 1 else face for face in faces]
+    return mass.shape[0] * torch.stack(shares).sum(0)
 
 
 def find_box(
@@ -288,7 +317,8 @@ def _trimmed(box: Box, heights: Tensor, floor: Tensor, inner: tuple[Tensor, Tens
 class _Integrand:
     """The log density of a law in unconstrained coordinates, in float64.
 
-    The energy is evaluated in the dtype of the nodes: its parameters may have no other.
+    The energy is evaluated in the dtype of the nodes: its parameters may have no other. Far nodes
+    lie where supports end by rounding, so that distributions in it are not to check them.
     """
 
     def __init__(self, dist: EnergyDistribution) -> None:
@@ -304,6 +334,7 @@ class _Integrand:
     def peaks(self, draws: Tensor | None) -> Peaks:
         """Where the density is high, by a search from the base or the support, and from draws."""
         own = DistributionTarget(self.law).draw_start(_NUM_STARTS).reshape(-1, self.dim)
+        own = self._with_digits(own)
         starts = [own, scattered(own)]
         if draws is not None:
             u = self._positions(draws).to(own)
@@ -313,6 +344,19 @@ class _Integrand:
         if len(found.at) == 0:
             raise NonFiniteEnergyError(f"{self.law!r}: no node has a finite energy")
         return found
+
+    def _with_digits(self, u: Tensor) -> Tensor:
+        """Points in double precision where the energy has such parameters, else as they are.
+
+        A 0-d tensor does not make the energies double, but has digits that single nodes lose.
+        """
+        with torch.no_grad(), Dtypes() as seen, suppress(RuntimeError):  # a product of two dtypes
+            self._potential(u[:1])
+        if torch.float64 in seen.dtypes:
+            with torch.no_grad(), suppress(RuntimeError):
+                if self._potential(u[:1].double())[0].dtype == torch.float64:
+                    return u.double()
+        return u
 
     def _positions(self, draws: Tensor) -> Tensor:
         """Unconstrained coordinates of values, ``(N, D)``, those without finite ones left out."""
@@ -330,9 +374,23 @@ class _Integrand:
 
     def log_density(self, u: Tensor) -> Tensor:
         """Returns the log of the integrand at ``(N, D)``, ``(N,) + batch``."""
+        potential, log_det = self._potential(u)
+        return (log_det - potential).double()
+
+    def _potential(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The potential at points, and the log of the Jacobian of the way to the support."""
         lead = u.shape[:1] + torch.Size((1,) * len(self.law.batch_shape))
         x, log_det = self.space.with_log_det(u.reshape(lead + (self.dim,)))
-        return (log_det - self.law.potential(x)).double()
+        try:
+            with pyro.validation_enabled(is_validate=False):
+                return self.law.potential(x), log_det
+        except ValueError as error:
+            if "within the support" not in str(error):
+                raise
+            raise ValueError(
+                f"{self.law!r}: a distribution in its energy refuses nodes that rounding puts at "
+                "the edge of the support: give it validate_args=False"
+            ) from error
 
     def heights(self, box: Box) -> Tensor:
         """The highest density over the batch at every node, as a grid; NaN counts as nothing."""
@@ -345,9 +403,10 @@ class _Integrand:
         """Returns what :func:`on_box` does."""
         nodes, log_volume = box.nodes()
         heights = self.log_density(nodes)
-        grid = heights.detach().reshape((box.num_nodes,) * self.dim + heights.shape[1:])
-        error = _of_rule(grid, self.dim) + _outside(grid, self.dim)
-        return torch.logsumexp(heights, 0) + log_volume, error
+        total = torch.logsumexp(heights, 0)
+        shares = (heights.detach() - total.detach()).exp()
+        grid = shares.reshape((box.num_nodes,) * self.dim + shares.shape[1:])
+        return total + log_volume, _of_rule(grid, self.dim) + _outside(grid, self.dim)
 
     def counted_sum(self, box: Box) -> tuple[Tensor, NaNCount]:
         """Returns the rule's value of log Z with NaN counted as nothing, and how often that was."""

@@ -28,6 +28,9 @@ from pyro_ebm.ops.nan_energies import NaNCount
 SPREAD = 1.0
 """Nats between runs above which their mean rests on one or two of them."""
 
+LEAST_RUNS = 10
+"""Runs whose spread tells an error: 95 per cent intervals from 2, 3 and 5 cover 70, 81 and 88."""
+
 
 def smc(
     dist: EnergyDistribution,
@@ -42,7 +45,7 @@ def smc(
         dist: A distribution with a base and ``batch_shape == ()``; one on finitely many states
             needs none.
         num_particles: Particles of each run.
-        num_runs: R, independent runs on one ladder.
+        num_runs: R, independent runs on one ladder; at least 10 for an interval.
         kernel: Makes the kernel of the moves; HMC if not given. Discrete laws take none: they move
             by sweeps.
 
@@ -97,14 +100,19 @@ def _from_runs(
     """The mean of Z over independent runs, whose spread is the error."""
     num_runs, spread = len(values), float(values.std())
     share = float(effective_sample_size(values)) / num_runs
-    remark = f"the runs differ by {spread:.2g} nats: use more particles or moves"
+    few = f"{num_runs} runs do not tell an error: use {LEAST_RUNS} or more (num_runs=)"
+    wide = f"the runs differ by {spread:.2g} nats: use more particles or moves"
     return LogNormalizer(
         log_mean_exp(values),
         values.new_tensor((max(1.0 / share - 1.0, 0.0) / (num_runs - 1)) ** 0.5),
         "smc",
         num_samples=num_samples,
         start=start,
-        remarks=((remark,) if spread > SPREAD else ()) + seen.remarks,
+        remarks=(
+            *seen.remarks,
+            *((few,) if num_runs < LEAST_RUNS else ()),
+            *((wide,) if spread > SPREAD else ()),
+        ),
         parameters=parameters_at(law),
     )
 

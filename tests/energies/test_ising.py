@@ -241,3 +241,58 @@ def test_lattices_that_have_met_stay_where_they_are():
     assert int(met.sum()) > 0
     assert bool(also[met].all())
     assert torch.equal(state[met], further[met])
+
+
+class Transformed(Ising):
+    """A family whose statistics have a parameter of their own."""
+
+    def __init__(self):
+        super().__init__(nn.Parameter(torch.tensor(0.3)), (3, 4))
+        self.exponent = nn.Parameter(torch.tensor(2.0))
+
+    def statistics(self, x):
+        return super().statistics(x).sign() * super().statistics(x).abs() ** self.exponent
+
+
+def test_parameters_of_statistics_go_along():
+    other = Transformed().with_natural(torch.tensor([0.1]))
+    assert [name for name, _ in other.named_parameters()] == ["exponent"]
+    torch.testing.assert_close(other(torch.ones(3, 4)), torch.tensor(-0.1 * 24.0**2))
+
+
+class Diagonal(Ising):
+    """Bonds along one diagonal as well."""
+
+    def statistics(self, x):
+        falling = (x[..., 1:, 1:] * x[..., :-1, :-1]).sum((-1, -2))
+        return super().statistics(x) + falling.unsqueeze(-1)
+
+
+class Twice(Ising):
+    def natural(self):
+        return 2 * super().natural()
+
+
+class Known(Diagonal):
+    """Says log Z of its own again."""
+
+    is_tractable = True
+
+    def log_normalizer(self):
+        return (-self(all_lattices((3, 3)))).logsumexp(0)
+
+
+@pytest.mark.parametrize("family", [Diagonal, Twice])
+def test_another_law_has_not_inherited_what_is_known_of_the_first(family):
+    energy = family(numbers(0.3)[0], (3, 3))
+    law = EnergyDistribution(energy)
+    assert not any((energy.is_tractable, energy.is_sampleable, energy.has_sweep))
+    assert not any((law.is_normalized, law.has_exact_sample, law.energy_sweeps))
+    assert Ising(0.3, (3, 3)).has_sweep
+
+
+def test_another_law_may_say_what_it_knows():
+    law = EnergyDistribution(Known(numbers(0.3)[0], (3, 3)))
+    states = all_lattices((3, 3))
+    assert law.is_normalized
+    torch.testing.assert_close(law.log_prob(states).exp().sum(), numbers(1.0)[0])

@@ -11,6 +11,7 @@ import torch
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.chains import Record
 from pyro_ebm.energies import Ising
+from pyro_ebm.errors import MissingNormalizerError
 from pyro_ebm.infer.anchored_posterior import (
     WithLogNormalizer,
     _displacement,
@@ -62,7 +63,10 @@ SIZES = {"num_samples": 100, "warmup_steps": 100, "num_chains": 32}
 @pytest.mark.slow
 def test_lattices_that_share_a_coupling():
     x = Ising(0.3, (4, 4)).sample((5,))
-    check(x, anchored_posterior(lattices, x, first=torch.tensor([0.25]), **SIZES))
+    found = anchored_posterior(lattices, x, first=torch.tensor([0.25]), **SIZES)
+    check(x, found)
+    with pytest.raises(MissingNormalizerError, match="up to a constant only"):
+        found.to_arviz(model=lattices, args=(x,), log_likelihood=True)
 
 
 @pytest.mark.slow

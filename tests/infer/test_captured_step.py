@@ -186,7 +186,7 @@ def test_a_replayed_step_that_has_lost_its_chains_says_so():
 
 
 def test_few_steps_run_the_model():
-    """Of 40 steps those before step 3 and at powers of two do, and the one that records, twice."""
+    """Of 40 steps, from 0, those before 3, at powers of two, the last, and again the recorded one."""
     net, runs = new_net(), []
 
     def model(x):
@@ -196,7 +196,7 @@ def test_few_steps_run_the_model():
             pyro.sample("x", EnergyDistribution(net, base=BASE, conditional=False), obs=x)
 
     fit(model, torch.randn(9, 2), RankingNCE(), num_steps=40, capture=True, **QUIET)
-    eager = {0, 1, 2, 3, 4, 8, 16, 32}
+    eager = {0, 1, 2, 3, 4, 8, 16, 32, 39}
     assert len(runs) == len(eager) + 1
 
 
@@ -260,6 +260,134 @@ def test_a_python_number_that_changes_is_noticed():
 
     with pytest.warns(SurrogateWarning, match="its gradients or its state are not those"):
         slopes(counting)
+
+
+def weighted(weights):
+    """An energy with a Python number in it that others may change; the slope with and without."""
+
+    def run(capture, **options):
+        pyro.clear_param_store()
+        weights[:] = [4.0]
+
+        def model(x):
+            precision = pyro.param("precision", torch.tensor(2.0))
+            with pyro.plate("data", len(x)):
+                law = EnergyDistribution(lambda y: precision * weights[0] * y**2, event_shape=())
+                pyro.sample("x", law, obs=x)
+
+        options = {"lr": 0.05, "seed": 0, "capture": capture, **options, **QUIET}
+        fit(model, torch.linspace(-1.0, 3.0, 9), ScoreMatching(), **options)
+        return pyro.param("precision").item()
+
+    return run
+
+
+def test_a_number_that_a_criterion_changes_is_noticed_at_the_next_step():
+    """After the validation point at step 20 the weight is another one."""
+    weights, seen = [4.0], []
+
+    def criterion():
+        seen.append(None)
+        weights[0] = 4.0 if len(seen) % 3 == 1 else 1.0  # of three points in each run
+        return 0.0
+
+    run = weighted(weights)
+    options = {"criterion": criterion, "validate_every": 20, "num_steps": 60}
+    eager = run(False, **options)
+    with pytest.warns(SurrogateWarning, match="are not those of the step itself") as said:
+        same = run(True, **options)
+    assert same == pytest.approx(eager, abs=1e-12)
+    assert "Steps 34 to 40 were replayed" in str(said[0].message)
+
+
+def changing(weights, at):
+    """An optimizer that changes the model's number once it has taken so many steps."""
+
+    class Changing(torch.optim.SGD):
+        taken = 0
+
+        def step(self, *args):
+            super().step(*args)
+            self.taken += 1
+            weights[0] = 4.0 if self.taken < at else 1.0
+
+    return Changing
+
+
+def test_a_number_that_changes_between_comparisons_is_told_with_the_steps_in_doubt():
+    """Steps 10 to 14 are replayed with the number of steps 1 to 11; the last one notices."""
+    weights = [4.0]
+    message = r"Steps 10 to 14 were replayed since it was last compared.*train anew"
+    with pytest.warns(SurrogateWarning, match=message):
+        weighted(weights)(True, num_steps=15, optim=changing(weights, 11))
+
+
+def test_a_point_where_patience_may_end_the_run_is_compared():
+    """Step 15 is the run's last, as it turns out, by two points without a new minimum."""
+    weights = [4.0]
+    options = {"criterion": lambda: 0.0, "validate_every": 5, "patience": 2, "num_steps": 99}
+    with pytest.warns(SurrogateWarning, match="Steps 12 to 14 were replayed"):
+        weighted(weights)(True, optim=changing(weights, 12), **options)
+
+
+@pytest.mark.parametrize("first", ["frozen", "free"])
+def test_what_is_frozen_later_is_frozen_in_replayed_steps(first):
+    """A layer is frozen, or set free, where no step is compared; so it is without a graph."""
+    data = torch.randn(22, 2)
+
+    def run(capture):
+        pyro.clear_param_store()
+        model, (net,) = plain_model()
+        net[0].requires_grad_(first == "free")
+
+        class Switches(torch.optim.SGD):
+            taken = 0
+
+            def step(self, *args):
+                super().step(*args)
+                self.taken += 1
+                if self.taken == 10:
+                    net[0].requires_grad_(first == "frozen")
+
+        options = {"optim": Switches, "lr": 0.05, "num_steps": 15, "seed": 3, **QUIET}
+        with pytest.warns(UserWarning, match="because requires_grad=False"):
+            fit(model, data, RankingNCE(), capture=capture, **options)
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    torch.testing.assert_close(run(True), run(False), rtol=0, atol=1e-13)
+
+
+def test_modes_of_modules_are_those_of_the_step():
+    """Dropout of a frozen module is switched off where no step is compared."""
+    data = torch.randn(22, 2)
+
+    def run(capture):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        net, features = new_net(), nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+        features.requires_grad_(False)
+
+        def model(x):
+            pyro.module("net", net)
+            shift = features(x)
+            with pyro.plate("data", len(x)):
+                law = EnergyDistribution(lambda y: net(y + shift), base=BASE)
+                pyro.sample("x", law, obs=x)
+
+        class Switches(torch.optim.SGD):
+            taken = 0
+
+            def step(self, *args):
+                super().step(*args)
+                self.taken += 1
+                if self.taken == 10:
+                    features.eval()
+
+        options = {"optim": Switches, "lr": 0.05, "num_steps": 15, "seed": 3, **QUIET}
+        result = fit(model, data, RankingNCE(), capture=capture, **options)
+        return result.losses
+
+    assert run(True) == pytest.approx(run(False), abs=1e-12)
 
 
 class Remembers(RankingNCE):

@@ -224,6 +224,148 @@ def test_a_criterion_is_called_without_gradients_on_the_present_model():
     assert result.best is None
 
 
+# --- what counts once counts as in the training
+
+
+class Walks(torch.optim.SGD):
+    """Goes through given values of the one parameter in place of learning it."""
+
+    values: tuple = ()
+    taken = 0
+
+    @torch.no_grad()
+    def step(self, *args):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.fill_(self.values[self.taken])
+        self.taken += 1
+
+
+def walk(*values):
+    return type("Walk", (Walks,), {"values": values})
+
+
+def conjugate_mean(x):
+    """Score matching of a unit normal is its likelihood, so that the posterior is conjugate."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        ebm = EnergyDistribution(lambda v: 0.5 * (v - mean).square(), event_shape=())
+        pyro.sample("x", ebm, obs=x)
+
+
+def of_width(mean):
+    def guide(x):
+        pyro.sample("mean", dist.Normal(mean, pyro.param("log_sd", torch.tensor(0.0)).exp()))
+
+    return guide
+
+
+@pytest.mark.parametrize("particles", [1, 8])
+@pytest.mark.parametrize("batch_size", [None, 100])
+def test_the_width_of_a_posterior_is_that_of_the_training_rows(batch_size, particles):
+    """20 held-out rows choose the posterior of 400 among widths 5 to 1/5 times as large.
+
+    32 draws judge a width to an eighth of it, and the next ones are 1.5 times as large or small.
+    Were the prior weighed by the held-out rows, a width 4.5 times as large would be best.
+    """
+    data, held = torch.randn(400) + 1.0, torch.randn(20) + 1.0
+    widths = [math.log(401**-0.5 * k) for k in (5.0, 3.0, 2.25, 1.5, 1.0, 1 / 1.5, 0.4, 0.2)]
+    options = {"validation": held, "validate_every": 1, "patience": 8, "num_steps": len(widths)}
+    options |= {"optim": walk(*widths), "batch_size": batch_size, "seed": 0, **QUIET}
+    objective = ScoreMatching(num_particles=particles)
+    guide = of_width(held.sum() / 21)
+    result = fit(conjugate_mean, data, objective, guide=guide, **options)
+    assert result.best[0] == 5
+    assert pyro.param("log_sd").item() == widths[4]
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [
+        (lambda x: pyro.plate("rows", len(x)), {}),
+        (lambda x: pyro.plate("rows", len(x)), {"batch_size": 3}),
+        (lambda x: pyro.plate("rows", len(x), subsample_size=2), {}),
+    ],
+)
+@pytest.mark.parametrize("num_held", [4, 12])
+def test_a_validation_point_weighs_terms_as_the_training_does(rows, sizes, num_held):
+    """All rows are alike: a point is the training's loss, of rows and of what counts once."""
+
+    def model(x):
+        tilt = pyro.param("tilt", torch.tensor(0.3))
+        pyro.factor("penalty", -5.0 * tilt.square())
+        with rows(x) as index:
+            value = x[index] if index is not None else x
+            ebm = EnergyDistribution(lambda v: 0.5 * (v - tilt).square(), event_shape=())
+            pyro.sample("x", ebm, obs=value)
+
+    options = {"validation": torch.ones(num_held), "validate_every": 1, "num_steps": 1, **sizes}
+    result = fit(model, torch.ones(12), ScoreMatching(), optim=walk(0.3), **options, **QUIET)
+    want = 0.5 * 0.7**2 - 1.0 + 5.0 * 0.3**2 / 12
+    assert result.losses == [pytest.approx(want)]
+    assert result.validation == [(1, pytest.approx(want))]
+
+
+class Counts(ScoreMatching):
+    passes = 0
+
+    def differentiable_loss(self, *args):
+        self.passes += not torch.is_grad_enabled()
+        return super().differentiable_loss(*args)
+
+
+@pytest.mark.parametrize(
+    ("name", "particles", "passes"), [("top", 1, 32), ("top", 10, 4), ("rows", 1, 1), ("at", 1, 1)]
+)
+def test_only_draws_that_all_rows_share_are_averaged(name, particles, passes):
+    """A latent for each row has as many draws as there are rows; a point needs no second one."""
+
+    def model(x):
+        top = pyro.sample("top", dist.Normal(0.0, 1.0)) if name != "rows" else 0.0
+        with pyro.plate("data", len(x)):
+            shift = pyro.sample("local", dist.Normal(top, 1.0)) if name == "rows" else top
+            ebm = EnergyDistribution(lambda v: 0.5 * (v - shift).square(), event_shape=())
+            pyro.sample("x", ebm, obs=x)
+
+    def guide(x):
+        mean = pyro.param("mean", torch.tensor(0.1))
+        if name == "rows":
+            with pyro.plate("data", len(x)):
+                pyro.sample("local", dist.Normal(mean, 1.0))
+        else:
+            pyro.sample("top", dist.Normal(mean, 1.0) if name == "top" else dist.Delta(mean))
+
+    objective = Counts(num_particles=particles)
+    options = {"validation": torch.ones(4), "validate_every": 1, "num_steps": 2, **QUIET}
+    fit(model, torch.ones(9), objective, guide=guide, **options)
+    assert objective.passes == 2 * passes
+
+
+def test_a_prior_beside_rows_without_a_plate_is_refused_at_once():
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        steps.append(None)
+        ebm = EnergyDistribution(lambda v: 0.5 * (v - mean).square(), event_shape=())
+        pyro.sample("x", ebm.expand([len(x)]).to_event(1), obs=x)
+
+    steps, options = [], {"guide": of_width(0.0), "num_steps": 99, **QUIET}
+    with pytest.raises(ValueError, match="the prior of 'mean', counts once: use pyro.plate"):
+        fit(model, torch.ones(9), ScoreMatching(), validation=torch.ones(4), **options)
+    assert len(steps) == 2  # one step, and the run that looks
+    fit(model, torch.ones(9), ScoreMatching(), validation=torch.ones(9), **options)
+
+
+def test_rows_without_a_plate_or_anything_beside_them():
+    def model(x):
+        mean = pyro.param("mean", torch.tensor(0.1))
+        ebm = EnergyDistribution(lambda v: 0.5 * (v - mean).square(), event_shape=())
+        pyro.sample("x", ebm.expand([len(x)]).to_event(1), obs=x)
+
+    options = {"validation": torch.ones(4), "validate_every": 1, "num_steps": 1, **QUIET}
+    result = fit(model, torch.ones(9), ScoreMatching(), optim=walk(0.1), **options)
+    assert result.validation == [(1, pytest.approx(loss_at(0.1, torch.ones(4))))]
+
+
 # --- what may be compared
 
 

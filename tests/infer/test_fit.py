@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 
@@ -434,6 +436,13 @@ def test_arrays_are_data_and_what_is_not_is_refused():
         run(rows, NCE(), num_steps=0)
 
 
+def test_a_rate_in_the_optimizer_is_refused():
+    """Every group gets the rate of fit, so that a partial's would say nothing."""
+    optim = partial(torch.optim.SGD, lr=0.5)
+    with pytest.raises(ValueError, match=r"optim has a learning rate.*call fit\(..., lr=0.5\)"):
+        fit(model_of(new_net(0)), torch.randn(9, 2), NCE(), optim=optim, **QUIET)
+
+
 def test_an_optimizer_takes_options():
     weights = []
     for optim in (torch.optim.SGD, partial(torch.optim.SGD, weight_decay=1.0)):
@@ -670,6 +679,73 @@ def test_interruption_keeps_what_was_learned(tmp_path, with_file):
         assert resumed.losses[:5] == result.losses
         assert resumed.num_steps == 8
         assert not resumed.interrupted
+
+
+def interrupted_model(net, at, times=1):
+    """Ctrl-C comes as often in the step ``at``."""
+    steps, inner = [], model_of(net)
+
+    def model(x):
+        inner(x)
+        if torch.is_grad_enabled():
+            steps.append(None)
+            for _ in range(times if len(steps) == at else 0):
+                signal.raise_signal(signal.SIGINT)
+
+    return model
+
+
+def test_a_run_that_was_interrupted_in_a_step_is_resumed_to_the_bit(tmp_path):
+    """Ctrl-C in the sixth step ends the run after it: the batch, its noise and counts are whole."""
+    data, path = torch.randn(22, 2), tmp_path / "fit.pt"
+    options = {"batch_size": 5, "lr": 0.05, "seed": 1, "validation": data[:4], **QUIET}
+    options |= {"validate_every": 6}
+
+    def run(make, num_steps, checkpoint=None):
+        pyro.clear_param_store()
+        net = new_net()
+        result = fit(make(net), data, NCE(), num_steps=num_steps, checkpoint=checkpoint, **options)
+        return result, flat(net)
+
+    whole, weights = run(model_of, 11)
+    interrupted, _ = run(partial(interrupted_model, at=6), 11, path)
+    assert interrupted.interrupted
+    assert interrupted.num_steps == 6
+    resumed, same = run(model_of, 11, path)
+    assert torch.equal(same, weights)
+    assert resumed.losses == whole.losses
+    assert resumed.validation == whole.validation
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interruption_acts_at_once():
+    result = fit(
+        interrupted_model(new_net(), 6, times=2), torch.randn(9, 2), NCE(), num_steps=9, **QUIET
+    )
+    assert result.interrupted
+    assert result.num_steps == 5
+
+
+def test_another_handler_of_interruptions_is_called_after_the_step():
+    """One that does not raise lets the training go on."""
+    steps, called = [], []
+    options = {"criterion": lambda: float(len(steps.append(None) or steps)), "validate_every": 1}
+    before = signal.signal(signal.SIGINT, lambda *args: called.append(len(steps)))
+    try:
+        model = interrupted_model(new_net(), 3)
+        result = fit(model, torch.randn(9, 2), NCE(), num_steps=5, **options, **QUIET)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not result.interrupted
+    assert (result.num_steps, called) == (5, [3])
+
+
+def test_in_other_threads_interruptions_are_left_alone():
+    kept = signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        run = partial(fit, model_of(new_net()), torch.randn(9, 2), NCE(), num_steps=2, **QUIET)
+        assert pool.submit(run).result().num_steps == 2
+    assert signal.getsignal(signal.SIGINT) is kept
 
 
 def test_non_finite_loss_raises_and_leaves_the_last_good_state(tmp_path):

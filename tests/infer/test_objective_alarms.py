@@ -12,10 +12,11 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
-from pyro_ebm.infer import KALE, NCE, DonskerVaradhan, EnergyDiscrepancy, RankingNCE
+from pyro_ebm.infer import KALE, NCE, DonskerVaradhan, EnergyDiscrepancy, RankingNCE, fit
 from pyro_ebm.infer.per_site import PerSite
 from pyro_ebm.infer.persistent import PersistentContrastiveDivergence
 from pyro_ebm.infer.self_normalized import SelfNormalized
+from pyro_ebm.infer.separation import Separation
 from pyro_ebm.poutine import surrogate
 
 ONE_LOG_Z = {"nce": NCE, "kale": partial(KALE, 64), "dv": partial(DonskerVaradhan, 64)}
@@ -106,6 +107,38 @@ def test_noise_far_from_the_data_is_told():
     objective = NCE(noise=dist.Normal(60.0, 1.0))
     with pytest.warns(SurrogateWarning, match="told apart without error"):
         train(objective, located(STANDARD), torch.randn(50), 140)
+
+
+@pytest.mark.parametrize("objective", [RankingNCE(5), EnergyDiscrepancy(0.5)])
+def test_few_rows_that_are_told_right_are_no_alarm(objective):
+    """At the mode all contrasts have more energy: of 30 rows it says little, of 120 enough."""
+    for step, num_rows in ((128, 1), (256, 30)):
+        objective.num_steps_taken.fill_(step)
+        objective.differentiable_loss(located(STANDARD), no_guide, torch.zeros(num_rows))
+    objective.num_steps_taken.fill_(512)
+    with pytest.warns(SurrogateWarning, match="step 512: data and contrast are told apart"):
+        objective.differentiable_loss(located(STANDARD), no_guide, torch.zeros(120))
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_rows_that_are_all_told_right_are_an_alarm(capture):
+    """One at a time, a hundred in a row; replayed steps count."""
+    options = {"batch_size": 1, "num_steps": 130, "lr": 1e-9, "capture": capture}
+    with pytest.warns(SurrogateWarning, match="step 128: data and contrast are told apart"):
+        fit(located(STANDARD), torch.zeros(9), RankingNCE(1), disable_progbar=True, **options)
+
+
+def test_separation_asks_the_newest_rows_of_each_comparison():
+    """120 rows in three steps of 40, of which the oldest falls out at the fourth."""
+    separation = Separation()
+    for first, second in ((0.9, 1.0), (1.0, 0.8), (1.0, 1.0)):
+        notes = {"accuracy": first, "accuracy_1": first, "accuracy_2": second}
+        separation.see({name: torch.tensor(value) for name, value in notes.items()}, 40)
+    assert not separation.is_complete()
+    separation.see({"accuracy_1": torch.ones(()), "accuracy_2": torch.zeros(())}, 40)
+    assert (separation.num_rows, separation.is_complete()) == (120, True)
+    separation.see({"log_z": torch.ones(())}, 40)
+    assert separation.num_rows == 120
 
 
 @pytest.mark.filterwarnings("ignore:.*noise does not cover the data")

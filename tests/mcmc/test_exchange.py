@@ -7,7 +7,7 @@ import torch
 from calibrated_models import Precision
 
 from pyro_ebm import EnergyDistribution
-from pyro_ebm.energies import GaussianEnergy, Ising
+from pyro_ebm.energies import ConwayMaxwellPoisson, GaussianEnergy, Ising
 from pyro_ebm.mcmc import (
     HMC,
     MCMC,
@@ -205,23 +205,96 @@ def test_the_auxiliary_draws_are_chosen_for_every_run():
     assert not kernel.adjusted
 
 
-def test_draws_of_another_energy_are_not_exact():
-    """A subclass with another energy, which inherits the draws of the first, goes by sweeps."""
+class Bent(Lattice):
+    def forward(self, x):
+        return 1.1 * super().forward(x)
 
-    class Bent(Lattice):
-        def forward(self, x):
-            return 1.1 * super().forward(x)
 
+class Diagonal(Ising):
+    """Bonds along diagonals as well; log Z, draws and sweeps are inherited from another law."""
+
+    def statistics(self, x):
+        falling = (x[..., 1:, 1:] * x[..., :-1, :-1]).sum((-1, -2))
+        return super().statistics(x) + falling.unsqueeze(-1)
+
+
+class InField(Lattice):
+    """With a field of its own, and a kernel for it."""
+
+    def forward(self, x):
+        return super().forward(x) - x.sum((-2, -1))
+
+    def sweep(self, x, num_sweeps):
+        return Ising(self.coupling, (3, 3), field=torch.tensor(1.0)).sample().expand_as(x)
+
+
+@pytest.mark.parametrize(
+    ("family", "error", "sentence"),
+    [
+        (Bent, ValueError, "terms beside -natural . statistics of its energy depend on a latent"),
+        (Diagonal, TypeError, "nothing draws from its law"),
+    ],
+)
+def test_draws_and_sweeps_of_another_energy_are_refused(family, error, sentence):
     def model(family, x):
         coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
         pyro.sample("x", EnergyDistribution(family(coupling, (3, 3))), obs=x)
 
-    kernel = Exchange(model)
-    target = kernel.bind(Lattice, lattice_with(2))
+    target = Exchange(model).bind(Lattice, lattice_with(2))
     assert target.draws_are_exact
-    target = kernel.bind(Bent, lattice_with(2))
-    assert not target.draws_are_exact
-    assert not kernel.adjusted
+    for kernel in (Exchange(model), Exchange(model, auxiliary=ExactDraws())):
+        with pytest.raises(error, match=sentence):
+            kernel.bind(family, lattice_with(2))
+
+
+def test_a_field_that_no_latent_moves_is_left_out():
+    def model(x):
+        coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
+        pyro.sample("x", EnergyDistribution(InField(coupling, (3, 3))), obs=x)
+
+    def log_density(k):
+        field = torch.ones_like(k)
+        return k * bonds - Ising(k, (3, 3), field=field).log_normalizer()
+
+    x = lattice_with(2)
+    bonds = float(Ising(0.0, (3, 3)).statistics(x))
+    mcmc = run(Exchange(model), x)
+    check(mcmc.get_samples()["coupling"], *moments(log_density, 0.0, 1.0, num=501))
+
+
+def test_sweeps_on_another_support_are_refused():
+    """Counts from 1 on: the family's own draws are from 0 on, and nothing would tell."""
+
+    def model(y):
+        rate = pyro.sample("rate", dist.Normal(torch.tensor(0.0), 1.0))
+        law = EnergyDistribution(
+            ConwayMaxwellPoisson(rate, 1.0), support=dist.constraints.positive_integer
+        )
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", law, obs=y)
+
+    with pytest.raises(TypeError, match="of another support than the distribution's"):
+        Exchange(model).bind(torch.tensor([1.0, 2.0, 1.0]))
+
+
+class OneForAll(Precision):
+    """Its sampler returns one draw for all rows, which would be broadcast."""
+
+    is_sampleable = True
+
+    def sample(self, shape=()):
+        draws = super().sample(shape)
+        return draws[..., :1]
+
+
+def test_one_draw_for_all_rows_is_refused():
+    def model(x):
+        precision = pyro.sample("precision", dist.Gamma(torch.tensor(2.0), 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", EnergyDistribution(OneForAll(precision)), obs=x)
+
+    with pytest.raises(ValueError, match=r"sample\(\) of OneForAll returned shape .*, expected"):
+        run(Exchange(model), torch.randn(5), num_chains=4, num_samples=2, warmup_steps=2)
 
 
 # --- what is refused

@@ -9,6 +9,7 @@ import torch
 from pyro_ebm import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.normalizers import quadrature
 from pyro_ebm.normalizers.gauss_hermite import gauss_hermite
+from pyro_ebm.normalizers.held_nodes import LARGEST_ERROR
 
 LOC = torch.tensor([0.3, -0.5], dtype=torch.float64)
 COVARIANCE = torch.tensor([[1.0, 0.4], [0.4, 0.7]], dtype=torch.float64)
@@ -81,6 +82,31 @@ def test_a_mode_too_narrow_for_the_nodes_is_told_by_the_change():
     exact = math.log(0.01) - 0.5 * 0.09 / 1.0001 - 0.5 * math.log1p(1e-4)
     found = gauss_hermite(law)
     assert float(found.stderr) > max(1.0, abs(float(found.value) - exact))
+
+
+def test_no_error_passes_for_a_place_between_the_nodes():
+    """Modes of 100 widths at 300 places: the change from 24 nodes alone lets 4 nats pass.
+
+    It passes zero where a mode comes to lie as badly between 32 nodes as between 24.
+    """
+    place, width = torch.linspace(0.0, 6.0, 300)[:, None], torch.logspace(-1.7, 0.3, 100)
+    exact = -0.5 * torch.log1p(width**-2) - 0.5 * place**2 / (1 + width**2)
+    base = dist.Normal(torch.zeros(300, 100), 1.0)
+    found = gauss_hermite(EnergyDistribution(lambda x: 0.5 * ((x - place) / width) ** 2, base))
+    passed = found.stderr <= LARGEST_ERROR
+    assert 0.2 < float(passed.double().mean()) < 0.5
+    assert float((found.value - exact).abs()[passed].max()) < 3 * LARGEST_ERROR
+
+
+def test_a_kink_is_told():
+    """3 |x| on N(0, 1): 32 nodes and 24 have none at the kink, and are wrong alike."""
+    found = gauss_hermite(EnergyDistribution(lambda x: 3.0 * x.abs(), dist.Normal(0.0, 1.0)))
+    exact = math.log(2.0) + 4.5 + float(torch.special.log_ndtr(torch.tensor(-3.0)))
+    assert float(found.stderr) > abs(float(found.value) - exact) > 0.1
+    with pytest.raises(
+        ValueError, match=r"its nodes err by .* nats: use more nodes \(num_nodes=\)"
+    ):
+        found.interval()
 
 
 def test_single_precision_parameters():

@@ -147,8 +147,57 @@ def test_in_a_given_box_under_vmap():
 def test_a_box_that_cuts_mass_off_has_that_much_less():
     """Half of a Gaussian is log 2 less: what is outside of a given box is not looked for."""
     box = Box(torch.tensor([0.0]), torch.tensor([10.0]), 4001)
-    value = quadrature(law(lambda x: 0.5 * x**2), box=box).value
-    assert float(value) == pytest.approx(0.5 * math.log(math.pi / 2), abs=1e-3)
+    found = quadrature(law(lambda x: 0.5 * x**2), box=box)
+    assert float(found.value) == pytest.approx(0.5 * math.log(math.pi / 2), abs=1e-3)
+    assert found.stderr > math.log(2.0)
+    assert found.doubts[0].endswith("use box.refined(), a wider box, infer.posterior")
+
+
+# --- dtypes, and distributions inside of energies
+
+
+@pytest.mark.parametrize("num_dims", [0, 1])
+def test_parameters_in_double_precision_are_heard(num_dims):
+    """Single nodes are .06 from each other at 1e6, and .04 nats too many came of them."""
+    torch.set_default_dtype(torch.float32)
+    place = torch.full((1,) * num_dims, 1e6, dtype=F64)
+    made = law(lambda x: 0.5 * ((x - place) / 0.1) ** 2, batch_shape=place.shape)
+    log_z = 0.5 * math.log(2 * math.pi) + math.log(0.1)
+    found = quadrature(made)
+    assert float(found.value) == pytest.approx(log_z, abs=1e-9)
+    assert found.is_trusted
+    assert find_box(made).low.dtype == F64
+
+
+def test_energies_that_take_single_values_only_keep_single_nodes():
+    torch.set_default_dtype(torch.float32)
+    network = torch.nn.Linear(1, 1).requires_grad_(False)  # noqa: FBT003
+    two = torch.tensor(2.0, dtype=F64)
+    made = law(lambda x: (network(x).double() / two).square().sum(-1), event_shape=(1,))
+    log_z = 0.5 * math.log(4 * math.pi) - float(network.weight.abs().log())
+    assert float(quadrature(made).value) == pytest.approx(log_z, abs=1e-5)
+    assert find_box(made).low.dtype == torch.float32
+
+
+def test_a_mode_as_narrow_as_single_precision_is_told():
+    torch.set_default_dtype(torch.float32)
+    found = quadrature(law(lambda x: 0.5 * ((x - 1e6) / 0.1) ** 2))
+    assert "hardly wider than torch.float32 resolves" in found.doubts[0]
+
+
+@pytest.mark.parametrize("checks", [None, False])
+def test_distributions_in_an_energy_do_not_check_nodes(checks):
+    """Of the points that are searched, some come to lie at 0 or at infinity by rounding."""
+    made = torch.distributions.LogNormal(torch.zeros(()), 5.0, validate_args=checks)
+    found = quadrature(law(lambda x: -made.log_prob(x), C.positive))
+    assert float(found.value) == pytest.approx(0.0, abs=1e-8)
+    assert found.is_trusted
+
+
+def test_one_that_insists_is_told_of():
+    made = torch.distributions.LogNormal(torch.zeros(()), 5.0, validate_args=True)
+    with pytest.raises(ValueError, match="refuses nodes that rounding .* give it validate_args"):
+        quadrature(law(lambda x: -made.log_prob(x), C.positive))
 
 
 # --- on a box that is held

@@ -23,7 +23,7 @@ def test_counts_ends_as_held():
 @pytest.mark.parametrize("kind", [list, tuple, np.asarray, np.float32, torch.tensor])
 def test_any_array_will_do(kind):
     """An end that is the truth is held in every precision."""
-    lower, upper, truth = kind([0.1, 0.0, 0.3]), kind([1.0, 2.0, 3.0]), kind([0.1, 3.0, 0.2])
+    lower, upper, truth = kind([0.1, 0.0, 0.3]), kind([1.0, 0.1, 3.0]), kind([0.1, 3.0, 0.2])
     assert coverage(lower, upper, truth, level=0.5).covered == 1
     assert coverage(lower, upper, 0.1, level=0.5).covered == 2
 
