@@ -131,8 +131,8 @@ def _check_dimensions(group: str, arrays: Arrays, dims: Mapping[str, Sequence[st
     if lost := sorted(arrays.keys() & {*lead, *own}):
         raise ValueError(
             f"{group}: variables {lost} have names of dimensions there, and ArviZ would take them "
-            "for their labels: rename these sites (draws that are at hand in a dict of arrays), or, "
-            "unless it is chain or draw, the dimension by dims="
+            "for their labels: rename these sites (draws at hand in a dict of arrays), or, unless "
+            "it is chain or draw, the dimension by dims="
         )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from contextvars import ContextVar
 from numbers import Real
 from typing import Any
 
@@ -22,8 +21,6 @@ from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.rng import rng_preserved
 
 LogNormalizerLike = float | Tensor | LogNormalizer | Callable[[], Tensor]
-
-_asked_by_law: ContextVar[bool] = ContextVar("asked_by_law", default=False)
 
 
 def checked(value: Any) -> LogNormalizerLike | None:
@@ -116,13 +113,7 @@ def parameters_of_modules(p: Any) -> list[Tensor]:
     return [t for part in parts if isinstance(part, nn.Module) for t in part.parameters()]
 
 
-def is_asked_by_law() -> bool:
-    """Returns whether a function that a law was given for its log Z is being called."""
-    return _asked_by_law.get()
-
-
 def _call(function: Any) -> Any:
-    token = _asked_by_law.set(True)
     try:
         return function()
     except TypeError as error:
@@ -132,8 +123,6 @@ def _call(function: Any) -> Any:
                 f"log_normalizer=lambda: f(theta). Calling it said: {error}"
             ) from error
         raise
-    finally:
-        _asked_by_law.reset(token)
 
 
 def _needs_arguments(function: Any) -> bool:

@@ -12,9 +12,9 @@ the draws, of covariance about :math:`H^{-1}`, are mapped to :math:`\hat q + C (
 
 so that they have the covariance V and stay on their supports. Without a prior V is the sandwich
 :math:`H^{-1} J H^{-1}`. What is not loss enters as if it were right: a log likelihood, for which
-:math:`J = \nabla^2 L`, is left alone whatever the prior. The map changes width, not location: how much
-the prior moves the mode is up to w, which :mod:`~pyro_ebm.infer.loss_weight` chooses. V is the
-uncertainty of the loss's own minimizer: where a loss discards information, calibrated draws are
+:math:`J = \nabla^2 L`, is left alone whatever the prior. The map changes width, not location:
+how much the prior moves the mode is up to w, which :mod:`~pyro_ebm.infer.loss_weight` chooses. V is
+the uncertainty of the loss's own minimizer: where a loss discards information, calibrated draws are
 wider than the posterior by Bayes' rule.
 
 J comes from independent rows (*sandwich*), or from data sets drawn at the mode (*simulation*): see

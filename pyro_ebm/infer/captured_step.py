@@ -292,8 +292,8 @@ class CapturedStep:
             return ""
         starts, ends = zip(*self._unsure.values(), strict=True)
         return (
-            f"Steps {min(starts)} to {max(ends)} were replayed since it was last compared, and may be those "
-            "of a model that had changed by then: train anew with capture=False. "
+            f"Steps {min(starts)} to {max(ends)} were replayed since it was last compared, and may "
+            "be those of a model that had changed by then: train anew with capture=False. "
         )
 
 

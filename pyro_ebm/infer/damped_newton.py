@@ -17,7 +17,9 @@ MOST_HALVINGS = 30
 Value = Callable[[Tensor], Tensor]
 
 
-def damped_newton(value: Value, q: Tensor, tolerance: Tensor, *, flat: float = 0.0) -> Tensor | None:
+def damped_newton(
+    value: Value, q: Tensor, tolerance: Tensor, *, flat: float = 0.0
+) -> Tensor | None:
     """Returns a minimum, ``(D,)``, from a start; ``None`` if it has not been reached.
 
     Args:

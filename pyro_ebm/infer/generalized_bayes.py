@@ -103,12 +103,12 @@ def generalized_posterior(
             neither this nor the unit of the data matters, but where the loss alone has no
             minimizer, which a remark says.
         calibration: ``"sandwich"`` from the gradients of independent rows, ``"simulation"`` from
-            data sets drawn at the posterior mode, ``"none"``, or ``"auto"``: by the structure of
-            the data.
+            simulated data sets, ``"none"``, or ``"auto"``: by the structure of the data.
         num_samples: Draws of a chain.
         warmup_steps: Of a chain; ``num_samples`` if not given.
         num_chains: Chains, all in one batch.
-        num_simulations: Data sets that ``"simulation"`` draws.
+        num_simulations: Data sets that ``"simulation"`` draws, at the minimizer of the loss alone
+            and again at the posterior mode.
         num_sweeps: Sweeps from the data to each of them, where the energy has no exact sampler.
         disable_progbar: Hides the progress bar.
         **kwargs: Keyword arguments of the model.
@@ -159,7 +159,8 @@ def generalized_posterior(
     starts = calibrated.starts(num_chains)
     values = None if starts is None else losses.target.split(starts)
     mcmc.run(*args, initial_params=values, **kwargs)
-    found = _result(mcmc, losses.target, calibrated, {"loss": type(loss).__name__, "weight": weight})
+    attrs = {"loss": type(loss).__name__, "weight": weight}
+    found = _result(mcmc, losses.target, calibrated, attrs)
     counts = f"The loss counts {weight:.3g} times, {balance.why}."
     return replace(
         found,

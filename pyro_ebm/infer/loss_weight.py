@@ -107,7 +107,7 @@ def _on_flat(num_flat: int, dim: int) -> tuple[str, ...]:
 
 
 _NO_MINIMUM = (
-    "The loss alone has no minimizer within the latents' support, so that nothing says how often it "
-    "is to count against the prior: location and width depend on the unit of the data and on "
+    "The loss alone has no minimizer within the latents' support, so that nothing says how often "
+    "it is to count against the prior: location and width depend on the unit of the data and on "
     "weight. Give more data, or try another weight.",
 )

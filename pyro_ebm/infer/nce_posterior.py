@@ -60,6 +60,7 @@ from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.rank_rhat import rank_rhat
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine.surrogate import surrogate, surrogate_of
+from pyro_ebm.poutine.whole_data import check_whole
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -138,8 +139,8 @@ def nce_posterior(
 
     Raises:
         TypeError: If the model is none.
-        ValueError: If there is no EBM site, an energy is improper, or a site is one observation or
-            under ``poutine.scale``.
+        ValueError: If there is no EBM site, an energy is improper, or a site is one observation,
+            scaled, or in a plate that takes some of its rows.
         ConditionalEnergyError: If rows need a log Z each, at draws of the prior or the posterior.
 
     Example:
@@ -156,9 +157,9 @@ def nce_posterior(
         8
     """
     check_model(model, "an NCE posterior")
-    check_unscaled(model, args, kwargs, "an NCE posterior")
     call = _Call(model, args, kwargs)
     _check_rows(call)
+    check_unscaled(model, args, kwargs, "an NCE posterior")
     doubts = check_proper(model, args, kwargs)
     size = whole("num_samples", num_samples, least=4)
     ratio = whole("num_noise", num_noise, least=1)
@@ -188,6 +189,7 @@ class _Call(NamedTuple):
 def _check_rows(call: _Call) -> None:
     """Looks at runs of the model, before any noise is asked whether it suits the data."""
     runs = prior_runs(call.model, call.args, call.kwargs)
+    check_whole(runs[0])
     for name, law, x in _sites_of(runs[0]):
         rows = rows_of(law, x)
         if rows.numel() <= 1:

@@ -26,7 +26,7 @@ from pyro_ebm.infer.unconstrained import Unconstrained
 __all__ = ["has_jumps", "refuse_jumps"]
 
 FEWEST = 1e-3  # of the ways: fewer pass so near to a point where only the direction changes
-PERSISTENT = 0.25  # of what was left halfway through the bisection
+PERSISTENT = 0.25  # of what was left since halfway through the bisection
 
 
 @torch.no_grad()
@@ -79,15 +79,16 @@ class _Stretch(NamedTuple):
 def _bisected(slope: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> Tensor:
     """Returns on which ways a change of the slope stays however short the stretch becomes."""
     ends = [slope(start + t)[0] for t in (0.0, 0.5, 1.0)]
-    stretch, halfway = _Stretch(start, *ends), torch.zeros_like(start)
-    tolerance = start.new_tensor(torch.finfo(start.dtype).eps).sqrt() * (1 + _largest(ends))
-    num_halvings = round(-math.log2(torch.finfo(start.dtype).eps)) - 3  # points stay apart
-    for k in range(num_halvings):
-        stretch, left = _half(slope, stretch, 0.5**k)
-        if not bool((left > tolerance).any()):
-            break
-        halfway = left if k == num_halvings // 2 else halfway
-    return (left > tolerance) & (left > PERSISTENT * halfway)
+    eps = torch.finfo(start.dtype).eps
+    tolerance = eps**0.5 * (1 + torch.stack(ends).abs().amax(0))
+    stretch, left = _Stretch(start, *ends), []
+    for k in range(round(-math.log2(eps)) - 3):  # points stay apart
+        stretch, now = _half(slope, stretch, 0.5**k)
+        left.append(now)
+        if not bool((now > tolerance).any()):
+            return torch.zeros_like(now, dtype=torch.bool)
+    last = torch.stack(left[len(left) // 2 :])
+    return (last.amin(0) > tolerance) & (last.amin(0) > PERSISTENT * last.amax(0))
 
 
 def _half(
@@ -106,12 +107,8 @@ def _half(
 
 
 def _other_rows(u: Tensor, space: Unconstrained) -> Tensor:
-    """Returns another row for each, and the mirror image of coordinates that are the same there."""
+    """Returns another row for each, and for a single one its mirror image."""
     num_rows = space.rows(u).numel()
-    other = u.flatten(0, -1 - space.event_dim) if space.rows(u) else u.unsqueeze(0)
-    other = other.roll(num_rows // 2, 0).reshape(u.shape)
-    return torch.where(other == u, -u - 0.5, other)
-
-
-def _largest(values: list[Tensor]) -> Tensor:
-    return torch.stack(values).abs().amax(0)
+    if num_rows < 2:
+        return -u - 0.5
+    return u.flatten(0, -1 - space.event_dim).roll(num_rows // 2, 0).reshape(u.shape)

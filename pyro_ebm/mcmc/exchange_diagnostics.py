@@ -260,10 +260,10 @@ def _statistics(target: ExchangeTarget, naturals: Values, auxiliary: Auxiliary) 
 
 def _pulled(naturals: Values, statistics: Values, leaf: Tensor) -> Tensor:
     """The statistics' gradient with respect to q, ``(n, D)``: their covariance there is J'Cov J."""
-    moving = {name: natural for name, natural in naturals.items() if natural.requires_grad}
-    values = [statistics[name].to(natural.dtype) for name, natural in moving.items()]
-    (found,) = torch.autograd.grad(list(moving.values()), leaf, values, retain_graph=True)
-    return found
+    total = (0.0 * leaf).sum()  # natural parameters of some sites may be constants
+    for name, natural in naturals.items():
+        total = total + (natural * statistics[name].to(natural.dtype)).sum()
+    return torch.autograd.grad(total, leaf, retain_graph=True)[0]
 
 
 def _derivatives(

@@ -3,7 +3,8 @@
 Nodes hold for some parameters and not for others, so that every such log Z comes with its error.
 Looked at by itself it keeps its value, with a remark where the error is large. In a model nobody
 reads remarks, and parameters move to where a wrong log Z is most wrong: there it is NaN instead,
-with its slope, which kernels reject. The same holds wherever values cannot be looked at, under
+with its slope, which kernels reject. The same holds for a function that a law asks for its log Z,
+which it calls under a handler as a model does, and wherever values cannot be looked at, under
 ``vmap`` and while a graph is recorded.
 """
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
-from pyro_ebm.distributions.known_normalizer import is_asked_by_law
 from pyro_ebm.normalizers.beyond import Beyond
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 
@@ -52,7 +52,7 @@ class HeldNodes:
         """
         held = error <= LARGEST_ERROR
         try:
-            holds, is_looked_at = bool(held.all()), not (am_i_wrapped() or is_asked_by_law())
+            holds, is_looked_at = bool(held.all()), not am_i_wrapped()
         except RuntimeError:  # vmap, or a graph under way
             holds, is_looked_at = True, False
         if not is_looked_at:

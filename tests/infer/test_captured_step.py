@@ -186,7 +186,7 @@ def test_a_replayed_step_that_has_lost_its_chains_says_so():
 
 
 def test_few_steps_run_the_model():
-    """Of 40 steps, from 0, those before 3, at powers of two, the last, and again the recorded one."""
+    """Of 40 steps those before 3, at powers of two and the last, and the recorded one twice."""
     net, runs = new_net(), []
 
     def model(x):

@@ -260,8 +260,7 @@ def of_width(mean):
     return guide
 
 
-@pytest.mark.parametrize("particles", [1, 8])
-@pytest.mark.parametrize("batch_size", [None, 100])
+@pytest.mark.parametrize(("batch_size", "particles"), [(None, 1), (100, 8)])
 def test_the_width_of_a_posterior_is_that_of_the_training_rows(batch_size, particles):
     """20 held-out rows choose the posterior of 400 among widths 5 to 1/5 times as large.
 

@@ -24,7 +24,7 @@ def normal(x):
 
 
 def by_hand(x, weight):
-    """Mean and covariance of the generalized posterior, and J, in closed form."""
+    """Mean and covariance of the generalized posterior, uncalibrated and calibrated."""
     t = torch.stack([torch.ones_like(x), -x], -1)
     prior = torch.eye(2) / 4
     precision = weight * t.T @ t + prior
@@ -63,7 +63,16 @@ def test_what_is_refused():
         generalized_posterior(normal, torch.randn(5), loss=ScoreMatching(), calibration="yes")
 
 
-@pytest.mark.parametrize(("calibration", "weight"), [("none", 0.7), ("auto", 3.0)])
+def weight_by_hand(x):
+    """2 / tr(H^-1 J) of that loss at its own minimum."""
+    t = torch.stack([torch.ones_like(x), -x], -1)
+    hessian = t.T @ t
+    minimum = torch.linalg.solve(hessian, torch.tensor([0.0, float(len(x))]))
+    j = len(x) * torch.cov(((t @ minimum)[:, None] * t).T)
+    return 2.0 / float(torch.trace(torch.linalg.solve(hessian, j)))
+
+
+@pytest.mark.parametrize(("calibration", "weight"), [("none", 0.7), ("auto", 0.01)])
 def test_posterior_is_the_gaussian_of_the_closed_form(calibration, weight):
     """Mean and covariance within five standard errors of 3200 draws, worth at least 2000.
 
@@ -79,7 +88,9 @@ def test_posterior_is_the_gaussian_of_the_closed_form(calibration, weight):
         num_samples=200,
         warmup_steps=100,
     )
-    mean, plain, calibrated = by_hand(x, weight)
+    own = weight if calibration == "none" else weight_by_hand(x)
+    mean, plain, calibrated = by_hand(x, own)
+    assert posterior.record.attrs["weight"] == pytest.approx(own, rel=1e-6)
     wanted = plain if calibration == "none" else calibrated
     draws = torch.tensor(posterior.record.draws["eta"]).flatten(0, 1)
     root = torch.linalg.cholesky(wanted)

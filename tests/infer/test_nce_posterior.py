@@ -182,6 +182,15 @@ def test_a_spread_that_is_most_of_the_width_is_named():
     assert seen == "Between noise sets the mean of 'a' moves by 0.20 posterior sds."
 
 
+@pytest.mark.parametrize(("num", "is_told"), [(12, True), (20, False)])
+def test_few_rows_are_told(num, is_told):
+    """Ten rows for each of precision and c."""
+    posterior = nce_posterior(model, torch.randn(num), noise=NOISE, **SHORT)
+    told = [remark for remark in posterior.remarks if "the width is right for many rows" in remark]
+    assert bool(told) == is_told
+    assert all(f"{num} rows for 2 latents and log Z's" in remark for remark in told)
+
+
 def test_noise_that_is_told_too_easily_is_named():
     """Noise of a fifth of the width of the data, ten sds off, in twelve dimensions."""
 
