@@ -109,16 +109,21 @@ def warn_unchecked(name: str, what: str, error: Exception) -> None:
     )
 
 
-def check_weights(name: str, scale: Any, who: str) -> None:
-    """Raises ``ValueError`` if rows weigh differently where log Z is found from all alike."""
+def check_weights(name: str, scale: Any, what: str) -> None:
+    """Raises ``ValueError`` if rows weigh differently where they are taken alike.
+
+    Args:
+        name: The site.
+        scale: Its scale.
+        what: What takes them alike, and what to use instead: the end of a sentence.
+    """
     if (
         isinstance(scale, Tensor)
         and scale.numel() > 1
         and bool((scale != scale.flatten()[0]).any())
     ):
         raise ValueError(
-            f"rows of EBM site {name!r} have weights of their own (poutine.scale), and {who} finds "
-            'log Z from all rows alike: use c_update="gradient", or RankingNCE'
+            f"rows of EBM site {name!r} have weights of their own (poutine.scale), and {what}"
         )
 
 

@@ -36,6 +36,7 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.contrast import contrast_law, elementwise, with_data
 from pyro_ebm.infer.objective import Objective
+from pyro_ebm.infer.unconstrained import check_interior
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.constraints import base_measure
 from pyro_ebm.ops.spaces import bijection
@@ -126,7 +127,13 @@ class ConditionalNCE(Objective):
             return self._from_law(self.noise, p, x)
         space = _space(p)
         u = space.inv(x)
-        copies = u + (self._gaussian(p, u) if noise is None else self._differences(noise, p, u))
+        check_interior(self.evaluation.site, p, u, type(self).__name__)
+        event_dim = space.domain.event_dim
+        copies = u + (
+            self._gaussian(u, event_dim)
+            if noise is None
+            else self._differences(noise, u, event_dim)
+        )
         points = space(copies)
         forth = -space.log_abs_det_jacobian(copies, points)
         return NoisyCopies(points, forth + space.log_abs_det_jacobian(u, x))
@@ -140,9 +147,9 @@ class ConditionalNCE(Objective):
         back = contrast_law(noise(points), p, points, needs_density=True, who=who)
         return NoisyCopies(points, there.log_prob(points) - back.log_prob(x.expand(points.shape)))
 
-    def _differences(self, noise: Any, p: EnergyDistribution, u: Tensor) -> Tensor:
-        law = elementwise(noise, len(p.event_shape))
-        rows, event = _split(p, u)
+    def _differences(self, noise: Any, u: Tensor, event_dim: int) -> Tensor:
+        law = elementwise(noise, event_dim)
+        rows, event = _split(u, event_dim)
         if law.event_shape != event:
             raise ValueError(
                 f"the guide's law of the perturbation has event_shape {tuple(law.event_shape)}; "
@@ -151,8 +158,8 @@ class ConditionalNCE(Objective):
         law, draws = law.expand(rows), torch.Size((self.num_noise,))
         return law.sample(draws) - law.sample(draws)
 
-    def _gaussian(self, p: EnergyDistribution, u: Tensor) -> Tensor:
-        site, (rows, event) = self.evaluation.site, _split(p, u)
+    def _gaussian(self, u: Tensor, event_dim: int) -> Tensor:
+        site, (rows, event) = self.evaluation.site, _split(u, event_dim)
         if site not in self.fitted:
             self.fitted[site] = self._measured(self.evaluation.rows(u, len(rows)), event)
         scale, given = self.fitted[site]
@@ -236,9 +243,9 @@ def _whitened(rows: Tensor, values: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, values.T, upper=False).T
 
 
-def _split(p: EnergyDistribution, u: Tensor) -> tuple[torch.Size, torch.Size]:
+def _split(u: Tensor, event_dim: int) -> tuple[torch.Size, torch.Size]:
     """Splits the shape of unconstrained coordinates into rows and event."""
-    at = u.dim() - len(p.event_shape)
+    at = u.dim() - event_dim
     return u.shape[:at], u.shape[at:]
 
 

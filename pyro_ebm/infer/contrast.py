@@ -113,13 +113,16 @@ def contrast_law(
 def elementwise(law: Any, event_dim: int) -> Any:
     """Strips masks, and what ``to_event`` puts around an EBM and its contrast alike.
 
-    Also Pyro's wrapper of a flow of zuko, which can be called but not drawn from.
+    Of dims that one wrapper has made event dims, those of the EBM's events stay such. Also Pyro's
+    wrapper of a flow of zuko, which can be called but not drawn from.
     """
+    wanted = min(event_dim, len(law.event_shape))
     while isinstance(law, (MaskedDistribution, ZukoToPyro)) or (
         isinstance(law, Independent) and len(law.event_shape) > event_dim
     ):
         law = law.dist if isinstance(law, ZukoToPyro) else law.base_dist
-    return law
+    missing = wanted - len(law.event_shape)
+    return Independent(law, missing) if missing else law
 
 
 def _check_events(law: Any, p: EnergyDistribution, who: str) -> None:

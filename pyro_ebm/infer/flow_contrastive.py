@@ -175,7 +175,8 @@ class FlowContrastive(NCE):
 
     def _remember(self, accuracy: Tensor) -> None:
         now = accuracy.to(self.skill)
-        self.skill = torch.where(self.skill.isnan(), now, torch.lerp(now, self.skill, MEMORY))
+        mean = torch.lerp(now, self.skill, MEMORY)
+        self.skill.copy_(torch.where(self.skill.isnan(), now, mean))  # a captured step's own tensor
 
     def second_player(
         self, p: EnergyDistribution, x: Tensor, noise: Any, log_z: Tensor | float = 0.0

@@ -47,7 +47,8 @@ class KernelKALE(SampleComparison):
         **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
 
     Raises:
-        ValueError: If lambda is not positive, or the law that draws has no gradients.
+        ValueError: If lambda is not positive, the law that draws has no gradients, or rows have
+            weights of their own.
         RuntimeError: If the dual of a batch could not be solved.
 
     Example:
@@ -78,6 +79,10 @@ class KernelKALE(SampleComparison):
         super().__init__(kernel, num_base, **elbo)
         self.regularization = positive("regularization", regularization)
         self.tolerance = positive("tolerance", tolerance)
+
+    def pooled_by(self, site: str) -> str | None:
+        """Says that the dual takes all rows of a site alike."""
+        return "solves for h with all rows alike: use MMD, or repeat rows as often as they count"
 
     def compare(self, data: Tensor, draws: Tensor) -> Tensor:
         """Returns the divergence's terms in nats, one value per datum."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.deterministic import DeterministicObjective
-from pyro_ebm.infer.unconstrained import Unconstrained
+from pyro_ebm.infer.unconstrained import Unconstrained, check_interior
 from pyro_ebm.ops.arguments import one_of
 from pyro_ebm.ops.kernels import (
     GaussianKernel,
@@ -54,7 +54,8 @@ class KernelStein(DeterministicObjective):
         **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
 
     Raises:
-        ValueError: If the kernel is unknown, the length scale not positive, or there is one row.
+        ValueError: If the kernel is unknown, the length scale not positive, there is one row, or
+            rows have weights of their own.
         NotImplementedError: On a support that is not continuous.
 
     Example:
@@ -74,6 +75,18 @@ class KernelStein(DeterministicObjective):
             raise ValueError(f"length_scale must be positive, got {length_scale!r}")
         self.kernel = one_of("kernel", kernel, ("imq", "rbf"))
         self.length_scale = length_scale
+
+    def pooled_by(self, site: str) -> str | None:
+        """Says that a row is compared with all rows of a site alike."""
+        return (
+            "compares each with all rows alike: use ScoreMatching, or repeat rows as often as they "
+            "count"
+        )
+
+    def check(self, name: str, p: EnergyDistribution, x: Tensor) -> None:
+        """Raises ``ValueError`` if data lie on the border of the support."""
+        u = Unconstrained(p, "KernelStein").coordinates(p.broadcast_value(x))
+        check_interior(name, p, u, "KernelStein")
 
     def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns the mean of the Stein kernel between a row and all rows that count.

@@ -22,6 +22,8 @@ EMNLP 2018, arXiv:1809.01812.
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer import checks
 from pyro_ebm.infer.contrast import Contrast
 from pyro_ebm.infer.noise_contrast import NoiseContrast
@@ -36,6 +39,8 @@ from pyro_ebm.ops.arguments import one_of, whole
 from pyro_ebm.ops.log_space import bennett
 
 CUpdate = Literal["gradient", "closed_form"]
+
+FEWEST_UNDECIDED = 10  # comparisons of a batch: the root varies by a third of a nat
 
 
 class NCE(NoiseContrast):
@@ -47,7 +52,10 @@ class NCE(NoiseContrast):
             first batch, or ``None`` for the base. A guide site of the same name goes before both.
             It is never trained here: :class:`FlowContrastive` does.
         c_update: ``"gradient"`` makes log Z a parameter, ``"closed_form"`` solves Bennett's
-            equation on every batch and averages.
+            equation on every batch and averages the roots. That mean is too low by about a quarter
+            of the roots' variance, and the energy follows: with batches of 64, one noise draw each
+            and noise three times as wide a precision of 1 comes out as 1.05 in five dimensions.
+            On small batches take ``"gradient"``, which has no such error.
         c_rate: Weight of the newest batch in that average.
         refit_every: Steps after which ``"gaussian"`` noise is fitted anew; ``None`` never does.
         refit_to: What it is then fitted to: ``"data"``, the batch at hand, or ``"model"``, whose
@@ -57,6 +65,10 @@ class NCE(NoiseContrast):
     Raises:
         ValueError: For a conditional energy without a log Z of its own, or noise on another
             support.
+
+    Warns:
+        SurrogateWarning: If Bennett's equation of a batch rests on few comparisons that are not
+            decided, their number being the diagnostic ``undecided``.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -88,12 +100,17 @@ class NCE(NoiseContrast):
         super().__init__(num_noise, noise, **elbo)
         self.c_update = one_of("c_update", c_update, get_args(CUpdate))
         self.c_rate = checks.rate("c_rate", c_rate)
-        self.pools_data = not self.learns_by_gradient
 
     @property
     def learns_by_gradient(self) -> bool:
         """Whether log Z is a parameter for the optimizer."""
         return self.c_update == "gradient"
+
+    def pooled_by(self, site: str) -> str | None:
+        """Says that Bennett's equation takes all rows of a site alike, or ``None``."""
+        if self.learns_by_gradient or not self.keeps_log_normalizer(site):
+            return None
+        return 'finds log Z from all rows alike: use c_update="gradient", or RankingNCE'
 
     def per_datum(
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
@@ -127,8 +144,36 @@ class NCE(NoiseContrast):
     ) -> None:
         """Moves log Z towards the root of Bennett's equation on this batch."""
         ratios = self.log_ratios(p, x, contrast).detach() - math.log(self.num_noise)
-        data, *noise = (self.evaluation.rows(row, row.dim()) for row in ratios)
-        log_z.lerp_(bennett(data, torch.cat(noise), ratio=self.num_noise), self.c_rate)
+        data, *each = (self.evaluation.rows(row, row.dim()) for row in ratios)
+        noise = torch.cat(each)
+        root = bennett(data, noise, ratio=self.num_noise)
+        doubt = _doubt(data - root).mean() + self.num_noise * _doubt(noise - root).mean()
+        self.evaluation.note(undecided=len(data) * doubt)
+        log_z.lerp_(root, self.c_rate)
+
+    def judge(self, site: str, notes: Mapping[str, Tensor], *, trains: bool) -> None:
+        """Judges a step, and of steps that are checked what log Z rests on.
+
+        Warns:
+            SurrogateWarning: If it is fewer than ten comparisons.
+        """
+        super().judge(site, notes, trains=trains)
+        step = int(self.num_steps_taken)
+        is_due = trains and self.is_checked_now(site) and step >= checks.SETTLED
+        if is_due and float(notes.get("undecided", FEWEST_UNDECIDED)) < FEWEST_UNDECIDED:
+            warnings.warn(
+                f'{type(self).__name__}(c_update="closed_form") at EBM site {site!r}, step {step}: '
+                f"Bennett's equation of a batch rests on {float(notes['undecided']):.1f} "
+                "comparisons that are not decided, and the mean of its roots is too low: use "
+                'c_update="gradient", larger batches or more noise, or noise closer to the data',
+                SurrogateWarning,
+                stacklevel=2,
+            )
+
+
+def _doubt(logits: Tensor) -> Tensor:
+    """How undecided comparisons are: minus the slope of their share in the equation."""
+    return torch.sigmoid(logits) * torch.sigmoid(-logits)
 
 
 class RankingNCE(NoiseContrast):

@@ -100,9 +100,8 @@ def others(p: EnergyDistribution, x: Tensor, who: str) -> tuple[Tensor, Tensor]:
     """
     ladder, event_dim = _ladder_of(p, who), len(p.event_shape)
     by = torch.tensor([-1, *range(1, max(2, int(ladder.num.max())))])
-    column = by.reshape((-1,) + (1,) * x.dim())
-    counts = ladder.num == 0
-    does_move = torch.where(counts, column.abs() == 1, (column > 0) & (column < ladder.num))
+    column, num = by.reshape((-1,) + (1,) * x.dim()), ladder.over(p.event_shape).num
+    does_move = torch.where(num == 0, column.abs() == 1, (column > 0) & (column < num))
     which, site = does_move.reshape(len(by), -1, prod(p.event_shape)).any(1).nonzero(as_tuple=True)
     by, does_move, which, site = (part.to(x.device) for part in (by, does_move, which, site))
     moved = torch.where(does_move, ladder.to(x.device).moved(x, by), x)

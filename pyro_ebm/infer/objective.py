@@ -87,7 +87,6 @@ class Objective(EnumeratingELBO, nn.Module):
 
     is_held_out_criterion = True
     learns_log_normalizer = False
-    pools_data = False  # log Z is found from the data, all rows alike
     pools_rows = False  # one log Z, learned or implied, for all rows of a site
     needs_density = True
     trains_energy = True
@@ -260,6 +259,20 @@ class Objective(EnumeratingELBO, nn.Module):
                 p, x, who = member.sites[name], member.examples[name], type(member).__name__
                 member.contexts.check(name, p, x, (model, args, kwargs), values, who)
 
+    def _check_weights(self, name: str, scale: Any) -> None:
+        """Raises ``ValueError`` if rows weigh differently where they are pooled."""
+        member = self.objective_of(name)
+        pooled = member.pooled_by(name)
+        if pooled is not None:
+            conditional.check_weights(name, scale, f"{type(member).__name__} {pooled}")
+
+    def pooled_by(self, site: str) -> str | None:
+        """Says what takes all rows of a site alike and what does not, or ``None``.
+
+        With weights of their own (``poutine.scale``) rows would be counted by them elsewhere only.
+        """
+        return None
+
     def objective_of(self, site: str) -> Objective:
         """Returns the objective that serves a site: this one."""
         return self
@@ -369,10 +382,8 @@ class Objective(EnumeratingELBO, nn.Module):
             member = self.objective_of(name)
             if member.is_checked_now(name):
                 checks.free_of_latents(name, model_trace, guide_trace, member)
-            if member.pools_data:
-                conditional.check_weights(
-                    name, model_trace.nodes[name]["scale"], type(member).__name__
-                )
+        for name in handler.used:
+            self._check_weights(name, model_trace.nodes[name]["scale"])
         if get_proxy_mode() is None:  # a recorded step is compared with one that is not
             self._check_contexts(model, model_trace, handler.used, args, kwargs)
         checks.registered(model_trace, handler.used, self.sites, self.optimized)

@@ -33,6 +33,7 @@ class Sites(Ladder):
     """Ladders with an end, the same in all rows: tensors of event shape.
 
     Example:
+        >>> from pyro.distributions import constraints
         >>> sites = Sites.of(constraints.integer_interval(1, 3), torch.Size([2]), "A test")
         >>> sites.numbers(torch.tensor([1.0, 3.0]))
         tensor([0, 2])
@@ -121,6 +122,7 @@ class PerturbedSpace:
             vectors.
 
     Example:
+        >>> from pyro.distributions import constraints
         >>> support = constraints.cat([constraints.positive, constraints.boolean], -1, [1, 1])
         >>> p = EnergyDistribution(lambda x: x.sum(-1), event_shape=(2,), support=support)
         >>> PerturbedSpace(p, "A test").coordinates(torch.tensor([1.0, 1.0]))  # log 1, and a bit

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ebm.infer.unconstrained import Unconstrained
+from pyro_ebm.infer.unconstrained import Unconstrained, check_interior
 
 __all__ = ["has_jumps", "refuse_jumps"]
 
@@ -40,9 +40,11 @@ def refuse_jumps(name: str, space: Unconstrained, x: Tensor, why: str) -> None:
         why: What is wrong with jumps, ``{who}`` standing for the objective.
 
     Raises:
-        ValueError: If the slope of the energy moves by jumps.
+        ValueError: If the slope of the energy moves by jumps, or data lie on the support's border.
     """
-    if has_jumps(space, space.coordinates(space.p.broadcast_value(x))):
+    u = space.coordinates(space.p.broadcast_value(x))
+    check_interior(name, space.p, u, space.who)
+    if has_jumps(space, u):
         raise ValueError(
             f"EBM site {name!r}: the energy's slope jumps at kinks, as that of a ReLU network or "
             f"of absolute values does, and {why.format(who=space.who)}: use smooth activations "

@@ -35,6 +35,7 @@ from torch.nn.functional import softplus
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.contrast import contrast_law, rows_of, with_data
 from pyro_ebm.infer.objective import Objective
+from pyro_ebm.infer.unconstrained import check_interior
 from pyro_ebm.infer.waymarks import Waymarks, equal_steps
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.spaces import bijection
@@ -171,6 +172,7 @@ class TelescopingNCE(Objective):
         q = contrast_law(law, p, x, needs_density=True, who=who)
         space = bijection(p.support, len(p.event_shape))
         start, end = space.inv(x), space.inv(q.sample())
+        check_interior(self.evaluation.site, p, start, who)
         weights = self._weights(p, x, start, end).reshape((-1,) + (1,) * start.dim())
         points = space((1 - weights**2).sqrt() * start + weights * end)
         before = points[-2] if self.num_bridges > 1 else x

@@ -13,13 +13,38 @@ from math import prod
 import torch
 from torch import Tensor
 from torch.distributions import Transform
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.ops.spaces import bijection
 
-__all__ = ["Unconstrained"]
+__all__ = ["Unconstrained", "check_interior"]
 
 MOST_NUMBERS = 2**24  # second derivatives in one pass: 128 MiB of doubles
+
+
+def check_interior(name: str, p: EnergyDistribution, u: Tensor, who: str) -> None:
+    """Raises if data lie on the border of a closed support, where coordinates are infinite.
+
+    Args:
+        name: The site.
+        p: Its EBM.
+        u: Unconstrained coordinates of its data, ``rows + event``.
+        who: The objective.
+
+    Raises:
+        ValueError: If some are infinite.
+    """
+    if get_proxy_mode() is not None:  # the steps that are not recorded look
+        return
+    event_dim = bijection(p.support, len(p.event_shape)).domain.event_dim
+    outside = ~u.isfinite().reshape((*u.shape[: u.dim() - event_dim], -1)).all(-1)
+    if outside.any():
+        raise ValueError(
+            f"EBM site {name!r}: {int(outside.sum())} of {outside.numel()} rows of the data lie on "
+            f"the border of the support {p.support}, and {who} takes its unconstrained coordinates,"
+            " which are infinite there: move these rows inside, leave them out, or use NCE"
+        )
 
 
 class Unconstrained:

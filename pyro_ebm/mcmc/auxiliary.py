@@ -26,6 +26,7 @@ class Auxiliary(ABC):
 
     is_exact: bool
     moves_by_sweeps = False  # of the energy's own kernel
+    origin = "the data"  # where sweeps start
     bias = "its auxiliary draws are not exact"  # of draws that are not, in words
 
     def bound(self, families: Mapping[str, ExponentialFamily]) -> Auxiliary:

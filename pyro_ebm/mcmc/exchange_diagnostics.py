@@ -219,7 +219,7 @@ def _words(auxiliary: Auxiliary, number: int) -> str:
     if auxiliary.is_exact:
         return f"{number} exact auxiliary draws each"
     sweeps = getattr(auxiliary, "num_sweeps", "some")
-    return f"{number} auxiliary draws each by {sweeps} sweeps from the data"
+    return f"{number} auxiliary draws each by {sweeps} sweeps from {auxiliary.origin}"
 
 
 # --- the identities

@@ -68,6 +68,7 @@ class Resampled(Auxiliary):
     """
 
     is_exact = False
+    origin = "a pool"
     bias = "its auxiliary draws are of one pool, whose error is in all of them"
 
     def __init__(self, pool: Tensor, anchor: Tensor, *, num_sweeps: int = 1) -> None:

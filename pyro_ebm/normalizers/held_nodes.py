@@ -57,7 +57,13 @@ class HeldNodes:
             holds, is_looked_at = True, False
         if not is_looked_at:
             value = self.beyond.told(value, held)
-        remarks = (
-            () if holds else (f"its nodes err by {float(error.max()):.2g} nats: {self.remedy}",)
+        return LogNormalizer(
+            value,
+            error,
+            self.method,
+            remarks=() if holds else self._remarks(error),
+            parameters=parameters,
         )
-        return LogNormalizer(value, error, self.method, remarks=remarks, parameters=parameters)
+
+    def _remarks(self, error: Tensor) -> tuple[str, ...]:
+        return (f"its nodes err by {float(error.max()):.2g} nats: {self.remedy}",)

@@ -23,11 +23,11 @@ from torch.distributions.constraints import Constraint
 
 from pyro_ebm.ops.constraints import (
     Segment,
-    finite_values,
     integer_bounds,
     is_integer,
     plain,
     segments,
+    spins,
 )
 
 __all__ = ["Ladder", "ladder_beside", "ladder_of"]
@@ -36,7 +36,7 @@ Own = TypeVar("Own", bound="Ladder")
 
 
 class Ladder(NamedTuple):
-    """The values ``first + step * k`` of sites; tensors of event shape, or of rows and events.
+    """The values ``first + step * k`` of sites, on the CPU; tensors that broadcast with events.
 
     Args:
         first: The value for k = 0.
@@ -60,6 +60,11 @@ class Ladder(NamedTuple):
     def to(self: Own, device: torch.device) -> Own:
         """Returns the ladders on a device."""
         return type(self)(*(part.to(device) for part in self))
+
+    def over(self: Own, event_shape: torch.Size) -> Own:
+        """Returns the ladders one for each site: of event shape, or of rows and events."""
+        full = torch.broadcast_shapes(event_shape, self.num.shape)
+        return type(self)(*(part.expand(full) for part in self))
 
     def shared_num(self) -> int:
         """Returns K where all sites have one finite list in common, else 0."""
@@ -87,42 +92,42 @@ class Ladder(NamedTuple):
 
 
 def ladder_of(support: Constraint, event_shape: torch.Size) -> Ladder | None:
-    """Returns the ladders of an event's sites, on the CPU.
+    """Returns the ladders of an event's sites, as small as the bounds of the support are.
 
     ``None`` if a site has none: real columns, one-hot vectors, and discrete constraints that do not
     say what their values are.
     """
-    return ladder_beside(segments(support, event_shape), event_shape)
+    parts = segments(support, event_shape)
+    if len(parts) > 1:
+        return ladder_beside(parts, event_shape)
+    return _fitting(_ladder(parts[0].constraint), event_shape)
 
 
 def ladder_beside(parts: Sequence[Segment], event_shape: torch.Size) -> Ladder | None:
-    """Returns the ladders of some columns of the last event dim, joined along it."""
-    pieces = [_spread(_ladder(part.constraint), _shape_of(part, event_shape)) for part in parts]
+    """Returns the ladders of some columns of the last event dim, one for each of their sites."""
+    pieces = [_columns(part, event_shape) for part in parts]
     found = [piece for piece in pieces if piece is not None]
     if len(found) < len(pieces):
         return None
     if len(found) == 1:
         return found[0]
     rows = torch.broadcast_shapes(*(piece.num.shape[:-1] for piece in found))
-    columns = [Ladder(*(part.expand(rows + part.shape[-1:]) for part in piece)) for piece in found]
-    return Ladder(*(torch.cat(parts, -1) for parts in zip(*columns, strict=True)))
+    alike = [Ladder(*(part.expand(rows + part.shape[-1:]) for part in piece)) for piece in found]
+    return Ladder(*(torch.cat(columns, -1) for columns in zip(*alike, strict=True)))
 
 
-def _shape_of(part: Segment, event_shape: torch.Size) -> torch.Size:
-    if not event_shape:
-        return event_shape
-    return event_shape[:-1] + (len(range(event_shape[-1])[part.columns]),)
+def _columns(part: Segment, event_shape: torch.Size) -> Ladder | None:
+    shape = event_shape
+    if event_shape:
+        shape = event_shape[:-1] + (len(range(event_shape[-1])[part.columns]),)
+    ladder = _fitting(_ladder(part.constraint), shape)
+    return None if ladder is None else ladder.over(shape)
 
 
-def _spread(ladder: Ladder | None, shape: torch.Size) -> Ladder | None:
-    """Returns a ladder for every site of ``shape``; ``None`` if its bounds are for another one."""
-    if ladder is None:
-        return None
-    own = torch.broadcast_shapes(*(part.shape for part in ladder))
-    if any(n not in (1, m) for n, m in zip(own[::-1], shape[::-1])):  # noqa: B905
-        return None
-    full = torch.broadcast_shapes(own, shape)
-    return Ladder(*(part.expand(full) for part in ladder))
+def _fitting(ladder: Ladder | None, shape: torch.Size) -> Ladder | None:
+    """Returns the ladder; ``None`` if its bounds are for events of another shape."""
+    pairs = [] if ladder is None else zip(ladder.num.shape[::-1], shape[::-1])  # noqa: B905
+    return ladder if all(n in (1, m) for n, m in pairs) else None
 
 
 def _ladder(support: Constraint) -> Ladder | None:
@@ -130,20 +135,23 @@ def _ladder(support: Constraint) -> Ladder | None:
     if not is_integer(support):
         return None
     lower, upper = integer_bounds(support)
-    values = finite_values(support) if lower is None and upper is None else None
     if lower is not None:
         return _new(lower, 1, 0 if upper is None else upper - lower + 1)
     if upper is not None:
         return _new(upper, -1, 0)
-    if values is not None:
-        return _new(values[0], values[1] - values[0], len(values))
-    if isinstance(plain(support), type(constraints.integer)):
+    return _without_bounds(plain(support))
+
+
+def _without_bounds(support: Constraint) -> Ladder | None:
+    if isinstance(support, type(constraints.boolean)):
+        return _new(0, 1, 2)
+    if isinstance(support, type(spins)):
+        return _new(-1, 2, 2)
+    if isinstance(support, type(constraints.integer)):
         return _new(0, 1, 0, has_first=False)
     return None
 
 
-def _new(
-    first: Tensor | int, step: Tensor | int, num: Tensor | int, *, has_first: bool = True
-) -> Ladder:
-    first, step, num = (torch.as_tensor(part).long().cpu() for part in (first, step, num))
-    return Ladder(first, step, num, torch.tensor(has_first))
+def _new(first: Tensor | int, step: int, num: Tensor | int, *, has_first: bool = True) -> Ladder:
+    numbers = (torch.as_tensor(part).long().cpu() for part in (first, step, num))
+    return Ladder(*torch.broadcast_tensors(*numbers, torch.tensor(has_first)))

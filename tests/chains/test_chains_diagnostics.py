@@ -181,3 +181,10 @@ def test_provenance_is_noted_but_is_no_fault():
     for words in ("ULA is not adjusted", "approximate", "not the model"):
         assert words in text
     assert diagnose(Record({"x": normal(4, 500)}, inverse_temperature=1.0)).notes == []
+
+
+def test_the_sampler_says_what_biases_its_draws_and_what_is_in_doubt():
+    attrs = {"bias": "few sweeps", "doubts": "cut off at 3"}
+    found = diagnose(Record({"x": normal(4, 500)}, sampler="E", adjusted=False, attrs=attrs))
+    assert found.notes == ["E is not adjusted: few sweeps"]
+    assert found.warnings == ["cut off at 3"]

@@ -17,7 +17,16 @@ from pyro.infer import SVI
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
-from pyro_ebm.infer import KALE, NCE, PersistentContrastiveDivergence, RankingNCE, ScoreMatching
+from pyro_ebm.infer import (
+    KALE,
+    NCE,
+    KernelKALE,
+    KernelStein,
+    PersistentContrastiveDivergence,
+    PerSite,
+    RankingNCE,
+    ScoreMatching,
+)
 
 BASE = dist.Normal(torch.zeros((), dtype=torch.float64), 2.0)
 TIMES = (-1.0, 0.0, 1.0)
@@ -116,6 +125,33 @@ def test_log_z_by_bennetts_equation_takes_rows_alike():
         steps(NCE(5, c_update="closed_form"), weighted, [(x, weights)])
     steps(NCE(5), weighted, [(x, weights)])
     steps(NCE(5, c_update="closed_form"), weighted, [(x, torch.full((6,), 2.0))])
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (KernelKALE, "KernelKALE solves for h with all rows alike: use MMD"),
+        (KernelStein, "KernelStein compares each with all rows alike: use ScoreMatching"),
+    ],
+)
+def test_kernels_take_rows_alike(objective, message):
+    """A weight of all rows is one of the loss; rows that weigh differently are refused."""
+
+    def guide(x, weights):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    x, guided = torch.randn(6), guide if objective is KernelKALE else lambda *_: None
+
+    def loss(weights, make=objective):
+        return make().differentiable_loss(weighted, guided, x, weights)
+
+    with pytest.raises(ValueError, match=f"weights of their own .poutine.scale., and {message}"):
+        loss(torch.linspace(0.5, 1.5, 6))
+    with pytest.raises(ValueError, match=message):
+        loss(torch.linspace(0.5, 1.5, 6), make=lambda: PerSite({"x": objective()}))
+    if objective is KernelStein:
+        torch.testing.assert_close(loss(torch.full((6,), 2.0)), 2 * loss(torch.ones(6)))
 
 
 # --- names

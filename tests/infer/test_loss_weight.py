@@ -79,6 +79,14 @@ def test_the_product_of_unit_and_weight_is_one_number(unit, weight, dtype):
     assert remarks == ()
 
 
+def test_the_minimum_of_a_tiny_loss_is_found_as_well():
+    """From one start, where what counts as near enough has to be small as the loss is."""
+    x = torch.randn(60, DIM)
+    loss = loss_of(precision, ScoreMatching(), x * 1e6, 1e6)
+    wanted = (x.numel() / x.square().sum()).log()[None]
+    torch.testing.assert_close(loss.own_minimum(1), wanted, rtol=0, atol=1e-6)
+
+
 def test_what_is_not_calibrated_keeps_its_weight():
     loss = loss_of(precision, ScoreMatching(), torch.randn(60, DIM))
     assert found(loss, "none") == (1.0, "as weight says", ())
@@ -196,25 +204,27 @@ def test_rows_that_a_scale_counts_twice_count_once():
 @pytest.mark.slow
 @pytest.mark.parametrize("unit", [1.0, 100.0])
 def test_coverage_of_ninety_percent_intervals_in_two_units(unit):
-    """200 data sets of 100 rows at precision 1. Quantiles move with the map: a grid for draws.
+    """100 data sets of 100 rows at precision 1. Quantiles move with the map: a grid for draws.
 
-    The standard error is .021: gated at five, it sees 11 points. At weight 1 the same intervals
+    The standard error is .03: gated at four, it sees 12 points. At weight 1 the same intervals
     never cover in hundredths.
     """
-    grid = torch.linspace(-1.0, 3.0, 8001)
+    grid = torch.linspace(-0.5, 2.0, 501)
 
     def covers(loss):
-        mass = torch.softmax(-loss.target.potential(grid[:, None]).detach(), 0).cumsum(0)
+        with pyro.validation_enabled(is_validate=False):
+            potential = loss.target.potential(grid[:, None]).detach()
+        mass = torch.softmax(-potential, 0).cumsum(0)
         ends = grid[torch.searchsorted(mass, torch.tensor([0.05, 0.95]))]
         moved = calibration_of(loss)(ends[:, None])[:, 0]
         return bool(moved[0] < 0.0 < moved[1])
 
     covered, plain = [], []
-    for _ in range(200):
+    for _ in range(100):
         x = unit * torch.randn(100, DIM)
         one = loss_of(precision, ScoreMatching(), x, unit)
         weighted = loss_of(precision, ScoreMatching(), x, unit, weight=found(one).factor)
         covered.append(covers(weighted))
         plain.append(covers(one))
-    assert abs(sum(covered) / 200 - 0.9) < 5 * 0.021
-    assert (sum(plain) / 200 < 0.1) == (unit == 100.0)
+    assert abs(sum(covered) / 100 - 0.9) < 4 * 0.03
+    assert (sum(plain) / 100 < 0.1) == (unit == 100.0)

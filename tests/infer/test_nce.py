@@ -5,6 +5,7 @@ rounding.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -13,6 +14,7 @@ import torch
 from torch.nn.functional import softplus
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer import NCE, RankingNCE
 from pyro_ebm.infer.contrast import Contrast
 from pyro_ebm.ops.log_space import bennett, log_mean_exp
@@ -260,6 +262,41 @@ def test_closed_form_c_averages_the_roots():
         c = c + 0.25 * (root - c)
         torch.testing.assert_close(nce.log_normalizers["x"].detach(), c, rtol=0, atol=1e-12)
     assert not nce.log_normalizers["x"].requires_grad
+
+
+def trained(objective, rows, steps):
+    """Steps at a standard normal law, with noise that is one too."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", quadratic(torch.tensor([1.0, 0.0])), obs=x)
+
+    for _ in range(steps):
+        objective.differentiable_loss(model, lambda x: None, torch.randn(rows))
+
+
+def test_undecided_comparisons_are_counted():
+    """Noise that is the model leaves all in doubt: nu / (1 + nu) for each of 16 data."""
+    objective = NCE(3, dist.Normal(0.0, 1.0), c_update="closed_form")
+    trained(objective, 16, 1)
+    undecided = objective.diagnostics["x"]["undecided"]
+    torch.testing.assert_close(undecided, torch.tensor(16 * 0.75), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("c_update", "rows", "warns"),
+    [
+        ("closed_form", 16, True),
+        ("closed_form", 32, False),
+        ("gradient", 16, False),
+    ],
+)
+def test_a_root_of_few_comparisons_is_said(c_update, rows, warns):
+    """Of 16 and 32 data, with one noise draw each, half are undecided: 8 and 16."""
+    objective = NCE(1, dist.Normal(0.0, 1.0), c_update=c_update)
+    message = "step 128: Bennett's equation of a batch rests on 8.0 comparisons"
+    with pytest.warns(SurrogateWarning, match=message) if warns else nullcontext():
+        trained(objective, rows, 129)
 
 
 def test_masked_rows_have_no_say_in_the_closed_form():

@@ -42,7 +42,7 @@ JUMPING = {
     "selu": (lambda: hidden(nn.SELU()), "student"),
     "hard tanh": (lambda: lambda x: functional.hardtanh(x).sum(-1), "student"),
     "maximum": (lambda: lambda x: x.amax(-1), "student"),
-    "where": (lambda: lambda x: torch.where(x > 0, x, x.sin()).sum(-1) + x.sum(-1) * 0, "normal"),
+    "where": (lambda: lambda x: torch.where(x > 0, x.sin(), x.expm1() / 2).sum(-1), "normal"),
     "mask": (lambda: lambda x: (x * (x > 0)).sum(-1) * x.cos().sum(-1), "normal"),
 }
 SMOOTH = {
@@ -55,20 +55,50 @@ SMOOTH = {
     "slope like a root": (lambda: lambda x: x.abs().pow(1.5).sum(-1), "normal"),
     "squared absolute values": (lambda: lambda x: x.abs().square().sum(-1), "student"),
     "squared relu": (lambda: lambda x: torch.relu(x).square().sum(-1), "student"),
-    "huber": (lambda: lambda x: functional.smooth_l1_loss(x, 0 * x, reduction="none").sum(-1), "normal"),
+    "huber": (
+        lambda: lambda x: functional.smooth_l1_loss(x, 0 * x, reduction="none").sum(-1),
+        "normal",
+    ),
     "log-sum-exp": (lambda: lambda x: x.logsumexp(-1), "student"),
     "norm": (lambda: lambda x: x.norm(dim=-1), "student"),
     "a floor out of reach": (lambda: lambda x: -x.clamp_min(1e-8).log().sum(-1), "gamma"),
-    "a mask out of reach": (lambda: lambda x: torch.where(x > -1e6, x, 0).square().sum(-1), "normal"),
+    "a mask out of reach": (
+        lambda: lambda x: torch.where(x > -1e6, x, 0).square().sum(-1),
+        "normal",
+    ),
     "tilt": (lambda: lambda x: x.sum(-1), "normal"),
     "nothing but rounding": (lambda: lambda x: BASES["student"]().log_prob(x), "student"),
     "random": (lambda: hidden(nn.Tanh(), [nn.Dropout(0.5)]), "normal"),
 }
 
 
-def jumps(make, base, dtype):
-    torch.set_default_dtype(dtype)
-    energy, base = make(), BASES[base]()
-    space = Unconstrained(EnergyDistribution(energy, base), "ScoreMatching")
-    x = base.sample((400,)) if base.support.is_discrete is None else base.sample((400,))
-    return has_jumps(space, space.coordinates(x))
+def jumps(table, name, dtype):
+    torch.set_default_dtype(dtype)  # undone after every test
+    make, base = table[name]
+    law = BASES[base]()
+    space = Unconstrained(EnergyDistribution(make(), law), "ScoreMatching")
+    with torch.no_grad():
+        return has_jumps(space, space.coordinates(law.sample((200,))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", JUMPING)
+def test_jumps_are_found_whatever_the_curvature_between(name, dtype):
+    assert jumps(JUMPING, name, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", SMOOTH)
+def test_what_does_not_jump_passes(name, dtype):
+    """Slopes that are steep, bend, or have no derivative at a point among them."""
+    assert not jumps(SMOOTH, name, dtype)
+
+
+@pytest.mark.parametrize("rows", [(1, 2), (2,), (3, 4, 2)], ids=str)
+def test_rows_of_any_number(rows):
+    """One row is compared with its mirror image, here beyond the kink."""
+    x = 1.1 + torch.rand(rows)
+    x.view(-1, 2)[: x.numel() // 4] -= 1.1
+    space = Unconstrained(EnergyDistribution(lambda x: (x - 1).abs().sum(-1), event_shape=(2,)), "")
+    assert has_jumps(space, x)
+    assert not has_jumps(space, 1.1 + torch.rand(4, 2))  # on one side

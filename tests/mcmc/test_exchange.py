@@ -6,7 +6,7 @@ import pytest
 import torch
 from calibrated_models import Precision
 
-from pyro_ebm import EnergyDistribution
+from pyro_ebm import EnergyDistribution, diagnose
 from pyro_ebm.energies import ConwayMaxwellPoisson, GaussianEnergy, Ising
 from pyro_ebm.mcmc import (
     HMC,
@@ -114,6 +114,9 @@ def test_few_sweeps_are_too_wide_and_say_that_they_are_not_exact():
     """Double Metropolis-Hastings: one sweep from the data is far off, twenty are not."""
     wide = run(Exchange(one_lattice, auxiliary=Sweeps(1)), lattice_with(2), num_samples=60)
     assert not wide.kernel.adjusted
+    (note,) = diagnose(wide).notes
+    assert "sweeps from the data" in note
+    assert "step size" not in note
     _, sd = of_lattice(2)
     assert float(wide.get_samples()["coupling"].std()) > 1.3 * sd
     many = run(Exchange(one_lattice, auxiliary=Sweeps(20)), lattice_with(2), num_samples=60)

@@ -173,6 +173,18 @@ def test_masked_rows_do_not_count():
     assert_mean_close(both.second - one.second, 0.0)
 
 
+def test_a_site_with_constant_parameters_counts_for_nothing():
+    def two(x):
+        one_lattice(Lattice, x)
+        pyro.sample("old", EnergyDistribution(Lattice(torch.tensor(0.3), (4, 4))), obs=x)
+
+    q = torch.full((1000, 1), -0.7)
+    both = bartlett(Exchange(two).bind(lattice()), q, ExactDraws(), 4)
+    one = bartlett(Exchange(one_lattice).bind(Lattice, lattice()), q, ExactDraws(), 4)
+    assert_mean_close(both.score - one.score, 0.0)
+    assert_mean_close(both.second - one.second, 0.0)
+
+
 def test_hotelling_is_what_it_says():
     """T squared by its definition; for 400 Gaussian rows its bound is that of chi squared."""
     means = torch.randn(400, 3) @ torch.randn(3, 3) + 0.1
