@@ -223,8 +223,11 @@ class Objective(EnumeratingELBO, nn.Module):
         """Whether to check a site: at first sight, then ever more rarely while training.
 
         An energy may become conditional as it learns. Counted in steps, which are saved: energies
-        with a state of their own see the same calls after a resume.
+        with a state of their own see the same calls after a resume. A step that is being recorded
+        is compared with one that is not.
         """
+        if get_proxy_mode() is not None:
+            return False
         steps = int(self.num_steps_taken)
         first = name not in self._checked
         later = torch.is_grad_enabled() and is_power_of_two(steps)

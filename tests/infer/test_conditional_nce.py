@@ -412,6 +412,26 @@ def test_discrete_data_need_a_law():
     assert site(bits, x, ConditionalNCE(noise=flips)).isfinite()
 
 
+def test_coordinates_fewer_than_an_events_dims():
+    """Cholesky factors of correlations are matrices of three coordinates in a vector."""
+    tilt = torch.tensor(0.5, requires_grad=True)
+    law = EnergyDistribution(
+        lambda x: -tilt * x.diagonal(dim1=-2, dim2=-1)[..., 1:].log().sum(-1),
+        event_shape=(3, 3),
+        support=constraints.corr_cholesky,
+    )
+    x = dist.LKJCholesky(3, 1.25).sample((2000,))  # density of 2 (eta - 1) log diagonal, and once
+    objective = ConditionalNCE(2)
+    assert site(law, x, objective).isfinite()
+    assert objective.fitted["x"][1].shape == (3,)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.zeros(3), 0.3).to_event(1))
+
+    assert site(law, x, guide=guide).isfinite()
+
+
 def test_nan_and_values_outside_the_support():
     positive = EnergyDistribution(lambda x: x, support=constraints.positive)
     with pytest.raises(ValueError, match="support"):

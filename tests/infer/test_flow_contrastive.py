@@ -412,3 +412,28 @@ def test_a_resumed_fit_shows_the_same_diagnostics(interrupted_at, validate_every
     assert whole.diagnostics == resumed.diagnostics
     assert whole.diagnostic_steps["x/log_z"] == [1, 3, 5, 7, 9, 11]
     assert whole.diagnostic_steps["x/value"] == [2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("options", [{"schedule": (1, 1)}, {"simultaneous": True}], ids=str)
+def test_replayed_steps_are_the_steps_themselves(options):
+    """Of both players; the skill is a tensor that every step writes to."""
+
+    def model(x):
+        precision = pyro.param("precision", torch.tensor(1.5))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", gaussian(precision), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.2))
+
+    data, found = torch.randn(40), []
+    for capture in (False, True):
+        pyro.clear_param_store()
+        objective = FlowContrastive(mle_weight=0.2, **options)
+        run = {"lr": 0.05, "num_steps": 20, "batch_size": 10, "seed": 0, "disable_progbar": True}
+        fit(model, data, objective, guide=guide, capture=capture, **run)
+        values = [*pyro.get_param_store().values(), *objective.log_normalizers.values()]
+        found.append(torch.stack([*values, objective.skill]).detach())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)

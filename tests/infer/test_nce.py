@@ -326,6 +326,28 @@ def run(nce, model, data):
     return nce.differentiable_loss(model, lambda *_: None, data)
 
 
+def test_noise_of_groups_is_regrouped_as_the_energy_is():
+    """One wrapper has made both the rows of a group and a row's coordinates event dims."""
+    data, noise = torch.randn(4, 5, 2), dist.Normal(torch.arange(2.0), 1.5)
+    energy = EnergyDistribution(lambda y: 0.5 * y.square().sum(-1), event_shape=(2,))
+
+    def loss_of(law):
+        def model(x):
+            with pyro.plate("groups", len(x)):
+                pyro.sample("x", energy.expand([len(x), 5]).to_event(1), obs=x)
+
+        def guide(x):
+            with pyro.plate("groups", len(x)):
+                pyro.sample("x", law)
+
+        pyro.set_rng_seed(0)
+        return NCE(3).differentiable_loss(model, guide, data)
+
+    at_once = loss_of(noise.expand([4, 5, 2]).to_event(2))
+    in_turns = loss_of(noise.to_event(1).expand([4, 5]).to_event(1))
+    torch.testing.assert_close(at_once, in_turns, rtol=0, atol=1e-10)
+
+
 def vectors(x):
     with pyro.plate("data", len(x)):
         pyro.sample(

@@ -11,15 +11,20 @@ from torch.distributions import constraints
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import EnergyShapeError
+from pyro_ebm.infer.conditional_nce import ConditionalNCE
 from pyro_ebm.infer.contrastive_divergence import ContrastiveDivergence
+from pyro_ebm.infer.denoising import DenoisingScoreMatching
 from pyro_ebm.infer.energy_discrepancy import EnergyDiscrepancy
 from pyro_ebm.infer.fit import fit
 from pyro_ebm.infer.kale import KALE
+from pyro_ebm.infer.kernel_stein import KernelStein
 from pyro_ebm.infer.nce import NCE, RankingNCE
 from pyro_ebm.infer.per_site import PerSite
 from pyro_ebm.infer.persistent import PersistentContrastiveDivergence
 from pyro_ebm.infer.pseudo_likelihood import PseudoLikelihood
 from pyro_ebm.infer.score_matching import ScoreMatching
+from pyro_ebm.infer.sliced import SlicedScoreMatching
+from pyro_ebm.infer.telescoping import BridgeEnergy, TelescopingNCE
 
 STANDARD = dist.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
 OBJECTIVES = {
@@ -204,3 +209,31 @@ def test_nan_is_told_when_an_objective_is_frozen():
 
     with pytest.raises(ValueError, match="1 of 3 rows of the data are NaN or infinite"):
         NCE(2, dist.Normal(0.0, 1.0)).freeze(model, torch.tensor([0.0, float("nan"), 1.0]))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ScoreMatching,
+        SlicedScoreMatching,
+        lambda: DenoisingScoreMatching(0.1),
+        KernelStein,
+        ConditionalNCE,
+        lambda: TelescopingNCE(1),
+    ],
+)
+def test_data_on_the_border_have_no_coordinates(make):
+    """Exact zeros are points of the support, and minus infinity in its coordinates."""
+    energy = BridgeEnergy(lambda x: 0.5 * x.unsqueeze(-1), 1)
+
+    def model(x):
+        pyro.module("energy", energy)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", EnergyDistribution(energy, dist.Exponential(1.0)), obs=x)
+
+    x = torch.rand(20) + 0.1
+    assert make().differentiable_loss(model, no_guide, x).isfinite()
+    message = f"2 of 20 rows of the data lie on the border .*{type(make()).__name__} takes"
+    with pytest.raises(ValueError, match=message):
+        make().differentiable_loss(model, no_guide, torch.cat([x[:18], torch.zeros(2)]))
+    assert NCE().differentiable_loss(model, no_guide, torch.cat([x, torch.zeros(2)])).isfinite()
