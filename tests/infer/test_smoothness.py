@@ -33,6 +33,7 @@ def then_tanh():
 # Energies with a base of which none is piecewise quadratic.
 JUMPING = {
     "absolute values": (lambda: lambda x: x.abs().sum(-1), "student"),
+    "where the energy is flat": (lambda: lambda x: (100 * x**4 + 0.5 * x.abs()).sum(-1), "normal"),
     "relu on positive data": (lambda: lambda x: torch.relu(x - 1).sum(-1), "gamma"),
     "network of relus": (lambda: hidden(nn.ReLU()), "student"),
     "squared output": (lambda: hidden(nn.ReLU()), "normal"),
@@ -52,7 +53,7 @@ SMOOTH = {
     "elu": (lambda: hidden(nn.ELU()), "student"),
     "steep softplus": (lambda: lambda x: functional.softplus(x, 1e3, 1e9).sum(-1), "normal"),
     "power": (lambda: lambda x: x.pow(4).sum(-1), "student"),
-    "slope like a root": (lambda: lambda x: x.abs().pow(1.5).sum(-1), "normal"),
+    "slope like a root": (lambda: lambda x: x.abs().pow(1.3).sum(-1), "normal"),
     "squared absolute values": (lambda: lambda x: x.abs().square().sum(-1), "student"),
     "squared relu": (lambda: lambda x: torch.relu(x).square().sum(-1), "student"),
     "huber": (
