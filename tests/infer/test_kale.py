@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, PushforwardDistribution
-from pyro_ebm.infer import KALE, DonskerVaradhan
+from pyro_ebm.errors import SurrogateWarning
+from pyro_ebm.infer import KALE, DonskerVaradhan, fit
 from pyro_ebm.infer.contrast import Contrast
 from pyro_ebm.ops.log_space import log_mean_exp
 
@@ -481,3 +482,18 @@ def test_density_for_an_energy_without_one():
 def test_bad_arguments(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize("make", [KALE, DonskerVaradhan])
+def test_parameters_of_a_base_that_stay_put_are_said_once(make):
+    def model(x):
+        loc = pyro.param("loc", torch.tensor(1.0))
+        law = EnergyDistribution(lambda x: 0.1 * x**2, base=dist.Normal(loc, 2.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", law, obs=x)
+
+    x, objective, options = torch.randn(20), make(), {"num_steps": 2, "disable_progbar": True}
+    with pytest.warns(SurrogateWarning, match="parameters of the base Normal stay where they are"):
+        fit(model, x, objective, **options)
+    fit(model, x, objective, **options)  # said once
+    fit(model, x, make(schedule=(1, 1)), **options)
