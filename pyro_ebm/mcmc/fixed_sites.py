@@ -108,9 +108,16 @@ def _terms(sites: SeenSites, observed: Values) -> dict[tuple[str, str], Term]:
         if isinstance(energy, ExponentialFamily):
             statistics = energy.statistics(x)
             found[name, "statistics"] = Term(statistics, statistics.abs().nan_to_num(0.0))
-            linear, whole = -(statistics * energy.natural()).sum(-1), energy(x)
+            natural = energy.natural().to(statistics.dtype)
+            whole, linear = _coarse(energy(x), -(statistics * natural).sum(-1))
             found[name, "energy"] = Term(whole - linear, whole.abs().maximum(linear.abs()))
     return found
+
+
+def _coarse(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors in the dtype of the one that has fewer digits."""
+    dtype = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return one.to(dtype), other.to(dtype)
 
 
 def _change(first: Term, now: Term) -> Tensor:

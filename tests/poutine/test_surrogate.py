@@ -17,6 +17,8 @@ from pyro_ebm.poutine.surrogate import SurrogateDistribution, SurrogateMessenger
 class Recorder:
     """Scores every event by its first coordinate and remembers what it was asked."""
 
+    is_likelihood = is_normalized = False
+
     def __init__(self, *, is_frozen=True, priors=None):
         self.is_frozen = is_frozen
         self.priors = priors or {}
