@@ -250,6 +250,24 @@ def test_draws_and_sweeps_of_another_energy_are_refused(family, error, sentence)
             kernel.bind(family, lattice_with(2))
 
 
+class Fine(Lattice):
+    """Evaluates in more digits than its statistics have."""
+
+    def forward(self, x):
+        return -(self.statistics(x).double() * self.natural().double()).sum(-1)
+
+    sweep = Ising.sweep
+
+
+def test_energies_with_more_digits_than_their_statistics():
+    def model(x):
+        coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
+        pyro.sample("x", EnergyDistribution(Fine(coupling / 3, (3, 3))), obs=x)
+
+    torch.set_default_dtype(torch.float32)
+    assert Exchange(model).bind(lattice_with(10).float()).without_sweeps == []
+
+
 def test_a_field_that_no_latent_moves_is_left_out():
     def model(x):
         coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
