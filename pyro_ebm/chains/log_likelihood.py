@@ -56,7 +56,8 @@ def pointwise_log_likelihood(
         ValueError: If a latent site has no draws, a site is unknown, a plate is subsampled, or a
             site is scaled or holds a single observation.
     """
-    trace = _differentiable_trace(conditioned)
+    with asked() as functions:  # in the model itself
+        trace = _differentiable_trace(conditioned)
     sites = conditioned.data_sites(trace)
     wanted = list(sites) if names is None else list(names)
     if unknown := [name for name in wanted if name not in sites]:
@@ -64,6 +65,8 @@ def pointwise_log_likelihood(
     check_leaves_rows_out(trace, wanted)
     for name in wanted:
         _check_normalized(name, sites[name])
+    if any(_energy_based(sites[name]["fn"]) is not None for name in wanted):
+        _check_absolute(functions)
     _score_and_check_covered(conditioned, trace, wanted)
     for name in wanted:
         _check_rows(name, sites[name])

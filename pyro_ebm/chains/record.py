@@ -109,10 +109,10 @@ class Record:
             sample_stats=_sample_stats(finished, mcmc.num_samples),
             warmup_stats=_stacked(finished, "warmup_stats"),
             sampler=type(kernel).__name__,
-            adjusted=bool(getattr(kernel, "adjusted", True)),
+            adjusted=_is_adjusted(finished, kernel),
             inverse_temperature=getattr(kernel, "inverse_temperature", None),
             approximate=bool(getattr(kernel, "approximate", False)),
-            attrs={**_bias(kernel), **_acceptance_by_chain(finished)},
+            attrs={**_reservations(finished, kernel), **_acceptance_by_chain(finished)},
         )
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -192,9 +192,20 @@ def _stacked(chains: list[dict[str, Any]], group: str) -> Arrays:
     return {name: np.stack([stats[name] for stats in per_chain]) for name in per_chain[0]}
 
 
-def _bias(kernel: Any) -> dict[str, Any]:
-    unadjusted = not getattr(kernel, "adjusted", True) and hasattr(kernel, "bias")
-    return {"bias": kernel.bias} if unadjusted else {}
+def _is_adjusted(chains: list[dict[str, Any]], kernel: Any) -> bool:
+    """As the chains say, which may have run in processes of their own, else as the kernel does."""
+    return all(chain.get("adjusted", getattr(kernel, "adjusted", True)) for chain in chains)
+
+
+def _reservations(chains: list[dict[str, Any]], kernel: Any) -> dict[str, Any]:
+    """What speaks against the draws of a kernel, from the chains likewise."""
+    found = {}
+    bias = chains[0].get("bias", getattr(kernel, "bias", None))
+    if bias is not None and not _is_adjusted(chains, kernel):
+        found["bias"] = bias
+    if doubts := list(dict.fromkeys(d for chain in chains for d in chain.get("doubts", ()))):
+        found["doubts"] = "; ".join(doubts)
+    return found
 
 
 def _acceptance_by_chain(chains: list[dict[str, Any]]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.closed_form import check_event_shape
 
 _LAW = ("forward", "__call__", "statistics", "natural", "_set_natural", "coefficients")
-_KNOWN = {"log_normalizer": "is_tractable", "sample": "is_sampleable", "sweep": "has_sweep"}
+_KNOWN = {"log_normalizer": "is_tractable", "sample": "is_sampleable"}
 
 
 class ExponentialFamily(Energy):
@@ -71,8 +71,10 @@ class ExponentialFamily(Energy):
 
     @property
     def has_sweep(self) -> bool:
-        """Whether the family has a kernel of its own, for this law of it."""
-        return type(self).sweep is not ExponentialFamily.sweep
+        """Whether the family has a kernel of its own, and not one inherited by another law."""
+        kind = type(self)
+        given = kind.sweep is not ExponentialFamily.sweep
+        return given and _depth(kind, "sweep") <= _depth(kind, *_LAW)
 
     @property
     def batch_shape(self) -> torch.Size:

@@ -65,15 +65,16 @@ class BaseContrast(Objective):
             raise ValueError(f"gradient_penalty must not be negative, got {gradient_penalty!r}")
         self.num_base = num_base
         self.gradient_penalty = gradient_penalty
-        self._told_of_base = False
+        self._looked_at_base = False
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
         """Draws from the base, as many points as rows or more, pooled over the rows."""
         law = self._law(p, x, noise)
         points = law.sample(torch.Size((self._draws_per_row(p, x),)))
         between = self._between(p, x, points[0]) if self.gradient_penalty else None
-        if noise is None and self.schedule is None and not self._told_of_base:
-            self._told_of_base = _warn_of_idle(law, points, type(self).__name__)
+        if noise is None and self.schedule is None and not self._looked_at_base:
+            self._looked_at_base = True
+            _warn_of_idle(law, points, type(self).__name__)
         if noise is None or not _has_density(law):
             return Contrast(points, between=between)
         return Contrast(points, law.log_prob(points), between=between)
@@ -160,13 +161,13 @@ def _log_ratios(p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor:
     return p.unnormalized_log_prob(points) - noise
 
 
-def _warn_of_idle(law: Any, points: Tensor, who: str) -> bool:
-    """Warns, and says so, where a base has parameters that no loss of the energy moves."""
+def _warn_of_idle(law: Any, points: Tensor, who: str) -> None:
+    """Warns where a base has parameters that no loss of the energy moves."""
     if not _has_density(law):  # a generator at rest
-        return False
+        return
     with torch.enable_grad():
         if not law.log_prob(points.detach()).requires_grad:
-            return False
+            return
     warnings.warn(
         f"{who} compares data with draws of the base by the energy alone, so that the parameters "
         f"of the base {type(innermost(law)).__name__} stay where they are: give schedule=(1, 1) to "
@@ -174,7 +175,6 @@ def _warn_of_idle(law: Any, points: Tensor, who: str) -> bool:
         SurrogateWarning,
         stacklevel=2,
     )
-    return True
 
 
 def _has_density(law: Any) -> bool:

@@ -250,6 +250,8 @@ class CapturedStep:
         state = deepcopy(self.objective.state_dict())
         buffers = [(b, b.clone()) for m in modules.values() for b in m.buffers()]
         notes = self.objective.diagnostics
+        parts = self._objectives()
+        separations = [deepcopy(part.separations) for part in parts]
         try:
             with rng_preserved():
                 yield
@@ -259,6 +261,8 @@ class CapturedStep:
                 for buffer, kept in buffers:
                     buffer.copy_(kept)
             self.objective.diagnostics = notes
+            for part, kept_separations in zip(parts, separations, strict=True):
+                part.separations = kept_separations
 
     def _same(self, ours: Any, theirs: Any) -> bool:
         """Whether two nested states agree, tensors up to rounding, and so numbers if compiled."""

@@ -89,7 +89,9 @@ class HeldOutLoss:
         if not factors and len(self.data[0]) != self.batches.num_rows:
             _check_nothing_counts_once(latents)
             self.num_rows = len(self.data[0])
-        if any(_is_global(run.guide_trace.nodes[name], factors) for name in latents):
+        alike = {n for n, size in run.plates.sizes.items() if size == len(self.data[0])}
+        over_rows = alike.union(factors)
+        if any(_is_global(run.guide_trace.nodes[name], over_rows) for name in latents):
             self.num_passes = math.ceil(NUM_DRAWS / self.objective.num_particles)
         self.scaling, self.is_prepared = PlateFactors(factors), True
 

@@ -52,10 +52,9 @@ class NCE(NoiseContrast):
             first batch, or ``None`` for the base. A guide site of the same name goes before both.
             It is never trained here: :class:`FlowContrastive` does.
         c_update: ``"gradient"`` makes log Z a parameter, ``"closed_form"`` solves Bennett's
-            equation on every batch and averages the roots. That mean is too low by about a quarter
-            of the roots' variance, and the energy follows: with batches of 64, one noise draw each
-            and noise three times as wide a precision of 1 comes out as 1.05 in five dimensions.
-            On small batches take ``"gradient"``, which has no such error.
+            equation on every batch and averages the roots. Where noise is wider than the data that
+            mean is too low, the more the roots scatter, and the energy follows it. On small batches
+            take ``"gradient"``, which has no such error.
         c_rate: Weight of the newest batch in that average.
         refit_every: Steps after which ``"gaussian"`` noise is fitted anew; ``None`` never does.
         refit_to: What it is then fitted to: ``"data"``, the batch at hand, or ``"model"``, whose
@@ -164,7 +163,7 @@ class NCE(NoiseContrast):
             warnings.warn(
                 f'{type(self).__name__}(c_update="closed_form") at EBM site {site!r}, step {step}: '
                 f"Bennett's equation of a batch rests on {float(notes['undecided']):.1f} "
-                "comparisons that are not decided, and the mean of its roots is too low: use "
+                "comparisons that are not decided, and the mean of its roots may be off: use "
                 'c_update="gradient", larger batches or more noise, or noise closer to the data',
                 SurrogateWarning,
                 stacklevel=2,

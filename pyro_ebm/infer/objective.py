@@ -385,9 +385,9 @@ class Objective(EnumeratingELBO, nn.Module):
             member = self.objective_of(name)
             if member.is_checked_now(name):
                 checks.free_of_latents(name, model_trace, guide_trace, member)
-        for name in handler.used:
-            self._check_weights(name, model_trace.nodes[name]["scale"])
         if get_proxy_mode() is None:  # a recorded step is compared with one that is not
+            for name in handler.used:
+                self._check_weights(name, model_trace.nodes[name]["scale"])
             self._check_contexts(model, model_trace, handler.used, args, kwargs)
         checks.registered(model_trace, handler.used, self.sites, self.optimized)
         return model_trace, guide_trace

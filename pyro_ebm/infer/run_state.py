@@ -27,7 +27,10 @@ def state_of(run: HasState) -> State:
     objective = run.objective
     return {
         "parameters": {name: p.detach() for name, p in run.parameters.items()},
-        "buffers": {name: dict(m.named_buffers()) for name, m in modules_of(run).items()},
+        "buffers": {
+            name: {key: buffer.detach() for key, buffer in module.named_buffers()}
+            for name, module in modules_of(run).items()
+        },
         "objective": objective.state_dict() if isinstance(objective, nn.Module) else {},
         "averaged": run.result.averaged,
     }

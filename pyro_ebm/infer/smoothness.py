@@ -26,6 +26,7 @@ from pyro_ebm.infer.unconstrained import Unconstrained, check_interior
 __all__ = ["has_jumps", "refuse_jumps"]
 
 FEWEST = 1e-3  # of the ways: fewer pass so near to a point where only the direction changes
+ASIDE = 0.1  # standard deviations between a row and where its way begins
 PERSISTENT = 0.25  # of what was left since halfway through the bisection
 
 
@@ -57,11 +58,11 @@ def has_jumps(space: Unconstrained, u: Tensor) -> bool:
 
     Of a random energy, as under dropout, nothing can be said.
     """
-    along = _other_rows(u, space) - u
+    start, along = _ways(u, space)
 
     def slope(t: Tensor) -> tuple[Tensor, Tensor]:
         """The first two derivatives on every way in nats, of opposite sign, ``rows``."""
-        at = u + t.reshape(t.shape + (1,) * space.event_dim) * along
+        at = start + t.reshape(t.shape + (1,) * space.event_dim) * along
         score, second = space.score_and_curvatures(at, along.unsqueeze(0))
         return space.over_event(score * along), second[0]
 
@@ -108,9 +109,20 @@ def _half(
     return _Stretch(*half), torch.maximum(left, right)
 
 
-def _other_rows(u: Tensor, space: Unconstrained) -> Tensor:
-    """Returns another row for each, and for a single one its mirror image."""
+def _ways(u: Tensor, space: Unconstrained) -> tuple[Tensor, Tensor]:
+    """Returns where ways begin, near a row each, and how they lead to where another begins.
+
+    Drawn alike each time: rows may be mirror images or copies of each other, in any order, and
+    ways between mirror images would all meet at one point. A single row leads to its mirror image.
+    """
     num_rows = space.rows(u).numel()
     if num_rows < 2:
-        return -u - 0.5
-    return u.flatten(0, -1 - space.event_dim).roll(num_rows // 2, 0).reshape(u.shape)
+        return u, -2 * u - 0.5
+    rows = u.flatten(0, -1 - space.event_dim)
+    alike = torch.Generator().manual_seed(0)
+    order = torch.randperm(num_rows, generator=alike).to(u.device)
+    aside = torch.randn(rows.shape, generator=alike, dtype=torch.float64).to(u)
+    start = rows + ASIDE * rows.std(0) * aside
+    other = torch.empty_like(start)
+    other[order] = start[order.roll(1)]
+    return start.reshape(u.shape), (other - start).reshape(u.shape)

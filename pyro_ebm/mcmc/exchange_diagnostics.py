@@ -42,10 +42,10 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_ebm.mcmc.auxiliary import Auxiliary
+from pyro_ebm.mcmc.auxiliary import Auxiliary, ExactDraws
 from pyro_ebm.mcmc.direction_exchange import DirectionExchange
 from pyro_ebm.mcmc.driver import MCMC
-from pyro_ebm.mcmc.exchange_kernel import best_for
+from pyro_ebm.mcmc.exchange_kernel import best_for, check_drawable
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget
 from pyro_ebm.mcmc.target import Values
 from pyro_ebm.ops.arguments import whole
@@ -141,7 +141,8 @@ def exchange_diagnostics(
         max_draws: Posterior draws to look at, evenly spaced; the cost is this times M data sets.
 
     Raises:
-        TypeError: If the run is not one of :class:`~pyro_ebm.mcmc.Exchange`.
+        TypeError: If the run is not one of :class:`~pyro_ebm.mcmc.Exchange`, or nothing draws from
+            a site's law: give ``auxiliary``.
         ValueError: If there are too few draws, they stand still, or every chain has its own data.
 
     Example:
@@ -162,6 +163,8 @@ def exchange_diagnostics(
     """
     target, blocks = _draws(mcmc, whole("max_draws", max_draws, least=MIN_BLOCKS))
     auxiliary = (auxiliary or best_for(target, LONG_SWEEPS)).bound(target.energies)
+    by_sweeps = auxiliary.moves_by_sweeps
+    check_drawable(target, exactly=isinstance(auxiliary, ExactDraws), by_sweeps=by_sweeps)
     q = blocks.flatten(0, 1)
     found = bartlett(target, q, auxiliary, whole("num_auxiliary", num_auxiliary, least=2))
     x, score, second = _whitened(q, found)

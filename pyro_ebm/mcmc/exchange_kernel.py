@@ -226,12 +226,15 @@ def check_drawable(target: ExchangeTarget, *, exactly: bool, by_sweeps: bool) ->
     Raises:
         TypeError: If they are not of the sites' laws.
     """
-    bad = target.without_sweeps if by_sweeps else []
-    if bad or (exactly and not target.draws_are_exact):
-        name = repr(bad[0]) if bad else f"among {sorted(target.energies)}"
-        raise TypeError(
-            f"EBM site {name}: nothing draws from its law. sample() and sweep() of its energy are "
-            "missing or those of another law: of another support than the distribution's, or "
-            "inherited by a class that changes the energy. Define them beside it, give auxiliary=, "
-            "or use posterior(..., method='generalized')"
-        )
+    swept = target.without_sweeps if by_sweeps else []
+    drawn = target.without_samples if exactly else []
+    if not (swept or drawn):
+        return
+    method, name = ("sweep()", swept[0]) if swept else ("sample()", drawn[0])
+    instead = "" if swept or name in target.without_sweeps else "use auxiliary=Sweeps(), or "
+    raise TypeError(
+        f"EBM site {name!r}: {method} of its energy does not draw from its law. It is missing, or "
+        "that of another law: of another support than the distribution's, or inherited by a class "
+        f"that changes the energy: {instead}define it beside what it draws from, give an "
+        "auxiliary= that knows the law, or use posterior(..., method='generalized')"
+    )

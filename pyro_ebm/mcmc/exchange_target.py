@@ -50,13 +50,15 @@ class ExchangeTarget(ModelTarget):
         energies: Their energies, as the model made them once; parameters are of no account.
         weights: What counts of each site, ``B``: scale times mask.
         draws_are_exact: Whether the energies of all these sites draw from their laws themselves.
-        without_sweeps: The sites whose energy has no kernel for their law.
+        without_samples: The sites whose energy has no exact sampler for their law.
+        without_sweeps: The sites whose energy has no kernel for it.
     """
 
     observed: Values
     energies: dict[str, Any]
     weights: Values
     draws_are_exact: bool
+    without_samples: list[str]
     without_sweeps: list[str]
 
     def watch(
@@ -85,8 +87,10 @@ class ExchangeTarget(ModelTarget):
             check_observed(name, law.support, self.observed[name], self.weights[name] > 0)
         check_fixed_sites(self, self._sites_at, sites.observed)
         self.energies = {name: law.energy_function for name, law in sites.laws.items()}
-        self.draws_are_exact = all(law.energy_draws_exactly for law in sites.laws.values())
-        self.without_sweeps = [name for name, law in sites.laws.items() if not law.energy_sweeps]
+        laws = sites.laws.items()
+        self.without_samples = [name for name, law in laws if not law.energy_draws_exactly]
+        self.draws_are_exact = not self.without_samples
+        self.without_sweeps = [name for name, law in laws if not law.energy_sweeps]
         self._has_base = any(law.base is not None for law in sites.laws.values())
         self._captured = CapturedFunction(self._naturals, self.name, compile=False, capture=True)
 

@@ -87,8 +87,18 @@ class OneChain:
         return {name: f"{float(value):.2e}" for name, value in said.items() if value is not None}
 
     def diagnostics(self) -> dict[str, Any]:
-        """Returns ``sample_stats``, an array over the draws each, and which of them diverged."""
+        """Returns ``sample_stats``, an array over the draws each, and which of them diverged.
+
+        Beside them what a record has to know of the kernel, which may have run in another process.
+        """
         names = self._rows[0] if self._rows else ()
         columns = {n: torch.stack([row[n] for row in self._rows]).cpu().numpy() for n in names}
         diverging = columns.get("diverging", np.zeros(0))
-        return {"sample_stats": columns, "divergences": np.flatnonzero(diverging).tolist()}
+        stats = {name: torch.as_tensor(column)[None] for name, column in columns.items()}
+        return {
+            "sample_stats": columns,
+            "divergences": np.flatnonzero(diverging).tolist(),
+            "adjusted": self.kernel.adjusted,
+            "bias": self.kernel.bias,
+            "doubts": self.kernel.doubts(stats),
+        }

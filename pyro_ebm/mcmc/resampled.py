@@ -20,7 +20,8 @@ deviation it takes S = 100 n draws.
 effective number :math:`1 / \sum_s w_s^2` is under 2, one draw outweighs all others together: y is
 then a constant and the ratio says nothing of Z, so that chains would drift off. Such proposals are
 rejected, unless they lead back. The posterior is cut off there, and a run says so if it touches
-that bound. A pool of S draws reaches to about :math:`\sqrt{2 \ln S}` of its standard deviations.
+that bound. No draw of a pool lies much beyond :math:`\sqrt{2 \ln S}` of its standard deviations; Z
+is told wrongly from about there on, while the bound comes later, on average at twice that.
 
 References:
     Liang, Jin, Song, Liu, An adaptive exchange algorithm for sampling from distributions with

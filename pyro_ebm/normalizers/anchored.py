@@ -258,8 +258,15 @@ def anchored(
         start: Where chains start, ``event_shape``; needed where draws are not exact.
 
     Raises:
+        TypeError: If the family has neither an exact sampler nor sweeps.
         ValueError: If draws are not exact and there is no start.
     """
+    if not (family.is_sampleable or family.has_sweep):
+        raise TypeError(
+            f"{type(family).__name__} has neither an exact sampler nor sweeps of its own law (what "
+            "a class inherits that changes the energy are those of another): define sample() or "
+            "sweep() beside it"
+        )
     anchors = anchors.double()
     laws = family.with_natural(anchors)
     num_chains = min(num_chains, whole("num_draws", num_draws, least=2))

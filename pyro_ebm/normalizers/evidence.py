@@ -75,8 +75,8 @@ def evidence(
         model: A Pyro model with continuous latents; discrete ones are enumerated, where they can
             be.
         *args: Its positional arguments.
-        posterior: For the bridge: draws of the posterior, as
-            :func:`~pyro_ebm.chains.to_arviz` takes them; 64 chains of HMC if not given.
+        posterior: Draws of the posterior, as :func:`~pyro_ebm.chains.to_arviz` takes them; 64
+            chains of HMC if not given. For the bridge, and where log Z is made of held draws.
         method: ``"bridge"``, or from the prior ``"stepping_stones"`` or ``"thermodynamic"``.
         kwargs: Keyword arguments of the model.
 
@@ -246,7 +246,11 @@ def _with_error_of_log_z(
         return replace(found, remarks=(*found.remarks, *remarks))
     spread = (torch.logsumexp(changes, 1) - math.log(len(rows))).std()
     if not bool(spread.isfinite()):
-        remarks.append("the error of the log Z of EBM sites is infinite: use more draws for it")
+        remarks.append(
+            "the error of the log Z of EBM sites is unknown: resampled draws do not reach all of "
+            "the posterior: use more of them, or anchors nearer to it"
+        )
+        return replace(found, remarks=(*found.remarks, *remarks))
     own = 0.0 if found.stderr is None else found.stderr
     error = torch.hypot(spread, torch.as_tensor(own, dtype=spread.dtype, device=spread.device))
     return replace(found, stderr=error, remarks=(*found.remarks, *remarks))

@@ -121,6 +121,17 @@ def test_a_log_z_up_to_a_constant_is_refused():
     relative = Anchored(torch.ones(1, 1), drawn)
     with pytest.raises(MissingNormalizerError, match="known up to a constant only"):
         data_of(x, 40.0, 40.0, log_z=lambda p: relative(p[..., None]))
+
+    def at_once(x):
+        """Asks for log Z in the model, not when the data are scored."""
+        p = pyro.sample("precision", dist.Gamma(40.0, 40.0))
+        law = gaussian(p, None)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", law.with_log_normalizer(relative(p[..., None])), obs=x)
+
+    draws = {"precision": torch.ones(2, 20) + 0.01 * torch.randn(2, 20)}
+    with pytest.raises(MissingNormalizerError, match="known up to a constant only"):
+        to_arviz(draws, model=at_once, args=(x,), log_likelihood=True)
     known = Anchored(torch.ones(1, 1), drawn, log_normalizer=0.5 * math.log(2 * math.pi))
     data = data_of(x, 40.0, 40.0, log_z=lambda p: known(p[..., None]))
     exact = data_of(x, 40.0, 40.0)

@@ -291,6 +291,18 @@ def test_another_law_has_not_inherited_what_is_known_of_the_first(family):
     assert Ising(0.3, (3, 3)).has_sweep
 
 
+class Swept(Diagonal):
+    """With a kernel for its law."""
+
+    def sweep(self, x, num_sweeps):
+        return x
+
+
+def test_a_kernel_may_come_later():
+    assert Swept(0.3, (3, 3)).has_sweep
+    assert not Diagonal(0.3, (3, 3)).has_sweep
+
+
 def test_another_law_may_say_what_it_knows():
     law = EnergyDistribution(Known(numbers(0.3)[0], (3, 3)))
     states = all_lattices((3, 3))

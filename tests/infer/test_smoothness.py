@@ -103,3 +103,17 @@ def test_rows_of_any_number(rows):
     space = Unconstrained(EnergyDistribution(lambda x: (x - 1).abs().sum(-1), event_shape=(2,)), "")
     assert has_jumps(space, x)
     assert not has_jumps(space, 1.1 + torch.rand(4, 2))  # on one side
+
+
+@pytest.mark.parametrize("name", ["network of relus", "norm"])
+@pytest.mark.parametrize(
+    "arrange",
+    [lambda x: torch.cat([x, -x]), lambda x: torch.cat([x, x]), torch.round],
+    ids=["mirrored", "copied", "whole"],
+)
+def test_the_order_and_symmetry_of_rows_do_not_matter(name, arrange):
+    """Ways between mirror images would all meet at one point, those of copies go nowhere."""
+    make, base = {**JUMPING, **SMOOTH}[name]
+    x = arrange(torch.randn(100, 2))
+    space = Unconstrained(EnergyDistribution(make(), BASES[base]()), "ScoreMatching")
+    assert has_jumps(space, x) == (name in JUMPING)

@@ -235,7 +235,7 @@ class InField(Lattice):
     ("family", "error", "sentence"),
     [
         (Bent, ValueError, "terms beside -natural . statistics of its energy depend on a latent"),
-        (Diagonal, TypeError, "nothing draws from its law"),
+        (Diagonal, TypeError, "of its energy does not draw from its law"),
     ],
 )
 def test_draws_and_sweeps_of_another_energy_are_refused(family, error, sentence):

@@ -58,7 +58,7 @@ def test_kernels_draw_a_conjugate_posterior(kernel):
     exact = dist.Gamma(3.0 + len(y), 2.0 + y.sum())
     rates = mcmc.get_samples()["rate"]
     check(rates, float(exact.mean), float(exact.stddev), least_ess=40)
-    assert kernel.adjusted
+    assert as_record(mcmc).adjusted
     assert float(rates.min()) > 0
 
 
@@ -88,10 +88,22 @@ def test_inexact_draws_stay_marked():
     assert as_record(run(kernel, lattice_with(16), num_samples=5, warmup_steps=5)).adjusted is False
 
 
+def test_chains_of_other_processes_stay_marked():
+    """There the driver's own kernel was never bound, and does not know."""
+    kernel = Exchange(one_lattice, auxiliary=Sweeps(2))
+    mcmc = run(kernel, lattice_with(16), num_samples=5, warmup_steps=5)
+    kernel.adjusted, kernel.bias = True, ""
+    found = as_record(mcmc)
+    assert found.adjusted is False
+    assert "sweeps" in found.attrs["bias"]
+
+
 def test_streaming_driver():
     mcmc = StreamingMCMC(HMC(rate_model), num_samples=200, warmup_steps=100, disable_progbar=True)
     mcmc.run(Y.abs())
-    assert float(mcmc.get_statistics()[(0, "rate")]["mean"]) > 0
+    exact = dist.Gamma(3.0 + len(Y), 2.0 + Y.abs().sum())
+    mean = float(mcmc.get_statistics()[(0, "rate")]["mean"])
+    assert mean == pytest.approx(float(exact.mean), abs=5 * float(exact.stddev) / 30**0.5)
 
 
 def test_starts_are_unconstrained_and_of_one_run():

@@ -135,6 +135,15 @@ def test_it_makes_a_model_that_hmc_may_sample():
     log_z.check(draws.flatten()[:100, None], 1)
 
 
+def test_sweeps_of_another_law_are_refused():
+    class Twice(Hidden):
+        def statistics(self, x):
+            return 2 * super().statistics(x)
+
+    with pytest.raises(TypeError, match="neither an exact sampler nor sweeps of its own law"):
+        anchored(Twice(0.0, SHAPE), grid(0.1), start=torch.ones(SHAPE))
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match=r"must be \(K, chains, draws, p\)"):
         Anchored(torch.zeros(2, 1), torch.zeros(2, 10, 1))
