@@ -87,7 +87,7 @@ def test_bridged_exchange_finds_the_posterior():
     mean = float(weights.softmax(0) @ grid)
     auxiliary = Resampled(GRAPHS.double().repeat(4, 1), torch.zeros(1, dtype=F64))
     kernel = Exchange(model, auxiliary=auxiliary, num_bridges=2)
-    sampler = MCMC(kernel, 25, 15, num_chains=300, disable_progbar=True)
+    sampler = MCMC(kernel, 100, 15, num_chains=300, disable_progbar=True)
     sampler.run(observed)
     by_chain = sampler.get_samples(group_by_chain=True)["theta"].squeeze(-1).mean(1)
     error = float(by_chain.std() / len(by_chain) ** 0.5)
