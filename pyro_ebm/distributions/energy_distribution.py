@@ -35,9 +35,12 @@ from pyro_ebm.energies.base import ScaledEnergy, SumEnergy
 from pyro_ebm.energies.checks import check_energy_shape
 from pyro_ebm.ops.autograd import grad_of
 from pyro_ebm.ops.constraints import base_measure, finite_values
+from pyro_ebm.ops.inheritance import is_own
 from pyro_ebm.typing import BaseMeasure, EnergyFn, ExactSampler, Tractable
 
 Sampler = Callable[["EnergyDistribution", torch.Size], Tensor]
+
+_ENERGY = ("forward", "__call__")  # a subclass that changes it has inherited what is of another
 
 
 class EnergyDistribution(TorchDistribution):
@@ -435,7 +438,7 @@ def _is_exact(energy: EnergyFn, support: Constraint, event_shape: torch.Size) ->
     return (
         isinstance(energy, Tractable)
         and getattr(energy, "is_tractable", True)
-        and _is_own(energy, "log_normalizer")
+        and is_own(type(energy), "log_normalizer", _ENERGY)
         and _lives_on(energy, support, event_shape)
     )
 
@@ -445,19 +448,10 @@ def _draws_exactly(energy: EnergyFn, support: Constraint, event_shape: torch.Siz
         able = energy.is_sampleable
     else:
         able = _is_exact(energy, support, event_shape)
-    return able and _is_own(energy, "sample") and _lives_on(energy, support, event_shape)
+    return (
+        able and is_own(type(energy), "sample", _ENERGY) and _lives_on(energy, support, event_shape)
+    )
 
 
 def _lives_on(energy: Any, support: Constraint, event_shape: torch.Size) -> bool:
     return energy.event_shape == event_shape and supports.same_support(energy.support, support)
-
-
-def _is_own(energy: Any, method: str) -> bool:
-    """Whether a method is of the class that says what the energy is, or below it.
-
-    A subclass that changes the energy alone has inherited the log Z and the draws of another.
-    """
-    kinds = type(energy).__mro__
-    depth = {name: i for i, kind in reversed([*enumerate(kinds)]) for name in vars(kind)}
-    at = min(depth.get(name, len(kinds)) for name in ("forward", "__call__"))
-    return depth.get(method, 0) <= at

@@ -19,6 +19,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.closed_form import check_event_shape
+from pyro_ebm.ops.inheritance import is_own
 
 _LAW = ("forward", "__call__", "statistics", "natural", "_set_natural", "coefficients")
 _KNOWN = {"log_normalizer": "is_tractable", "sample": "is_sampleable"}
@@ -55,9 +56,8 @@ class ExponentialFamily(Energy):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A subclass that is another law has not inherited what is known of the one above it."""
         super().__init_subclass__(**kwargs)
-        at = _depth(cls, *_LAW)
         for method, flag in _KNOWN.items():
-            if _depth(cls, method) > at and flag not in vars(cls):
+            if not is_own(cls, method, _LAW) and flag not in vars(cls):
                 setattr(cls, flag, False)
 
     def __init__(self, event_shape: torch.Size | tuple[int, ...], support: Constraint) -> None:
@@ -73,8 +73,7 @@ class ExponentialFamily(Energy):
     def has_sweep(self) -> bool:
         """Whether the family has a kernel of its own, and not one inherited by another law."""
         kind = type(self)
-        given = kind.sweep is not ExponentialFamily.sweep
-        return given and _depth(kind, "sweep") <= _depth(kind, *_LAW)
+        return kind.sweep is not ExponentialFamily.sweep and is_own(kind, "sweep", _LAW)
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -127,9 +126,3 @@ class ExponentialFamily(Energy):
         check_event_shape(x, self.event_shape, type(self).__name__)
         statistics = self.statistics(x)
         return -(statistics * self.natural().to(statistics.dtype)).sum(-1)
-
-
-def _depth(cls: type, *names: str) -> int:
-    """How far up the first class stands that defines one of these."""
-    kinds = cls.__mro__
-    return min(i for i, kind in enumerate(kinds) if not vars(kind).keys().isdisjoint(names))

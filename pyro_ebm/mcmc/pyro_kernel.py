@@ -13,8 +13,8 @@ from pyro_ebm.mcmc.one_chain import OneChain
 class PyroKernel(Kernel):
     """A kernel with the verbs that :class:`pyro.infer.MCMC` and ``StreamingMCMC`` ask for.
 
-    They move one chain at a time, and our own driver a batch of them: for more than a few chains it
-    is many times faster. Args as :class:`Kernel`.
+    They move one chain at a time; our own driver moves all of them in one batch. Args as
+    :class:`Kernel`.
 
     Example:
         >>> import pyro, pyro.distributions as dist

@@ -21,7 +21,7 @@ effective number :math:`1 / \sum_s w_s^2` is under 2, one draw outweighs all oth
 then a constant and the ratio says nothing of Z, so that chains would drift off. Such proposals are
 rejected, unless they lead back. The posterior is cut off there, and a run says so if it touches
 that bound. No draw of a pool lies much beyond :math:`\sqrt{2 \ln S}` of its standard deviations; Z
-is told wrongly from about there on, while the bound comes later, on average at twice that.
+is told wrongly from about there on, while the bound comes later.
 
 References:
     Liang, Jin, Song, Liu, An adaptive exchange algorithm for sampling from distributions with

@@ -330,6 +330,21 @@ def test_a_point_where_patience_may_end_the_run_is_compared():
         weighted(weights)(True, optim=changing(weights, 12), **options)
 
 
+def switching(action):
+    """An optimizer after whose tenth step something else is done."""
+
+    class Switching(torch.optim.SGD):
+        taken = 0
+
+        def step(self, *args):
+            super().step(*args)
+            self.taken += 1
+            if self.taken == 10:
+                action()
+
+    return Switching
+
+
 @pytest.mark.parametrize("first", ["frozen", "free"])
 def test_what_is_frozen_later_is_frozen_in_replayed_steps(first):
     """A layer is frozen, or set free, where no step is compared; so it is without a graph."""
@@ -340,16 +355,13 @@ def test_what_is_frozen_later_is_frozen_in_replayed_steps(first):
         model, (net,) = plain_model()
         net[0].requires_grad_(first == "free")
 
-        class Switches(torch.optim.SGD):
-            taken = 0
-
-            def step(self, *args):
-                super().step(*args)
-                self.taken += 1
-                if self.taken == 10:
-                    net[0].requires_grad_(first == "frozen")
-
-        options = {"optim": Switches, "lr": 0.05, "num_steps": 15, "seed": 3, **QUIET}
+        options = {
+            "optim": switching(lambda: net[0].requires_grad_(first == "frozen")),
+            "lr": 0.05,
+            "num_steps": 15,
+            "seed": 3,
+            **QUIET,
+        }
         with pytest.warns(UserWarning, match="because requires_grad=False"):
             fit(model, data, RankingNCE(), capture=capture, **options)
         return torch.cat([p.detach().flatten() for p in net.parameters()])
@@ -374,16 +386,13 @@ def test_modes_of_modules_are_those_of_the_step():
                 law = EnergyDistribution(lambda y: net(y + shift), base=BASE)
                 pyro.sample("x", law, obs=x)
 
-        class Switches(torch.optim.SGD):
-            taken = 0
-
-            def step(self, *args):
-                super().step(*args)
-                self.taken += 1
-                if self.taken == 10:
-                    features.eval()
-
-        options = {"optim": Switches, "lr": 0.05, "num_steps": 15, "seed": 3, **QUIET}
+        options = {
+            "optim": switching(features.eval),
+            "lr": 0.05,
+            "num_steps": 15,
+            "seed": 3,
+            **QUIET,
+        }
         result = fit(model, data, RankingNCE(), capture=capture, **options)
         return result.losses
 

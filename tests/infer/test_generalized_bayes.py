@@ -4,10 +4,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from one_site import Lattice, lattices
 from pyro import poutine
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.energies import Ising
 from pyro_ebm.infer import NCE
 from pyro_ebm.infer.generalized_bayes import GeneralizedBayes, generalized_posterior
 from pyro_ebm.infer.pseudo_likelihood import PseudoLikelihood
@@ -128,16 +128,6 @@ def test_noise_is_drawn_once_for_all():
     )
     assert set(posterior.record.draws) == {"eta", "x_log_normalizer"}
     assert posterior.calibration == "sandwich"
-
-
-class Lattice(Ising):
-    is_tractable = False
-
-
-def lattices(x):
-    coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
-    with pyro.plate("images", len(x)):
-        pyro.sample("x", EnergyDistribution(Lattice(coupling, (4, 4))), obs=x)
 
 
 def lattice_draws(x):

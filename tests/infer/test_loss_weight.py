@@ -4,10 +4,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from one_site import Lattice, lattices
 from pyro import poutine
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.energies import Ising
 from pyro_ebm.infer.calibration import calibration_of
 from pyro_ebm.infer.generalized_bayes import GeneralizedBayes, generalized_posterior
 from pyro_ebm.infer.loss_of_model import ModelLoss
@@ -114,16 +114,6 @@ def test_parameters_of_a_hierarchy_do_not_count():
     variance = x.var(0, correction=0).mean() * 60 / 59  # J has the mean of 60 rows taken off
     assert factor == pytest.approx(float(1 / variance), rel=1e-6)
     assert "nothing of 1 of 4 directions" in remarks[0]
-
-
-class Lattice(Ising):
-    is_tractable = False
-
-
-def lattices(x):
-    coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
-    with pyro.plate("images", len(x)):
-        pyro.sample("x", EnergyDistribution(Lattice(coupling, (4, 4))), obs=x)
 
 
 def test_the_weight_by_simulation():

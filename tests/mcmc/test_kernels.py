@@ -279,7 +279,13 @@ def test_no_gaussian_prior(kernel):
         )
 
 
-def test_kernels_are_of_one_kind():
-    for make in ({**KERNELS, **WITH_PRIOR, **UNADJUSTED}).values():
-        kernel = make(PROBLEMS["tilted gaussian"]().dist)
-        assert isinstance(kernel, PyroKernel)
+@pytest.mark.parametrize("name", {**KERNELS, **WITH_PRIOR, **UNADJUSTED})
+def test_pyros_driver_runs_every_kernel(name):
+    kernel = {**KERNELS, **WITH_PRIOR, **UNADJUSTED}[name](PROBLEMS["tilted gaussian"]().dist)
+    assert isinstance(kernel, PyroKernel)
+    mcmc = pyro.infer.MCMC(kernel, 3, 2, disable_progbar=True)
+    mcmc.run()
+    assert mcmc.get_samples()["x"].isfinite().all()
+    assert all(
+        len(column) == 3 for column in mcmc.diagnostics()["sample_stats"]["chain 0"].values()
+    )
