@@ -283,9 +283,9 @@ def test_no_gaussian_prior(kernel):
 def test_pyros_driver_runs_every_kernel(name):
     kernel = {**KERNELS, **WITH_PRIOR, **UNADJUSTED}[name](PROBLEMS["tilted gaussian"]().dist)
     assert isinstance(kernel, PyroKernel)
-    mcmc = pyro.infer.MCMC(kernel, 3, 2, disable_progbar=True)
+    mcmc = pyro.infer.MCMC(kernel, 4, 2, disable_progbar=True)
     mcmc.run()
     assert mcmc.get_samples()["x"].isfinite().all()
     assert all(
-        len(column) == 3 for column in mcmc.diagnostics()["sample_stats"]["chain 0"].values()
+        len(column) == 4 for column in mcmc.diagnostics()["sample_stats"]["chain 0"].values()
     )
