@@ -20,7 +20,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -39,22 +38,26 @@ class ScaledMALA(MALA):
 
     Args:
         target: An ``EnergyDistribution``.
-        step_size: The step in these lengths.
+        share: The step in these lengths, 0-d.
         lengths: In unconstrained units, ``(D,)``.
     """
 
-    def __init__(self, target: EnergyDistribution, *, step_size: float, lengths: Tensor) -> None:
-        super().__init__(target, step_size=step_size)
-        self.lengths = lengths
+    def __init__(self, target: EnergyDistribution, *, share: Tensor, lengths: Tensor) -> None:
+        super().__init__(target, step_size=1.0)
+        self.share, self.lengths = share, lengths
 
     def first_tuning(self, q: Tensor) -> dict[str, Tensor]:
-        """Returns the step size, and the lengths as the metric's root."""
-        return {**super().first_tuning(q), "root": self.lengths.to(q)}
+        """Returns the share as step size, and the lengths as the metric's root."""
+        own = {"step_size": self.share.to(q), "root": self.lengths.to(q)}
+        return {**super().first_tuning(q), **own}
 
 
 @dataclass
 class AdaptedStep:
-    r"""The step of one site, learned while that is trained; its attributes are what is saved.
+    r"""The step of one site, learned while that is trained.
+
+    Its attributes are what is saved. They change in place, where steps that are recorded as a graph
+    go on to find them.
 
     Args:
         share: :math:`e^\lambda`, the step in standard deviations of the data, in (0, 1].
@@ -70,13 +73,13 @@ class AdaptedStep:
         >>> step.lengths.log10().round()
         tensor([-2.,  2.])
         >>> step.adapt(torch.zeros(8))  # nothing was accepted
-        >>> step.share < 0.3
+        >>> bool(step.share < 0.3)
         True
     """
 
-    share: float = FIRST_SHARE
-    num_updates: int = 0
-    num_rows: int = 0
+    share: Tensor = field(default_factory=lambda: torch.tensor(FIRST_SHARE))
+    num_updates: Tensor = field(default_factory=lambda: torch.tensor(0))
+    num_rows: Tensor = field(default_factory=lambda: torch.tensor(0))
     mean: Tensor = field(default_factory=lambda: torch.zeros(()))
     squares: Tensor = field(default_factory=lambda: torch.zeros(()))
 
@@ -87,34 +90,50 @@ class AdaptedStep:
         Rows on the border of the support, whose coordinates are not finite, are left out.
         """
         u = _space(p).to_unconstrained(rows)
-        u = u[u.isfinite().all(-1)]
-        if not len(u):
-            return
-        mean, total = u.mean(0), self.num_rows + len(u)
+        counts = u.isfinite().all(-1, keepdim=True)
+        num = counts.sum()
+        mean = torch.where(counts, u, 0.0).sum(0) / num.clamp(min=1)
+        within = torch.where(counts, u - mean, 0.0).square().sum(0)
+        held = self.num_rows.to(num)
+        part = num.to(u) / (held + num).clamp(min=1)  # of all rows so far
         shift = mean - self.mean.to(u)
-        within = (u - mean).square().sum(0)
-        between = shift.square() * (self.num_rows * len(u) / total)
-        self.squares = self.squares.to(u) + within + between
-        self.mean = self.mean.to(u) + shift * (len(u) / total)
-        self.num_rows = total
+        between = shift.square() * held * part
+        self.load(
+            share=self.share.to(u),
+            num_updates=self.num_updates.to(num),
+            num_rows=held + num,
+            mean=self.mean.to(u) + shift * part,
+            squares=self.squares.to(u) + within + between,
+        )
+
+    def load(self, **values: Tensor) -> None:
+        """Puts values into attributes: in place, unless shape, dtype or device differ."""
+        for name, value in values.items():
+            held = getattr(self, name)
+            if (held.shape, held.dtype, held.device) == (value.shape, value.dtype, value.device):
+                held.copy_(value)
+            else:
+                setattr(self, name, value.clone())
 
     @property
     def lengths(self) -> Tensor:
         """Standard deviations, ``(D,)``; where nothing varies, their root mean square, or one."""
-        variance = self.squares / max(1, self.num_rows - 1)
+        variance = self.squares / (self.num_rows - 1).clamp(min=1)
         known = variance > 0
-        typical = variance.sum() / known.sum() if bool(known.any()) else torch.ones_like(variance)
+        typical = torch.where(known.any(), variance.sum() / known.sum(), 1.0)
         return torch.where(known, variance, typical).sqrt()
 
     def kernel(self, law: EnergyDistribution) -> ScaledMALA:
         """Returns the kernel as it is now."""
-        return ScaledMALA(law, step_size=self.share, lengths=self._lengths_of(law))
+        return ScaledMALA(law, share=self.share, lengths=self._lengths_of(law))
 
     def adapt(self, acceptance: Tensor) -> None:
         """Takes the acceptance probabilities of one use."""
         self.num_updates += 1
-        wrong = float(acceptance.mean()) - MALA.best_accept_prob
-        self.share = min(1.0, self.share * math.exp(self.num_updates**-DECAY * wrong))
+        gain = self.num_updates.to(self.share) ** -DECAY
+        wrong = acceptance.mean().to(self.share) - MALA.best_accept_prob
+        self.share *= (gain * wrong).exp()
+        self.share.clamp_(max=1.0)
 
     @torch.no_grad()
     def spread(self, p: EnergyDistribution, points: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ by row, and the loss at other data. All derivatives are by reverse mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -31,6 +31,18 @@ from pyro_ebm.poutine.surrogate import (
 )
 
 MOST_NUMBERS = 2**24  # of neighbouring events at once, over simulated data sets
+
+
+class Minimum(NamedTuple):
+    """Where a loss is lowest.
+
+    Args:
+        at: Unconstrained position, ``(D,)``.
+        felt: Indices of the coordinates that the loss depends on, ``(F,)``.
+    """
+
+    at: Tensor
+    felt: Tensor
 
 
 class ModelLoss:
@@ -150,22 +162,41 @@ class ModelLoss:
             "(give it a prior that excludes 0)? calibration='none' leaves it out"
         )
 
-    def own_minimum(self, num_starts: int = 32) -> Tensor | None:
-        """Returns a minimum of the loss alone, ``(D,)``; ``None`` if it has none.
+    def own_minimum(self, num_starts: int = 32) -> Minimum | None:
+        """Returns a minimum of the loss alone; ``None`` if it has none.
 
-        Directions along which no row's loss changes are left where the best start has them. Where
-        the loss falls for ever, its curvature dies away under Newton steps: then there is none.
+        Coordinates and directions along which no row's loss changes are left where the best start
+        has them. Where the loss falls for ever, its curvature dies away under Newton steps: then
+        there is none.
         """
         starts = self.target.draw_start(num_starts)
         q = _best_of(starts, torch.stack([self._total(start).detach() for start in starts]))
-        size = self.rows(q).detach().abs().sum()
-        found = damped_newton(self._total, q, size * _rounding(q), flat=flatness(q))
+        felt, tolerance = self.felt(starts), self.rows(q).detach().abs().sum() * _rounding(q)
+
+        def total(z: Tensor) -> Tensor:
+            return self._total(q.index_put((felt,), z))
+
+        found = damped_newton(total, q[felt], tolerance, flat=flatness(q)) if len(felt) else None
         if found is None:
             return None
-        hessian, gradient = derivatives(self._total, found)
+        hessian, gradient = derivatives(total, found)
         step = -gradient / scales_of(hessian) ** 2
-        further = derivatives(self._total, found + step)[0]
-        return None if bool((further.diagonal() < 0.5 * hessian.diagonal()).any()) else found
+        further = derivatives(total, found + step)[0]
+        if bool((further.diagonal() < 0.5 * hessian.diagonal()).any()):
+            return None
+        return Minimum(q.index_put((felt,), found), felt)
+
+    def felt(self, q: Tensor) -> Tensor:
+        """Returns the coordinates that the loss depends on beyond its rounding, ``(F,)`` indices.
+
+        Args:
+            q: Positions to look at, ``(S, D)``.
+        """
+        gradients = torch.stack([torch.func.grad(self._total)(at).detach() for at in q])
+        changes = torch.where(gradients.isfinite(), gradients.abs(), torch.inf) * (1 + q.abs())
+        sizes = torch.stack([self.rows(at).detach().abs().sum() for at in q])
+        sizes = torch.where(sizes.isfinite(), sizes, torch.inf)
+        return (changes > sizes[:, None] * _rounding(q)).any(0).nonzero()[:, 0]
 
     def _total(self, q: Tensor) -> Tensor:
         return self.rows(q).sum()

@@ -67,12 +67,14 @@ def weight_of(
     minimum = loss.own_minimum()
     if minimum is None:
         return LossWeight(1.0, remarks=_NO_MINIMUM)
-    j = score_covariance(loss, minimum, kind, num_simulations, num_sweeps)[0]
-    factor, rank = magnitude(loss.hessians(minimum)[1], j, flatness(j))
+    j = score_covariance(loss, minimum.at, kind, num_simulations, num_sweeps)[0]
+    hessian, felt = loss.hessians(minimum.at)[1], minimum.felt
+    j, hessian = (m[felt][:, felt] for m in (j, hessian))
+    factor, rank = magnitude(hessian, j, flatness(j))
     if not 0.0 < factor < torch.inf:
         return LossWeight(1.0, remarks=_NO_MINIMUM)
     why = "by the uncertainty of its own minimizer"
-    return LossWeight(factor, why, _on_flat(len(j) - rank, len(j)))
+    return LossWeight(factor, why, _on_flat(loss.target.dim - rank, loss.target.dim))
 
 
 def magnitude(hessian: Tensor, score_covariance: Tensor, flat: float) -> tuple[float, int]:

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import (
@@ -124,10 +123,8 @@ class NegativePhase(Objective):
 
     def _by_default(self, p: EnergyDistribution, x: Tensor, start: Tensor) -> Moved:
         """Moves by the adapted step, and adapts it, in training alone."""
-        if get_proxy_mode() is not None:
-            raise NotImplementedError("its step is adapted anew each time: give kernel=")
         step = self._step(p, x)
-        self.evaluation.note(step_size=torch.tensor(step.share))
+        self.evaluation.note(step_size=step.share.clone())
         moved = self.move(p, start, step.kernel)
         if self.evaluation.has_graph and moved.acceptance is not None:
             step.adapt(moved.acceptance)
@@ -151,7 +148,7 @@ class NegativePhase(Objective):
         step = self.steps.get(site) or AdaptedStep()
         if trains:
             self.steps[site] = step
-        if trains or not step.num_rows:
+        if trains or not int(step.num_rows):
             step.see(p, self.evaluation.rows(x, len(rows_of(p, x))))
         return step
 
@@ -224,7 +221,9 @@ class NegativePhase(Objective):
     def set_extra_state(self, state: Any) -> None:
         """Restores them."""
         super().set_extra_state(state["fitted"])
-        self.steps = {site: AdaptedStep(**saved) for site, saved in state["steps"].items()}
+        self.steps = {site: self.steps.get(site, AdaptedStep()) for site in state["steps"]}
+        for site, saved in state["steps"].items():
+            self.steps[site].load(**saved)
         self.watches = {site: ChainWatch(**saved) for site, saved in state["watches"].items()}
 
 

@@ -83,7 +83,6 @@ class PersistentContrastiveDivergence(NegativePhase):
     """
 
     pools_rows = True  # any chain may stand beside any row
-    is_replayable = False  # its chains go on
 
     def __init__(
         self,
@@ -183,15 +182,15 @@ class PersistentContrastiveDivergence(NegativePhase):
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
         """Moves chains on, as many as the rows need; copies where no gradients are asked for."""
         lead = torch.Size((self.num_negatives,)) + rows_of(p, x)
-        fresh = partial(self._fresh_pool, p, x, noise)
-        buffer = self._buffer(lead.numel(), fresh, x.device)
+        buffer = self._buffer(lead.numel(), partial(self._fresh_pool, p, x, noise), x.device)
         which, restarts = self._chosen(buffer, lead.numel())
-        states = _refreshed(buffer.positions[which], restarts, fresh)  # type: ignore[index]
+        fresh = self._fresh_pool(p, x, noise, lead.numel())  # always: a graph has no branches
+        states = replaced(buffer.positions[which], fresh, restarts)  # type: ignore[index]
         moved = self.moved(p, x, states.reshape(lead + p.event_shape))
         lost = moved.lost.flatten()
-        states = _refreshed(moved.x.reshape(states.shape), lost, fresh)
+        states = replaced(moved.x.reshape(states.shape), fresh, lost)
         if self.evaluation.has_graph:
-            buffer.ages[which[restarts]] = 0
+            buffer.restart(which, restarts)
             buffer.write(which, states, lost=lost)
         self.note(moved, age=buffer.ages[which].double().reshape(lead))
         return Contrast(states.reshape(lead + p.event_shape))
@@ -237,12 +236,9 @@ class PersistentContrastiveDivergence(NegativePhase):
     def set_extra_state(self, state: Any) -> None:
         """Restores them."""
         super().set_extra_state(state)
-        self.chains = {}
+        held, self.chains = self.chains, {}
         for site, saved in state["chains"].items():
-            self.chains[site] = self._new_buffer(self.size or len(saved["ages"]))
+            size = self.size or len(saved["ages"])
+            has_room = site in held and held[site].size == size
+            self.chains[site] = held[site] if has_room else self._new_buffer(size)
             self.chains[site].load_state_dict(saved)
-
-
-def _refreshed(x: Tensor, which: Tensor, fresh: Any) -> Tensor:
-    """States with fresh ones where ``which`` holds."""
-    return replaced(x, fresh(int(which.sum())), which) if bool(which.any()) else x

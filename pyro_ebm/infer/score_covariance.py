@@ -125,23 +125,25 @@ def from_rows(loss: ModelLoss, mode: Tensor) -> tuple[Tensor, tuple[str, ...]]:
         mode: Where, ``(D,)``.
 
     Raises:
-        ValueError: If a coordinate moves fewer than two rows.
+        ValueError: If a coordinate moves one row alone, or none moves any.
     """
     units = loss.units
     assert units is not None
     gradients = units.sums(loss.row_gradients(mode))
     num_rows = len(gradients)
-    touched = int((gradients != 0).sum(0).min())
-    if touched < FEWEST_ROWS:
+    touched = (gradients != 0).sum(0)
+    touched = touched[touched > 0]  # parameters of a hierarchy move no row
+    fewest = int(touched.min()) if len(touched) else 0
+    if fewest < FEWEST_ROWS:
         raise ValueError(
             f"a coordinate of the latents moves the loss of fewer than {FEWEST_ROWS} rows, of "
             "which there is no covariance: for latents of single rows use calibration='simulation'"
         )
     remarks: tuple[str, ...] = ()
-    if min(touched, num_rows / len(mode)) < ENOUGH_ROWS:
+    if min(fewest, num_rows / len(touched)) < ENOUGH_ROWS:
         remarks = (
-            f"There are {num_rows} rows for {len(mode)} coordinates, and {touched} that move the "
-            "least known of them: the calibrated widths are rough.",
+            f"There are {num_rows} rows for {len(touched)} coordinates, and {fewest} that move "
+            "the least known of them: the calibrated widths are rough.",
         )
     parts = [covariance_of_sum(loss.degree * part) for part in units.components(gradients)]
     return torch.stack(parts).sum(0), remarks

@@ -179,8 +179,8 @@ class TrainingRun:
         if not objective.is_replayable:
             raise ValueError(
                 f"fit(capture=True) replays one step over and over, and {type(objective).__name__} "
-                "as it was made decides from step to step what to do (refit_every, throttle, "
-                "chains that persist): leave capture and compile out"
+                "as it was made decides from step to step what to do (refit_every, throttle): "
+                "leave capture and compile out"
             )
         return CapturedStep(
             objective,

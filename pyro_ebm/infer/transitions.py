@@ -172,9 +172,10 @@ class Mover:
         lost = lost | ~(state.potential.isfinite() & state.position.isfinite().all(-1))
         rows = law.batch_shape
         acceptance = torch.stack(rates).mean(0).reshape(rows) if rates else None
-        kept = _kept(lost.reshape(rows), x, target.events(state.position))
+        ends = target.events(state.position)
         temperature = getattr(kernel, "temperature", None)
-        return Moved(kept, lost.reshape(rows), acceptance, temperature)
+        lost = lost.reshape(rows)
+        return Moved(replaced(ends, x, lost), lost, acceptance, temperature)
 
     def _by_sweeps(self, law: EnergyDistribution, x: Tensor) -> Moved:
         if law.base_measure == "mixed":
@@ -200,24 +201,18 @@ class Mover:
             moved = self.transition(p, moved)  # type: ignore[misc]
             _check_moved(moved, x, self.user)
         lost = ~moved.isfinite().reshape(rows_of(p, x) + (-1,)).all(-1)
-        return Moved(_kept(lost, x, moved.detach()), lost)
+        return Moved(replaced(moved.detach(), x, lost), lost)
 
 
 def replaced(x: Tensor, fresh: Tensor, which: Tensor) -> Tensor:
-    """Returns events with fresh ones, as many as are needed, where ``which`` holds.
+    """Returns events ``lead + event`` with others of that shape where ``which``, ``lead``, holds.
 
-    Args:
-        x: Events, ``lead + event``.
-        fresh: Events ``(n,) + event``, n the number of true entries.
-        which: Shape ``lead``.
+    Example:
+        >>> replaced(torch.zeros(2, 2), torch.ones(2, 2), torch.tensor([False, True]))
+        tensor([[0., 0.],
+                [1., 1.]])
     """
-    x = x.clone()
-    x[which] = fresh.to(x)
-    return x
-
-
-def _kept(lost: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    return torch.where(lost.reshape(lost.shape + (1,) * (end.dim() - lost.dim())), start, end)
+    return torch.where(which.reshape(which.shape + (1,) * (x.dim() - which.dim())), fresh, x)
 
 
 def _flat(value: Tensor, law: EnergyDistribution) -> Tensor:

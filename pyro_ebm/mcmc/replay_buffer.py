@@ -34,6 +34,8 @@ from pyro_ebm.ops.arguments import share, whole
 class Slots:
     """States that persist: which of them are used next, which start afresh, and how old they are.
 
+    They change in place, where steps that are recorded as a graph go on to find them.
+
     Args:
         size: Slots.
         num_steps: Steps that a state moves at every use.
@@ -59,7 +61,12 @@ class Slots:
         self.restart_prob = share("restart_prob", restart_prob)
         self.positions: Tensor | None = None
         self.ages = torch.zeros(self.size, dtype=torch.long)
-        self.num_lost = 0
+        self._num_lost = torch.tensor(0)
+
+    @property
+    def num_lost(self) -> int:
+        """How many ran off so far."""
+        return int(self._num_lost)
 
     def fill(self, positions: Tensor) -> None:
         """Puts a first state, of age zero, into every slot."""
@@ -70,6 +77,7 @@ class Slots:
         """Moves the states to another device, in case they are elsewhere."""
         if self.positions is not None and self.positions.device != device:
             self.positions, self.ages = self.positions.to(device), self.ages.to(device)
+            self._num_lost = self._num_lost.to(device)
 
     def choose(self, num: int) -> tuple[Tensor, Tensor]:
         """Returns slots ``(num,)``, none of them twice, and which of them are to start afresh.
@@ -86,6 +94,10 @@ class Slots:
         restarts = torch.rand(num, device=device) < self.restart_prob
         return slots, restarts
 
+    def restart(self, slots: Tensor, which: Tensor) -> None:
+        """Sets the ages of slots ``(num,)`` to zero where ``which``, of that shape, holds."""
+        self.ages[slots] = torch.where(which, 0, self.ages[slots])
+
     def write(self, slots: Tensor, q: Tensor, *, lost: Tensor) -> None:
         """Writes states that have moved back to the slots that they were taken from.
 
@@ -94,7 +106,7 @@ class Slots:
             q: The states; of chains that were lost, fresh ones.
             lost: Which were lost, ``(num,)``.
         """
-        self.num_lost += int(lost.sum())
+        self._num_lost += lost.sum().to(self._num_lost)
         self.ages[slots] = torch.where(lost, 0, self.ages[slots] + self.num_steps)
         self.positions[slots] = q  # type: ignore[index]
 
@@ -113,8 +125,12 @@ class Slots:
         if len(state["ages"]) != self.size:
             raise ValueError(f"a buffer of {self.size} slots cannot load {len(state['ages'])}")
         positions = state["positions"]
-        self.positions = None if positions is None else positions.clone()
-        self.ages, self.num_lost = state["ages"].clone(), int(state["num_lost"])
+        if positions is None or self.positions is None or positions.shape != self.positions.shape:
+            self.positions = None if positions is None else positions.clone()
+        else:
+            self.positions.copy_(positions)
+        self.ages.copy_(state["ages"])
+        self._num_lost.fill_(state["num_lost"])
 
 
 class ReplayBuffer(Slots):
@@ -210,7 +226,7 @@ class ReplayBuffer(Slots):
         lost = ran_off(state)
         if bool(lost.any()):  # the law has changed since
             state = kernel.init(potential, _restarted(target, potential, q, lost))
-        self.ages[slots[restarts | lost]] = 0
+        self.restart(slots, restarts | lost)
         return slots, state
 
     def _put(

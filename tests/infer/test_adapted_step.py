@@ -14,7 +14,6 @@ from one_site import loss_per_datum as loss_of
 from torch.distributions import constraints
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.adapted_step import AdaptedStep, ScaledMALA
 from pyro_ebm.infer.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.infer.fit import fit
@@ -162,7 +161,10 @@ def test_lengths_are_the_metric():
     wide = EnergyDistribution(lambda x: 0.5 * (x / lengths).square().sum(-1), event_shape=(2,))
     unit = EnergyDistribution(lambda x: 0.5 * x.square().sum(-1), event_shape=(2,))
     x, ends = torch.randn(30, 2), []
-    kernels = (partial(ScaledMALA, step_size=0.9, lengths=lengths), partial(MALA, step_size=0.9))
+    kernels = (
+        partial(ScaledMALA, share=torch.tensor(0.9), lengths=lengths),
+        partial(MALA, step_size=0.9),
+    )
     for p, kernel, start in ((wide, kernels[0], x * lengths), (unit, kernels[1], x)):
         pyro.set_rng_seed(1)
         ends.append(ContrastiveDivergence(2, kernel=kernel).draw(p, start, None).points[0])
@@ -251,16 +253,3 @@ def test_resumed_fit_is_bit_equal(name, tmp_path):
     assert whole.diagnostics == resumed.diagnostics
     assert objective.steps["x"].share == same.steps["x"].share
     assert objective.watches["x"] == same.watches["x"]
-
-
-def test_steps_that_adapt_are_not_replayed():
-    def model(x):
-        theta = pyro.param("theta", torch.tensor([0.0, 0.7]))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", standard(1.0, *theta), obs=x)
-
-    options = {"num_steps": 5, "capture": True, **QUIET}
-    with pytest.raises(ValueError, match="leave capture and compile out"):
-        fit(model, torch.randn(20), PersistentContrastiveDivergence(1), **options)
-    with pytest.warns(SurrogateWarning, match="its step is adapted anew each time: give kernel="):
-        fit(model, torch.randn(20), ContrastiveDivergence(1), **options)

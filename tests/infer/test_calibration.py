@@ -354,6 +354,29 @@ def test_many_local_latents_are_refused():
         calibration_of(loss, num_simulations=50)
 
 
+def test_parameters_of_a_hierarchy_move_no_row():
+    """Score matching of unit Gaussians is maximum likelihood: there is nothing to calibrate.
+
+    Rows scaled to have the likelihood's curvature leave the means' shrinkage, 1 in 200.
+    """
+    x = torch.randn(200, 3)
+    x = (x - x.mean(0)) / x.std(0) + torch.tensor([0.0, 1.0, 2.0])
+
+    def model(x):
+        centre = pyro.sample("centre", dist.Normal(torch.tensor(0.0), 2.0))
+        scale = pyro.sample("scale", dist.LogNormal(torch.tensor(0.0), 0.3))
+        with pyro.plate("groups", 3, dim=-1):
+            m = pyro.sample("m", dist.Normal(centre, scale))
+            with pyro.plate("rows", len(x), dim=-2):
+                law = EnergyDistribution(lambda y: 0.5 * (y - m) ** 2, event_shape=())
+                pyro.sample("x", law, obs=x)
+
+    found = calibration_of(loss_of(model, ScoreMatching(), x))
+    assert found.kind == "sandwich"
+    assert found.remarks == ()
+    torch.testing.assert_close(found.factor, torch.eye(5), rtol=0, atol=0.02)
+
+
 def test_a_latent_of_a_single_row_is_refused():
     def model(x):
         centre, own = (pyro.sample(n, dist.Normal(torch.tensor(0.0), 1.0)) for n in ("c", "own"))

@@ -11,9 +11,15 @@ from torch.distributions import constraints
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.discrete_energy_discrepancy import DiscreteEnergyDiscrepancy
 from pyro_ebm.infer.fit import fit
+from pyro_ebm.infer.persistent import PersistentContrastiveDivergence
 from pyro_ebm.infer.site_perturbations import BernoulliFlips, HeatKernel, MaskedSite, SiteFlip
 
 BITS = constraints.independent(constraints.boolean, 1)
+
+
+def flipped(make):
+    """Builds a discrete energy discrepancy with these perturbations."""
+    return lambda: DiscreteEnergyDiscrepancy(make(), 4)
 
 
 def trained(make, data, *, capture):
@@ -30,16 +36,21 @@ def trained(make, data, *, capture):
         with pyro.plate("data", len(x)):
             pyro.sample("x", ebm, obs=x)
 
-    objective = DiscreteEnergyDiscrepancy(make(), 4)
     options = {"batch_size": 5, "num_steps": 21, "lr": 0.05, "seed": 3, "disable_progbar": True}
-    result = fit(model, data, objective, capture=capture, **options)
+    result = fit(model, data, make(), capture=capture, **options)
     return result.losses, pyro.param("coupling").detach().clone()
 
 
 @pytest.mark.parametrize(
     "make",
-    [BernoulliFlips, MaskedSite, SiteFlip, lambda: HeatKernel("uniform", 0.5)],
-    ids=["flips", "masked", "one site", "heat"],
+    [
+        flipped(BernoulliFlips),
+        flipped(MaskedSite),
+        flipped(SiteFlip),
+        flipped(lambda: HeatKernel("uniform", 0.5)),
+        lambda: PersistentContrastiveDivergence(1, size=9, restart_prob=0.2),
+    ],
+    ids=["flips", "masked", "one site", "heat", "chains by sweeps"],
 )
 def test_steps_on_discrete_sites_are_replayed_to_the_bit(make):
     """A recording that reads a value gives up with a warning, which is an error here."""
@@ -53,4 +64,4 @@ def test_steps_on_discrete_sites_are_replayed_to_the_bit(make):
 def test_a_site_with_another_value_is_refused_where_steps_are_captured():
     data = torch.full((20, 3), 2.0)
     with pyro.validation_enabled(False), pytest.raises(ValueError, match="lie in the support"):
-        trained(BernoulliFlips, data, capture=True)
+        trained(flipped(BernoulliFlips), data, capture=True)

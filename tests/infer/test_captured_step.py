@@ -59,6 +59,22 @@ def checked_model():
     return model, (net,)
 
 
+def confined_model():
+    """Without a base chains start as wide as the data are, of all batches so far."""
+    torch.manual_seed(0)
+    net = new_net()
+
+    def model(x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            ebm = EnergyDistribution(
+                lambda y: net(y) + y.square().sum(-1), event_shape=(2,), conditional=False
+            )
+            pyro.sample("x", ebm, obs=x)
+
+    return model, (net,)
+
+
 FAMILIES = {
     "nce, values checked": (checked_model, NCE),
     "nce": (plain_model, NCE),
@@ -72,6 +88,19 @@ FAMILIES = {
     "kale, newton": (plain_model, lambda: KALE(c_update="newton")),
     "per site": (plain_model, lambda: PerSite({"x": NCE()})),
     "cd": (plain_model, lambda: ContrastiveDivergence(2, kernel=partial(MALA, step_size=0.3))),
+    "cd, adapted": (plain_model, lambda: ContrastiveDivergence(2)),
+    "pcd": (
+        plain_model,
+        lambda: PersistentContrastiveDivergence(
+            2, kernel=partial(ULA, step_size=0.3), size=12, restart_prob=0.3
+        ),
+    ),
+    "pcd, adapted": (plain_model, lambda: PersistentContrastiveDivergence(2, start="data")),
+    "pcd, igebm": (
+        plain_model,
+        lambda: PersistentContrastiveDivergence.igebm(3, gradient_step=0.1, size=12),
+    ),
+    "pcd, without a base": (confined_model, lambda: PersistentContrastiveDivergence(2)),
 }
 
 
@@ -111,7 +140,8 @@ def test_gradients_lie_in_memory_as_their_parameters_do(optim):
     assert (found[0] - start).abs().min() > 0.02
 
 
-FAST = ("nce", "nce, values checked", "per site", "ed", "score matching", "kale", "cd")
+FAST = ("nce", "nce, values checked", "per site", "ed", "score matching", "kale", "cd", "pcd")
+FAST += ("pcd, without a base",)
 
 
 def test_gradients_that_agree_are_clipped_once_each():
@@ -149,6 +179,10 @@ def test_replayed_steps_are_those_of_the_model_to_the_bit(name):
     for key, value in state.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(same_state[key], value, rtol=0, atol=1e-12)
+    for part in ("steps", "chains"):
+        for site, values in state.get("_extra_state", {}).get(part, {}).items():
+            same = same_state["_extra_state"][part][site]
+            torch.testing.assert_close(same, values, rtol=0, atol=1e-12)
 
 
 def test_chains_of_replayed_steps_are_judged():
@@ -200,7 +234,7 @@ def test_few_steps_run_the_model():
     assert len(runs) == len(eager) + 1
 
 
-@pytest.mark.parametrize("name", ["kale"])
+@pytest.mark.parametrize("name", ["kale", "pcd, adapted"])
 def test_a_resumed_run_is_the_same(name, tmp_path):
     data, path = torch.randn(22, 2), tmp_path / "fit.pt"
     whole = trained(name, data, capture=True)
@@ -440,7 +474,7 @@ def test_a_loss_that_is_not_finite_in_a_replayed_step():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own compiler
-@pytest.mark.parametrize("name", ["nce", "kale", "score matching", "cd"])
+@pytest.mark.parametrize("name", ["nce", "kale", "score matching", "cd", "pcd"])
 def test_compiled_steps_are_those_of_the_model(name):
     data = torch.randn(22, 2)
     eager, compiled = (trained(name, data, compile=compiled) for compiled in (False, True))
@@ -453,7 +487,6 @@ def test_compiled_steps_are_those_of_the_model(name):
     [
         lambda: NCE(noise="gaussian", refit_every=5),
         lambda: FlowContrastive(throttle=(0.4, 0.8)),
-        lambda: PersistentContrastiveDivergence(1),
     ],
 )
 def test_steps_that_differ_are_not_replayed(make):

@@ -1,11 +1,14 @@
 """The weight of a loss against closed forms, and its independence of units and of weights."""
 
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from one_site import Lattice, lattices
 from pyro import poutine
+from torch.distributions import constraints
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.calibration import calibration_of
@@ -84,7 +87,7 @@ def test_the_minimum_of_a_tiny_loss_is_found_as_well():
     x = torch.randn(60, DIM)
     loss = loss_of(precision, ScoreMatching(), x * 1e6, 1e6)
     wanted = (x.numel() / x.square().sum()).log()[None]
-    torch.testing.assert_close(loss.own_minimum(1), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(loss.own_minimum(1).at, wanted, rtol=0, atol=1e-6)
 
 
 def test_what_is_not_calibrated_keeps_its_weight():
@@ -108,12 +111,37 @@ def test_parameters_of_a_hierarchy_do_not_count():
 
     x = 2.0 * torch.randn(20, 3)
     loss = loss_of(model, ScoreMatching(), x)
-    minimum = loss.own_minimum()
+    minimum = loss.own_minimum().at
     torch.testing.assert_close(minimum[0] + minimum[1:], x.mean(0), rtol=0, atol=1e-8)
     factor, _, remarks = found(loss)
     variance = x.var(0, correction=0).mean() * 60 / 59  # J has the mean of 60 rows taken off
     assert factor == pytest.approx(float(1 / variance), rel=1e-6)
     assert "nothing of 1 of 4 directions" in remarks[0]
+
+
+def test_a_latent_that_the_loss_feels_by_rounding_alone_does_not_count():
+    """A free constant of the energy cancels in every conditional, up to rounding."""
+    bits = constraints.independent(constraints.boolean, 1)
+
+    def model(x, *, has_constant):
+        a = pyro.sample("a", dist.Normal(torch.tensor(0.0), 1.0))
+        c = pyro.sample("c", dist.Normal(torch.tensor(0.0), 3.0)).exp() if has_constant else 0.0
+
+        def energy(y):
+            return c - a * (y[..., 1:] * y[..., :-1]).sum(-1)
+
+        with pyro.plate("rows", len(x)):
+            law = EnergyDistribution(energy, event_shape=(5,), support=bits)
+            pyro.sample("x", law, obs=x)
+
+    x = torch.randint(2, (80, 5)).double()
+    plain, *others = (
+        found(loss_of(partial(model, has_constant=has), PseudoLikelihood(), x))
+        for has in (False, True, True, True)
+    )
+    for other in others:
+        assert other.factor == pytest.approx(plain.factor, rel=1e-9)
+        assert "nothing of 1 of 2 directions" in other.remarks[0]
 
 
 def test_the_weight_by_simulation():
@@ -123,7 +151,7 @@ def test_the_weight_by_simulation():
     """
     x = Lattice(0.2, (4, 4)).sample((10,))
     loss = loss_of(lattices, PseudoLikelihood(), x)
-    theta = torch.sigmoid(loss.own_minimum())[0]
+    theta = torch.sigmoid(loss.own_minimum().at)[0]
 
     def fields(x):
         near = sum(x.roll(k, dim) for k in (-1, 1) for dim in (-1, -2))
