@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pyro_ebm.chains import _arviz_core as core
-from pyro_ebm.chains.log_likelihood import pointwise_log_likelihood
+from pyro_ebm.chains.log_likelihood import PointwiseLogLikelihood, pointwise_log_likelihood
 from pyro_ebm.chains.observations import Conditioned
 from pyro_ebm.chains.record import Arrays, Record, as_record, to_numpy
 from pyro_ebm.chains.runaway import find_runaways
@@ -57,7 +57,9 @@ def to_arviz(
             ``prior``, others to ``prior_predictive``.
         posterior_predictive: Draws of ``Predictive``, one for each posterior draw.
         log_likelihood: Whether to add the pointwise log likelihood, in nats, of all data sites, or
-            the names of those wanted.
+            the names of those wanted. Where log Z is made of held draws (``anchored``,
+            ``base_importance``) the group's attribute ``elpd_mcse_logz`` is the error in nats that
+            they add to the elpd of these sites together; no ``se`` or ``dse`` of ArviZ holds it.
         coords: Dimension to coordinate labels.
         dims: Variable to names of its dimensions after ``(chain, draw)``.
         warmup: Whether to add the warm-up's draws and statistics, as far as the source has them.
@@ -73,6 +75,7 @@ def to_arviz(
 
     Warns:
         ImproperEnergyWarning: If draws run away, as under an energy that is not integrable.
+        UserWarning: If ``elpd_mcse_logz`` is above half a nat, or unknown.
 
     Example:
         >>> import numpy as np
@@ -85,13 +88,18 @@ def to_arviz(
     _warn_of_runaways(record)
     groups = _sampled_groups(record, warmup=warmup)
     conditioned = _conditioned(source, record, model, args, kwargs)
+    of_scores: dict[str, Any] = {}
     if conditioned is not None:
         groups["observed_data"] = conditioned.observed_data()
     if log_likelihood is not False:
-        groups["log_likelihood"] = _log_likelihood(record, conditioned, wanted=log_likelihood)
+        scores = _log_likelihood(record, conditioned, wanted=log_likelihood)
+        shape = record.num_chains, record.num_samples
+        groups["log_likelihood"] = core.by_chain("log_likelihood", scores.values, *shape)
+        if scores.mcse_log_z is not None:
+            of_scores["elpd_mcse_logz"] = scores.mcse_log_z
         dims = _without_masked(dims, groups)
     groups |= _predictive_groups(record, prior, posterior_predictive)
-    attrs = _attrs_of_groups(record, groups, conditioned)
+    attrs = {**_attrs_of_groups(record, groups, conditioned), "log_likelihood": of_scores}
     return core.build(import_arviz(), groups, coords=coords, dims=dims, attrs=attrs)
 
 
@@ -173,7 +181,7 @@ def _conditioned(
 
 def _log_likelihood(
     record: Record, conditioned: Conditioned | None, *, wanted: bool | str | Sequence[str]
-) -> Arrays:
+) -> PointwiseLogLikelihood:
     if conditioned is None:
         raise ValueError("log_likelihood needs the model: pass model=, args= and kwargs=")
     if "calibration" in record.attrs:
@@ -184,8 +192,7 @@ def _log_likelihood(
         )
     listed = [wanted] if isinstance(wanted, str) else wanted
     names = None if isinstance(listed, bool) else list(listed)
-    values = pointwise_log_likelihood(conditioned, names)
-    return core.by_chain("log_likelihood", values, record.num_chains, record.num_samples)
+    return pointwise_log_likelihood(conditioned, names)
 
 
 def _without_masked(

@@ -9,6 +9,10 @@ For rows :math:`y_i` of a data site, leave-one-out cross-validation and model co
 * the posterior holds every row once: of draws under a power w of the likelihood a row is taken out
   by :math:`p(y_i \mid \theta_s)^{-w}`, and ArviZ takes w = 1.
 
+Where log Z is a function made of draws that are held, its error is the same in every row. It enters
+the sum over n rows n times, and the standard errors of LOO, which compare rows, not at all: so it
+is told apart from them, by resampling what is held.
+
 References:
     Vehtari, Gelman, Gabry, Practical Bayesian model evaluation using leave-one-out cross-validation
     and WAIC, Statistics and Computing 27, 2017. arXiv:1507.04544.
@@ -16,6 +20,7 @@ References:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,17 +35,36 @@ from pyro_ebm.chains.record import to_numpy
 from pyro_ebm.distributions import unwrap
 from pyro_ebm.distributions.layers import layers, mask_of, num_reinterpreted
 from pyro_ebm.distributions.normalizer_guard import report
-from pyro_ebm.ops.held_draws import HeldDraws, asked
+from pyro_ebm.ops.held_draws import HeldDraws, asked, replicated
+from pyro_ebm.ops.rng import rng_preserved
 
-__all__ = ["pointwise_log_likelihood"]
+__all__ = ["PointwiseLogLikelihood", "pointwise_log_likelihood"]
+
+LARGEST_MCSE_LOG_Z = 0.5
+"""Nats of error in an elpd that pass without a word: differences below 4 tell little anyway."""
 
 _CHUNK = 500
 _NUM_CHECKED = 20
+_NUM_REPLICATES, _NUM_REEVALUATED = 50, 50  # of the functions for log Z, draws of the posterior
+
+
+class PointwiseLogLikelihood(NamedTuple):
+    """The log likelihood of rows, and what log Z adds to the error of its sum.
+
+    Args:
+        values: Site name to nats, ``(S,) + rows``.
+        mcse_log_z: Monte Carlo error in nats that log Z gives the sum over all rows and sites, a
+            mean over draws: the same, to first order, as that of LOO's elpd. ``None`` where log Z
+            is not made of draws, NaN where the error is unknown.
+    """
+
+    values: dict[str, NDArray[Any]]
+    mcse_log_z: float | None
 
 
 def pointwise_log_likelihood(
     conditioned: Conditioned, names: Sequence[str] | None = None
-) -> dict[str, NDArray[Any]]:
+) -> PointwiseLogLikelihood:
     r"""Returns :math:`\log p(y_i\mid\theta_s)` in nats, of shape ``(S,) + rows``, for every site.
 
     Rows that a mask hides are no observations and are left out, which flattens the rows of their
@@ -55,6 +79,10 @@ def pointwise_log_likelihood(
         MissingNormalizerError: If a site's density is not normalized at every draw.
         ValueError: If a latent site has no draws, a site is unknown, a plate is subsampled, or a
             site is scaled or holds a single observation.
+
+    Warns:
+        UserWarning: If log Z is made of draws and adds more than :data:`LARGEST_MCSE_LOG_Z` to the
+            error of the sum, or nobody knows how much.
     """
     with asked() as functions:  # in the model itself
         trace = _differentiable_trace(conditioned)
@@ -67,10 +95,14 @@ def pointwise_log_likelihood(
         _check_normalized(name, sites[name])
     if any(_energy_based(sites[name]["fn"]) is not None for name in wanted):
         _check_absolute(functions)
-    _score_and_check_covered(conditioned, trace, wanted)
+    functions += _score_and_check_covered(conditioned, trace, wanted)
     for name in wanted:
         _check_rows(name, sites[name])
-    return _evaluate(conditioned, trace, [_layout(name, sites[name]) for name in wanted])
+    layouts = [_layout(name, sites[name]) for name in wanted]
+    scores = _evaluate(conditioned, trace, layouts, num_checked=_NUM_CHECKED)
+    values = {name: to_numpy(x) for name, x in zip(wanted, scores, strict=True)}
+    error = _mcse_log_z(conditioned, trace, layouts, functions) if functions else None
+    return PointwiseLogLikelihood(values, error)
 
 
 # What is refused
@@ -111,8 +143,13 @@ def _energy_based(fn: Any) -> Any:
     return next((layer for layer in layers(fn) if hasattr(layer, "is_normalized")), None)
 
 
-def _score_and_check_covered(conditioned: Conditioned, trace: Any, names: Sequence[str]) -> None:
-    """Scores the data at one draw and differentiates: a log Z that ignores a latent raises."""
+def _score_and_check_covered(
+    conditioned: Conditioned, trace: Any, names: Sequence[str]
+) -> list[HeldDraws]:
+    """Scores the data at one draw and differentiates: a log Z that ignores a latent raises.
+
+    Returns the functions for log Z that were asked.
+    """
     with torch.enable_grad(), asked() as functions:
         trace.compute_log_prob(site_filter=lambda name, _: name in names)
         total = torch.stack([trace.nodes[name]["log_prob_sum"] for name in names]).sum()
@@ -121,6 +158,7 @@ def _score_and_check_covered(conditioned: Conditioned, trace: Any, names: Sequen
     if leaves and total.requires_grad:
         torch.autograd.grad(total, leaves, allow_unused=True)
     _check_absolute(functions)
+    return functions
 
 
 def _check_rows(name: str, site: Site) -> None:
@@ -164,8 +202,8 @@ def _layout(name: str, site: Site) -> _Layout:
 
 
 def _evaluate(
-    conditioned: Conditioned, like: Any, layouts: list[_Layout]
-) -> dict[str, NDArray[Any]]:
+    conditioned: Conditioned, like: Any, layouts: list[_Layout], *, num_checked: int
+) -> tuple[Tensor, ...]:
     names = [one.name for one in layouts]
 
     def read(trace: Any, num_draws: int) -> tuple[Tensor, ...]:
@@ -173,5 +211,41 @@ def _evaluate(
         return tuple(one.pick(trace, num_draws) for one in layouts)
 
     with torch.no_grad(), pyro.validation_enabled(is_validate=False):
-        scores = at_all_draws(conditioned, like, read, chunk=_CHUNK, num_checked=_NUM_CHECKED)
-    return {name: to_numpy(values) for name, values in zip(names, scores, strict=True)}
+        return at_all_draws(conditioned, like, read, chunk=_CHUNK, num_checked=num_checked)
+
+
+# What log Z adds to its error
+
+
+def _mcse_log_z(
+    conditioned: Conditioned, like: Any, layouts: list[_Layout], functions: Sequence[HeldDraws]
+) -> float:
+    """The spread of the mean total, were the draws behind log Z others; NaN where unknown."""
+    some = conditioned.thinned(_NUM_REEVALUATED)
+
+    def mean_total() -> Tensor:
+        scores = _evaluate(some, like, layouts, num_checked=1)
+        return torch.stack([x.double().flatten(1).sum(1).mean() for x in scores]).sum()
+
+    try:
+        with rng_preserved():
+            error = float(replicated(mean_total, functions, _NUM_REPLICATES).std())
+        why = "resampled draws do not reach all of the posterior"
+    except ValueError as problem:
+        error, why = float("nan"), str(problem)
+    if not error <= LARGEST_MCSE_LOG_Z:
+        warnings.warn(_said_of(error, why), stacklevel=5)
+    return error
+
+
+def _said_of(error: float, why: str) -> str:
+    if error != error:
+        return (
+            "log_likelihood: log Z is made of held draws, whose error is in elpd differences and "
+            f"not in their dse, and its size is unknown: {why}"
+        )
+    return (
+        "log_likelihood: log Z is made of held draws, whose error moves the elpd by about "
+        f"{error:.2g} nats (elpd_mcse_logz). It is the same in every row, so that neither se nor "
+        f"dse holds it: compare no differences below {2 * error:.2g} nats; raise num_draws"
+    )

@@ -7,6 +7,7 @@ and other point masses, and subsample indices.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import pyro
@@ -50,6 +51,14 @@ class Conditioned:
         flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in draws.items()}
         self.draws = {name: torch.tensor(x, device=device) for name, x in flat.items()}
         self.num_draws = next(iter(self.draws.values())).shape[0]
+
+    def thinned(self, num: int) -> Conditioned:
+        """Returns the model at ``num`` of its draws, evenly spaced; at all if there are fewer."""
+        kept = torch.linspace(0, self.num_draws - 1, min(num, self.num_draws)).long()
+        some = copy(self)
+        some.draws = {name: x[kept.to(x.device)] for name, x in self.draws.items()}
+        some.num_draws = len(kept)
+        return some
 
     def values(self, index: int) -> dict[str, Tensor]:
         """Returns the latent values of one draw."""

@@ -38,7 +38,6 @@ __all__ = ["MMDInterval", "median_distance", "mmd2", "mmd2_bootstrap", "mmd2_dif
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
-MULTIPLES = (0.5, 1.0, 2.0)
 MIN_RESAMPLED_ROWS = 10
 CHUNK_ROWS = 1024
 MOST_POINTS_FOR_MEDIAN = 2000
@@ -95,7 +94,7 @@ def mmd2(
     y: Tensor,
     *,
     bandwidth: float | Tensor | None = None,
-    multiples: Sequence[float] = MULTIPLES,
+    multiples: Sequence[float] = kernels.MULTIPLES,
 ) -> Tensor:
     r"""Returns the unbiased estimate of :math:`\mathrm{MMD}^2` between two samples, 0-d float64.
 
@@ -129,7 +128,7 @@ def mmd2_bootstrap(
     y: Tensor,
     *,
     bandwidth: float | Tensor | None = None,
-    multiples: Sequence[float] = MULTIPLES,
+    multiples: Sequence[float] = kernels.MULTIPLES,
     num_bootstrap: int = 500,
     level: float = 0.95,
 ) -> MMDInterval:
@@ -164,7 +163,7 @@ def mmd2_difference(
     y: Tensor,
     *,
     bandwidth: float | Tensor | None = None,
-    multiples: Sequence[float] = MULTIPLES,
+    multiples: Sequence[float] = kernels.MULTIPLES,
     num_bootstrap: int = 500,
     level: float = 0.95,
 ) -> MMDInterval:

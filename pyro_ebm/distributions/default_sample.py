@@ -78,7 +78,7 @@ def draw_exactly(target: Target, shape: torch.Size) -> Tensor:
 
 
 def own_batch(energy: Any) -> torch.Size:
-    """Returns the batch shape of an energy that samples itself: that of its parameters."""
+    """Returns the batch shape of an energy that knows it: that of its parameters."""
     if isinstance(energy, ExactSampler):
         return energy.batch_shape
     return energy.log_normalizer().shape

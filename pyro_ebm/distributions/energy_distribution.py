@@ -32,7 +32,8 @@ from pyro_ebm.distributions.call_stack import caller_weighing_components
 from pyro_ebm.distributions.known_normalizer import LogNormalizerLike
 from pyro_ebm.distributions.random_weights import FixedWeights, draw_weights
 from pyro_ebm.energies.base import ScaledEnergy, SumEnergy
-from pyro_ebm.energies.checks import check_energy_shape
+from pyro_ebm.energies.checks import energy_at
+from pyro_ebm.energies.exponential_family import ExponentialFamily
 from pyro_ebm.ops.autograd import grad_of
 from pyro_ebm.ops.constraints import base_measure, finite_values
 from pyro_ebm.ops.inheritance import is_own
@@ -114,7 +115,7 @@ class EnergyDistribution(TorchDistribution):
         if base is not None:
             batch = supports.broadcast_batch(base.batch_shape, batch, "base")
             self.base = base if batch == base.batch_shape else base.expand(batch)
-        elif self._is_exact:
+        elif self._is_exact or isinstance(energy, ExponentialFamily):
             batch = supports.broadcast_batch(default_sample.own_batch(energy), batch, "energy")
         super().__init__(batch, event, validate_args=validate_args)
 
@@ -234,8 +235,7 @@ class EnergyDistribution(TorchDistribution):
 
     def _energy_of(self, x: Tensor) -> Tensor:
         with self.fixed_weights():
-            energy, event_dim = self._energy(x), len(self.event_shape)
-            return check_energy_shape(energy, x, event_dim, energy=self._energy)
+            return energy_at(self._energy, x, len(self.event_shape))
 
     def fixed_weights(self) -> FixedWeights:
         """Returns the handler under which random weights keep the values they were made with."""

@@ -21,7 +21,7 @@ from pyro_ebm.distributions.captured import capture_in_progress
 from pyro_ebm.ops.autograd_graph import can_see_running_nodes
 from pyro_ebm.settings import missing_normalizer_policy
 
-FIRST_CALLS = 16
+FIRST_CALLS = 16  # of each use, which are all looked at
 EVERY = 64
 
 _calls: dict[tuple[Any, ...], int] = {}

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+from pyro.distributions import Delta, SineBivariateVonMises, VonMises
 from torch import Tensor
 from torch.distributions import Independent
 
@@ -47,9 +48,29 @@ def is_normalized(fn: Any) -> bool:
     return all(getattr(part, "is_normalized", True) for part in parts(fn))
 
 
+PERIODIC = "whose mass on the reals, its support as torch has it, is infinite"
+"""What is wrong with a density that goes on beyond the one period that it draws from."""
+
+
+def is_periodic(fn: Any) -> bool:
+    """Whether a density repeats itself for ever, and sums to one on one period only.
+
+    Example:
+        >>> from pyro.distributions import Normal
+        >>> is_periodic(VonMises(0.0, 1.0).expand([3]).to_event(1)), is_periodic(Normal(0.0, 1.0))
+        (True, False)
+    """
+    return any(isinstance(part, (VonMises, SineBivariateVonMises)) for part in parts(fn))
+
+
 def innermost(fn: Any) -> Any:
     """Returns what all layers wrap."""
     return list(layers(fn))[-1]
+
+
+def is_point(fn: Any) -> bool:
+    """Whether a law has all its mass at one point, as an estimate without spread has."""
+    return isinstance(innermost(fn), Delta)
 
 
 def mask_of(fn: Any, mask: Any = None) -> Tensor | bool:

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.distributions.guard_schedule import FIRST_CALLS
 from pyro_ebm.ops.rng import rng_preserved
 
 REPEATED = 2
-FIRST_CALLS = 16
 MOST_USES = 256
 
 

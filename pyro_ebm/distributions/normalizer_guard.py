@@ -32,7 +32,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_ebm.distributions.call_stack import Scoring, frame_of, scoring
+from pyro_ebm.distributions.call_stack import Scoring, latents_of_potential, scoring
 from pyro_ebm.distributions.captured import captured_only
 from pyro_ebm.distributions.normalizer_functions import problem_of
 from pyro_ebm.errors import MissingNormalizerError, MissingNormalizerWarning
@@ -234,9 +234,7 @@ def names_of(tensors: Sequence[Tensor | None], energy: Any) -> str:
     known = {id(p): f"param {n!r}" for n, p in pyro.get_param_store().named_parameters()}
     if isinstance(energy, torch.nn.Module):
         known |= {id(p): f"parameter {n!r} of the energy" for n, p in energy.named_parameters()}
-    frame = frame_of(("potential_grad",))
-    if frame is not None and isinstance(frame.f_locals.get("z"), dict):
-        known |= {id(v): f"latent {n!r}" for n, v in frame.f_locals["z"].items()}
+    known |= {id(v): f"latent {n!r}" for n, v in latents_of_potential().items()}
     names = [known.get(id(t)) or _describe(t) for t in tensors]
     unique = list(dict.fromkeys(names))
     return ", ".join(unique[:4]) + (f" and {len(unique) - 4} more" if len(unique) > 4 else "")

@@ -21,7 +21,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
 from pyro_ebm.distributions import guard_schedule, normalizer_guard
-from pyro_ebm.distributions.call_stack import frame_of
+from pyro_ebm.distributions.call_stack import given_to_predictive
 from pyro_ebm.errors import EnergyShapeError
 
 _warned: set[str] = set()
@@ -145,10 +145,8 @@ def _is_sample(site: dict[str, Any]) -> bool:
 def _warn_if_simulating(name: str, latents: list[str]) -> None:
     if name in _warned or torch.is_grad_enabled():
         return
-    frame = frame_of(("_predictive", "_predictive_sequential"))
-    if frame is None or all(
-        site in frame.f_locals.get("posterior_samples", {}) for site in latents
-    ):
+    given = given_to_predictive()
+    if given is None or all(site in given for site in latents):
         return
     _warned.add(name)
     warnings.warn(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.distributions.layers import is_normalized, layers
+from pyro_ebm.distributions.layers import PERIODIC, is_normalized, is_periodic, layers
 from pyro_ebm.ops.constraints import event_support, finite_values, plain
 from pyro_ebm.typing import Tractable
 
@@ -33,7 +33,8 @@ def resolve(
     Raises:
         TypeError: If the base is not a distribution, the support not a constraint, or the shape
             not a tuple.
-        ValueError: If nothing says what the event shape is, or what is given contradicts the base.
+        ValueError: If nothing says what the event shape is, what is given contradicts the base, or
+            the base has no density of finite mass on its support.
     """
     if support is not None and not isinstance(support, Constraint):
         raise TypeError(
@@ -88,6 +89,12 @@ def _check_has_density(base: Any) -> None:
             raise ValueError(
                 "a GeneralizedEBM has no density and cannot be a base: use base.tilt(energy)"
             )
+    if is_periodic(base):
+        raise ValueError(
+            f"base {base!r} is periodic, {PERIODIC}: make its density a part of the energy, "
+            "EnergyDistribution(lambda x: energy(x) - base.log_prob(x), event_shape=..., "
+            "support=constraints.interval(-math.pi, math.pi))"
+        )
     if not is_normalized(base):
         raise ValueError(
             "base must be normalized: use base.tilt(energy) to add an energy to an unnormalized "

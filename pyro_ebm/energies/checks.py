@@ -8,6 +8,9 @@ more on an input of another batch size:
 - ``x`` of shape ``(d,)`` or ``(1, d)`` and a value with one trailing dim of size 1 too many
   (``.squeeze(-1)``);
 - a value of exactly ``x``'s shape (``.sum(-1)`` forgotten), which looks like ``d`` particles.
+
+Networks with convolutions, ``BatchNorm`` or ``nn.Flatten`` take exactly one dim of rows. Where one
+fails on other leading dims and not on the same events as rows, :func:`energy_at` says so.
 """
 
 from __future__ import annotations
@@ -18,6 +21,59 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.errors import EnergyShapeError
+
+
+def energy_at(energy: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> Tensor:
+    """Returns the energy of ``x``, one value per event.
+
+    Args:
+        energy: The energy.
+        x: Its input, ``sample + batch + event``.
+        event_dim: Number of event dims of ``x``.
+
+    Returns:
+        Shape ``extra + sample + batch``.
+
+    Raises:
+        TypeError: If the value is not a tensor.
+        EnergyShapeError: If its shape is not one value per event, or the energy fails on these
+            leading dims and not on rows alone.
+
+    Example:
+        >>> from torch import nn
+        >>> network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 1))
+        >>> energy = lambda x: network(x).squeeze(-1)
+        >>> energy_at(energy, torch.zeros(5, 1, 4, 4), event_dim=3).shape
+        torch.Size([5])
+        >>> energy_at(energy, torch.zeros(7, 5, 1, 4, 4), event_dim=3)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        pyro_ebm.errors.EnergyShapeError: the energy takes inputs of shape (rows,) + (1, 4, 4)...
+    """
+    try:
+        return check_energy_shape(energy(x), x, event_dim, energy=energy)
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        if not _takes_rows(energy, x, event_dim):
+            raise
+        event = tuple(x.shape[x.dim() - event_dim :])
+        raise EnergyShapeError(
+            f"the energy takes inputs of shape (rows,) + {event} and failed on {tuple(x.shape)}. "
+            "Contrasts, chains and particles stand in dims before the rows, and single events have "
+            f"none: use pyro_ebm.energies.RowWise(network, event_dim={event_dim}), or let the "
+            "network count dims from the right"
+        ) from error
+
+
+def _takes_rows(energy: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> bool:
+    """Whether the energy is well on the events of ``x`` as rows, which they are not yet."""
+    if x.dim() == event_dim + 1 or x.dim() < event_dim:
+        return False
+    rows = x.detach().reshape((-1,) + x.shape[x.dim() - event_dim :])
+    try:
+        check_energy_shape(energy(rows), rows, event_dim, energy=energy)
+    except Exception:  # the first error is the one to report
+        return False
+    return True
 
 
 def check_energy_shape(

@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_ebm.energies.exponential_family import ExponentialFamily
+from pyro_ebm.ops.log_space import NEGLIGIBLE
 from pyro_ebm.ops.series import proven_log_series
 
-_DEPTH = 36.0  # nats below the largest term: rounding
 _ROUNDING = 1e-6  # nats of it in the terms, beyond which log Z is refused
 _NEWTON_STEPS = 6
 _MAX_ROUNDS = 10_000
@@ -182,8 +182,8 @@ def _window(log_rate: Tensor, dispersion: Tensor) -> tuple[Tensor, Tensor, Tenso
     The last is NaN where there is nothing to sum.
     """
     mode = torch.exp(log_rate / dispersion)
-    low, high = _edges(_DEPTH / (dispersion * mode))
-    geometric = torch.where(log_rate < 0, -_DEPTH / log_rate, torch.nan)
+    low, high = _edges(NEGLIGIBLE / (dispersion * mode))
+    geometric = torch.where(log_rate < 0, -NEGLIGIBLE / log_rate, torch.nan)
     first = (torch.floor(mode * low) - 1.0).clamp(min=0.0)
     last = torch.ceil(torch.fmin(mode * high, geometric)) + 1.0
     last = torch.where(_is_known(log_rate, dispersion, mode), last, torch.nan)

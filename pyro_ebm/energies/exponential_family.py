@@ -16,21 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.closed_form import check_event_shape
 from pyro_ebm.ops.inheritance import is_own
 
-_LAW = ("forward", "__call__", "statistics", "natural", "_set_natural", "coefficients")
+_LAW = ("forward", "__call__", "statistics", "natural", "set_natural", "coefficients")
 _KNOWN = {"log_normalizer": "is_tractable", "sample": "is_sampleable"}
+_RTOL, _ATOL = 1e-3, 1e-5  # by which natural parameters may be off, to a transform and back
 
 
 class ExponentialFamily(Energy):
     """Base class: ``__init__`` sets the arguments named by ``coefficients`` and the support.
 
     A subclass names its arguments in ``coefficients``, in the order of the statistics, and defines
-    ``statistics``. Where every argument is one number per family they are stacked into the natural
-    parameters; an argument that is itself a vector overrides :meth:`natural`.
+    ``statistics``. Where every argument is a natural parameter, one number per family, that is all.
+    Else, as where an argument is a vector or a scale, it defines :meth:`natural` and beside it
+    :meth:`set_natural`, the way back, by which exchange and anchors go from one law of the family
+    to another.
 
     Args:
         event_shape: Shape of one event.
@@ -47,6 +51,17 @@ class ExponentialFamily(Energy):
         ...         return -0.5 * x.square().unsqueeze(-1)
         >>> Precision(2.0)(torch.tensor([1.0, 3.0]))
         tensor([1., 9.])
+        >>> class Scale(Precision):
+        ...     coefficients = ("scale",)
+        ...     def __init__(self, scale):
+        ...         ExponentialFamily.__init__(self, (), constraints.real)
+        ...         self._set("scale", scale, positive=True)
+        ...     def natural(self):
+        ...         return self.scale.pow(-2).unsqueeze(-1)
+        ...     def set_natural(self, natural):
+        ...         self.scale = natural.squeeze(-1).pow(-0.5)
+        >>> Scale(2.0).with_natural(torch.tensor([4.0])).scale
+        tensor(0.5000)
     """
 
     coefficients: tuple[str, ...]
@@ -107,22 +122,65 @@ class ExponentialFamily(Energy):
         return torch.stack(torch.broadcast_tensors(*values), -1)
 
     def with_natural(self, natural: Tensor) -> ExponentialFamily:
-        """Returns the same family at other natural parameters, ``batch + (p,)``."""
+        """Returns the same family at other natural parameters, ``batch + (p,)``.
+
+        Raises:
+            ValueError: If :meth:`natural` of the new family is not what was asked for.
+        """
         new = self.__class__.__new__(self.__class__)
         new.__dict__.update(self.__dict__)
-        others = {n: p for n, p in self._parameters.items() if n not in self.coefficients}
-        new._parameters, new._buffers = others, dict(self._buffers)
-        new._set_natural(natural)
+        own = {n: p for n, p in self._parameters.items() if n in self.coefficients}
+        new._parameters = {n: p for n, p in self._parameters.items() if n not in own}
+        new._buffers = {**self._buffers, **own}
+        new._numbers = self._numbers - set(self.coefficients)
+        new.set_natural(natural)
+        new._check_natural(natural)
         return new
 
-    def _set_natural(self, natural: Tensor) -> None:
-        """Puts natural parameters where :meth:`natural` finds them."""
+    def set_natural(self, natural: Tensor) -> None:
+        """Sets the arguments to those whose :meth:`natural` this is.
+
+        Args:
+            natural: Natural parameters, ``batch + (p,)``.
+
+        Raises:
+            ValueError: If there are more or fewer of them than arguments.
+        """
+        if natural.shape[-1] != len(self.coefficients):
+            raise ValueError(self._without_way_back())
         for name, value in zip(self.coefficients, natural.unbind(-1), strict=True):
-            self._buffers[name] = value
-        self._numbers = self._numbers - set(self.coefficients)
+            setattr(self, name, value)
+
+    @torch.no_grad()
+    def _check_natural(self, natural: Tensor) -> None:
+        """Raises if :meth:`natural` is another than what was set, which no draw would show."""
+        kind = type(self)
+        pair = kind.natural, kind.set_natural
+        if pair == (ExponentialFamily.natural, ExponentialFamily.set_natural):
+            return
+        found = self.natural()
+        if found.shape != natural.shape or (_has_values(found) and _differ(found, natural)):
+            raise ValueError(self._without_way_back())
+
+    def _without_way_back(self) -> str:
+        return (
+            f"with_natural() of {type(self).__name__} does not lead to the natural parameters "
+            "asked for: define set_natural(self, natural) beside natural()"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns E(x) in nats."""
         check_event_shape(x, self.event_shape, type(self).__name__)
         statistics = self.statistics(x)
         return -(statistics * self.natural().to(statistics.dtype)).sum(-1)
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether there are numbers to compare, and not what ``vmap`` or a recording stands for."""
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x) and get_proxy_mode() is None
+
+
+def _differ(found: Tensor, natural: Tensor) -> bool:
+    """Whether they do beyond rounding, wherever both are numbers."""
+    close = torch.isclose(found, natural.to(found.dtype), rtol=_RTOL, atol=_ATOL)
+    return bool((~close & (found - natural).isfinite()).any())

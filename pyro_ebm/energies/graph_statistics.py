@@ -27,7 +27,6 @@ References:
 from __future__ import annotations
 
 import enum
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
@@ -38,7 +37,15 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies.graph_blocks import Block, Counts
-from pyro_ebm.energies.graph_dyads import adjacency_of, dyads, ties_of
+from pyro_ebm.energies.graph_dyads import (
+    adjacency_of,
+    degrees_without,
+    dyads,
+    entry,
+    rows_of,
+    ties_of,
+    with_tie,
+)
 
 __all__ = [
     "GWESP",
@@ -107,7 +114,7 @@ class GraphStatistic(ABC):
             i: One node of every graph, ``(...)``, whole numbers.
             j: Another one.
         """
-        return self(_with_tie(adjacency, i, j, 1.0)) - self(_with_tie(adjacency, i, j, 0.0))
+        return self(with_tie(adjacency, i, j, 1.0)) - self(with_tie(adjacency, i, j, 0.0))
 
     def change_of_block(self, block: Block) -> Tensor:
         """Returns what the tie of each dyad of a block changes, ``(m, C)`` or broadcasting to it.
@@ -265,7 +272,7 @@ class Triangles(GraphStatistic):
 
     def change(self, adjacency: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Returns the number of shared partners."""
-        of_i, of_j = _rows(adjacency, i, j)
+        of_i, of_j = rows_of(adjacency, i, j)
         return (of_i * of_j).sum(-1)
 
     def change_of_block(self, block: Block) -> Tensor:
@@ -306,7 +313,7 @@ class Stars(GraphStatistic):
 
     def change(self, adjacency: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Returns the stars at both ends that the tie completes."""
-        return _choose(_degrees_without(adjacency, i, j), self.size - 1).sum(0)
+        return _choose(degrees_without(adjacency, i, j), self.size - 1).sum(0)
 
     def change_of_block(self, block: Block) -> Tensor:
         """Returns the stars at both ends that each tie completes."""
@@ -366,7 +373,7 @@ class GWDegree(_GeometricallyWeighted):
 
     def change(self, adjacency: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Returns what a further tie is worth at both ends."""
-        return self._further(_degrees_without(adjacency, i, j)).sum(0)
+        return self._further(degrees_without(adjacency, i, j)).sum(0)
 
     def change_of_block(self, block: Block) -> Tensor:
         """Returns what a further tie is worth at both ends."""
@@ -400,10 +407,10 @@ class GWESP(_GeometricallyWeighted):
 
     def change(self, adjacency: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """Returns the worth of the tie, and of one partner more of those to shared partners."""
-        of_i, of_j = _rows(adjacency, i, j)
+        of_i, of_j = rows_of(adjacency, i, j)
         shared = of_i * of_j
         # Of the tie from i to a shared partner h, j is a partner already if (i, j) is a tie.
-        already = (shared * _entry(of_i, j).unsqueeze(-1)).unsqueeze(-2)
+        already = (shared * entry(of_i, j).unsqueeze(-1)).unsqueeze(-2)
         partners = torch.stack([of_i, of_j], -2) @ adjacency - already
         gained = shared.unsqueeze(-2) * self._further(partners)
         return self._worth(shared.sum(-1)) + gained.sum((-2, -1))
@@ -451,43 +458,6 @@ def as_statistic(statistic: GraphStatistic | Callable[[Tensor], Tensor]) -> Grap
             "enumerated of it is remembered. Make it a frozen dataclass"
         )
     return statistic if isinstance(statistic, GraphStatistic) else _Function(statistic)
-
-
-# --- rows of adjacency matrices
-
-
-def _rows(adjacency: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
-    """Row i and row j of every matrix, ``(..., n)``."""
-    n = adjacency.shape[-1]
-    if i.dim() != 1:
-        flat = _rows(adjacency.reshape(-1, n, n), i.reshape(-1), j.reshape(-1))
-        return flat[0].reshape((*i.shape, n)), flat[1].reshape((*i.shape, n))
-    rows, first = adjacency.reshape(-1, n), _starts(len(i) * n, n, i.device)
-    return rows.index_select(0, first + i), rows.index_select(0, first + j)
-
-
-@functools.lru_cache(maxsize=64)
-def _starts(stop: int, step: int, device: torch.device) -> Tensor:
-    """Where each matrix begins among the rows of all; remembered, for every toggle asks."""
-    return torch.arange(0, stop, step, device=device)
-
-
-def _entry(row: Tensor, j: Tensor) -> Tensor:
-    """Entry j of every row, ``(...)``."""
-    return row.gather(-1, j.unsqueeze(-1)).squeeze(-1)
-
-
-def _degrees_without(adjacency: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """The degrees of i and j, the tie between them not counted, ``(2, ...)``."""
-    of_i, of_j = _rows(adjacency, i, j)
-    return torch.stack([of_i, of_j]).sum(-1) - _entry(of_i, j)
-
-
-def _with_tie(adjacency: Tensor, i: Tensor, j: Tensor, value: float) -> Tensor:
-    """A copy in which (i, j) is a tie or not."""
-    n = adjacency.shape[-1]
-    cells = torch.stack([i * n + j, j * n + i], -1)
-    return adjacency.flatten(-2).scatter(-1, cells, value).unflatten(-1, (n, n))
 
 
 def _choose(count: Tensor, size: int) -> Tensor:

@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.energies.graph_blocks import BitGraphs, Block, tournament
-from pyro_ebm.energies.graph_statistics import (
-    Dependence,
-    DyadStatistic,
-    GraphStatistic,
-    adjacency_of,
-)
+from pyro_ebm.energies.graph_dyads import adjacency_of
+from pyro_ebm.energies.graph_statistics import Dependence, GraphStatistic
+from pyro_ebm.energies.graph_terms import parts_of
 
 __all__ = ["BlockSweeps", "change_statistics"]
 
@@ -41,11 +38,10 @@ class BlockSweeps:
         lost = theta.isnan().any(-1)
         self._stays = lost if bool(lost.any()) else None
         self._entangles = any(term.dependence is Dependence.PARTNERS for term in terms)
-        alone = [k for k, term in enumerate(terms) if isinstance(term, DyadStatistic)]
-        self._alone = theta[:, alone].T.contiguous()
-        self._worths = _worths([terms[k] for k in alone], num_nodes, theta.device)
-        rest = [k for k in range(len(terms)) if k not in alone]
-        self._rest = [(theta[:, k].contiguous(), terms[k]) for k in rest]
+        parts = parts_of(theta, terms, num_nodes)
+        self._alone, self._rest = parts.theta.T.contiguous(), parts.rest
+        # (n, n, p), to be looked up by both nodes of a dyad
+        self._worths = adjacency_of(parts.worths, num_nodes).movedim(0, -1).contiguous()
 
     def ties(self) -> Tensor:
         """Returns the graphs, ``(C, N)``."""
@@ -107,13 +103,3 @@ def _changes(term: GraphStatistic, block: Block, x: Tensor) -> Tensor:
         return term.change_of_block(block).squeeze(-1)
     adjacency = adjacency_of(x.double(), block.graphs.num_nodes)
     return term.change(adjacency.expand(len(block.left), -1, -1), block.left, block.right)
-
-
-def _worths(terms: list[GraphStatistic], num_nodes: int, device: torch.device) -> Tensor:
-    """What a tie is worth by statistics that look at nothing else, ``(n, n, p)``."""
-    i, j = (nodes.to(device) for nodes in torch.triu_indices(num_nodes, num_nodes, 1))
-    worths = i.new_zeros((num_nodes, num_nodes, len(terms)), dtype=torch.double)
-    for k, term in enumerate(terms):
-        assert isinstance(term, DyadStatistic)
-        worths[i, j, k] = worths[j, i, k] = term.weights(i, j).double()
-    return worths

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer.transitions import check_one_support
 from pyro_ebm.mcmc.mala import MALA
 from pyro_ebm.ops.spaces import UnconstrainedSpace
 
@@ -88,6 +89,9 @@ class AdaptedStep:
         """Adds data ``(R,) + event`` to mean and standard deviation.
 
         Rows on the border of the support, whose coordinates are not finite, are left out.
+
+        Raises:
+            NotImplementedError: If rows have supports of their own.
         """
         u = _space(p).to_unconstrained(rows)
         counts = u.isfinite().all(-1, keepdim=True)
@@ -154,4 +158,5 @@ class AdaptedStep:
 
 
 def _space(p: EnergyDistribution) -> UnconstrainedSpace:
+    check_one_support(p)
     return UnconstrainedSpace.of(p.support, p.event_shape)

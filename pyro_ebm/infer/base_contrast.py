@@ -27,6 +27,8 @@ from pyro_ebm.distributions import (
 )
 from pyro_ebm.distributions.layers import innermost
 from pyro_ebm.errors import SurrogateWarning
+from pyro_ebm.infer.conditional import depends_on_rows
+from pyro_ebm.infer.conditional_generators import check_generator
 from pyro_ebm.infer.contrast import Contrast, contrast_law, rows_of
 from pyro_ebm.infer.held import hold_parameters
 from pyro_ebm.infer.objective import Objective
@@ -69,7 +71,7 @@ class BaseContrast(Objective):
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
         """Draws from the base, as many points as rows or more, pooled over the rows."""
-        law = self._law(p, x, noise)
+        law = self.evaluation.once("law", lambda: self._law(p, x, noise))
         points = law.sample(torch.Size((self._draws_per_row(p, x),)))
         between = self._between(p, x, points[0]) if self.gradient_penalty else None
         if noise is None and self.schedule is None and not self._looked_at_base:
@@ -78,6 +80,20 @@ class BaseContrast(Objective):
         if noise is None or not _has_density(law):
             return Contrast(points, between=between)
         return Contrast(points, law.log_prob(points), between=between)
+
+    def check_unconditional(
+        self, name: str, p: EnergyDistribution, x: Tensor, known: Tensor | None
+    ) -> None:
+        """Raises ``ValueError`` if rows need a log Z each, or have a generator each.
+
+        A generator of every row's own is one law of rows and contexts together, if the energy sees
+        the contexts too or log Z is known for each.
+        """
+        super().check_unconditional(name, p, x, known)
+        is_joint = known is not None or p.conditional or depends_on_rows(p, x)
+        if self.pools_rows or not is_joint:
+            law = self.evaluation.once("law", lambda: None)  # what was drawn from
+            check_generator(name, p, x, law, type(self).__name__)
 
     def _law(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Any:
         has_density = noise is not None and _has_density(noise)

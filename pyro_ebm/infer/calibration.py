@@ -149,7 +149,7 @@ def calibration_of(
     hessian, of_loss = loss.hessians(mode)
     factor = affine_factor(hessian, sandwich(hessian, j, hessian - of_loss))
     remarks += _on_scales(loss.scaled_sites(mode))
-    return Calibration(kind, (reason,), remarks, mode, hessian, factor)
+    return Calibration(kind, (reason,), remarks, mode, hessian.to(mode), factor.to(mode))
 
 
 def _on_scales(names: list[str]) -> tuple[str, ...]:

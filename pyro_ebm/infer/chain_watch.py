@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pyro_ebm.infer.checks import SETTLED
+from pyro_ebm.infer.degenerate import SETTLED
 from pyro_ebm.ops.powers_of_two import is_power_of_two
 
 LEAST_ACCEPTANCE = 0.1

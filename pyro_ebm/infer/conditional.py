@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
 from pyro_ebm.errors import ConditionalEnergyError, SurrogateWarning
 from pyro_ebm.infer.contrast import rows_of
-from pyro_ebm.infer.run_modules import aside
+from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.paired_runs import unvalidated
 
 
@@ -85,7 +85,7 @@ def check_arguments(
     marked = [_mark(f"argument {i}", a) for i, a in enumerate(args)]
     named = {key: _mark(f"argument {key!r}", a) for key, a in kwargs.items()}
     try:
-        with unvalidated(), aside():
+        with torch.no_grad(), unvalidated(), aside():
             trace = poutine.trace(poutine.condition(model, values)).get_trace(*marked, **named)
             site = trace.nodes[name]
             p = unwrap(site["fn"])

@@ -21,8 +21,8 @@ from pyro_ebm.infer.conditional import (
     refuse,
     warn_unchecked,
 )
-from pyro_ebm.infer.run_modules import aside
 from pyro_ebm.ops.powers_of_two import is_power_of_two
+from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.paired_runs import unvalidated
 
 
@@ -123,7 +123,7 @@ def check_shared_arguments(
     what = f"{', '.join(sorted(now.differing(before)))}, which changes from step to step"
     event = x.reshape((-1, *p.event_shape))[:1]
     try:
-        with unvalidated(), aside():
+        with torch.no_grad(), unvalidated(), aside():
             run = poutine.trace(poutine.condition(model, values))
             sites = [run.get_trace(*at.args, **at.kwargs).nodes[name] for at in (now, before)]
             laws: Any = (p, *(unwrap(site["fn"]) for site in sites))

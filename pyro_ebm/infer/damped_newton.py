@@ -17,19 +17,19 @@ MOST_HALVINGS = 30
 Value = Callable[[Tensor], Tensor]
 
 
-def damped_newton(
-    value: Value, q: Tensor, tolerance: Tensor, *, flat: float = 0.0
-) -> Tensor | None:
+def damped_newton(value: Value, q: Tensor, tolerance: Value, *, flat: float = 0.0) -> Tensor | None:
     """Returns a minimum, ``(D,)``, from a start; ``None`` if it has not been reached.
 
     Args:
         value: The function, ``(D,)`` to a 0-d tensor.
         q: The start, ``(D,)``.
-        tolerance: How far above the minimum is near enough, in units of the function.
+        tolerance: How far above the minimum is near enough, seen from a position, in units of the
+            function: one that may fall by many powers of ten on the way.
         flat: Curvatures up to this, of one along every coordinate, may be of either sign.
 
     Example:
-        >>> damped_newton(lambda q: (q - 3.0).square().sum(), torch.zeros(1), torch.tensor(1e-6))
+        >>> near_enough = lambda q: torch.tensor(1e-6)
+        >>> damped_newton(lambda q: (q - 3.0).square().sum(), torch.zeros(1), near_enough)
         tensor([3.])
     """
     for _ in range(MOST_STEPS):
@@ -39,7 +39,7 @@ def damped_newton(
         floor = values.abs().amax() * max(flat, torch.finfo(values.dtype).eps)  # rounding below it
         along = vectors.mT @ (gradient / scales)
         step = -(vectors @ (along / values.abs().clamp_min(floor))) / scales
-        if -(gradient @ step) <= tolerance and bool((values > -flat).all()):
+        if bool(-(gradient @ step) <= tolerance(q)) and bool((values > -flat).all()):
             return q + step
         q = _descended(value, q, step)
     return None

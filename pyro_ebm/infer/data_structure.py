@@ -26,8 +26,9 @@ from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.infer.conditional import depends_on_rows
 from pyro_ebm.infer.prior_runs import prior_runs
 from pyro_ebm.mcmc.explain import explained
+from pyro_ebm.mcmc.group_terms import turn_of
 from pyro_ebm.normalizers.exact import States
-from pyro_ebm.normalizers.quadrature import MAX_DIM
+from pyro_ebm.normalizers.held_nodes import MAX_DIM
 from pyro_ebm.ops.constraints import base_measure, finite_values, plain
 from pyro_ebm.poutine.whole_data import check_whole
 
@@ -111,10 +112,14 @@ class DataStructure:
     Args:
         sites: The sites; none where every log Z is known.
         known: The other observed EBM sites.
+        plates: Names of the plates that hold latents.
+        uneven: Those that are loops whose turns hold latents of different sizes.
     """
 
     sites: tuple[SiteStructure, ...]
     known: tuple[SiteStructure, ...] = ()
+    plates: frozenset[str] = frozenset()
+    uneven: frozenset[str] = frozenset()
 
     @property
     def observed(self) -> tuple[SiteStructure, ...]:
@@ -129,7 +134,13 @@ class DataStructure:
     def groups(self) -> str | None:
         """The plate of groups that have latents of their own, if all sites stand in one."""
         shared = [p for p in self.sites[0].plates if all(p in s.plates for s in self.sites)]
-        return shared[0] if shared else None
+        return next((p for p in shared if p not in self.uneven), None)
+
+    @property
+    def indexed(self) -> tuple[str, ...]:
+        """Plates of latents in which no site without log Z stands: rows may pick from them."""
+        inside = {plate for site in self.sites for plate in site.plates}
+        return tuple(sorted(self.plates - inside))
 
     @property
     def is_integral(self) -> bool:
@@ -178,7 +189,8 @@ def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Data
     ebms = [s for s in sites if s["is_observed"] and unwrap(s["fn"]) is not None]
     if not ebms:
         raise ValueError(_without_observed(sites))
-    of_latents = {f.name for s in sites if not s["is_observed"] for f in s["cond_indep_stack"]}
+    latents = [s for s in sites if not s["is_observed"]]
+    of_latents = frozenset(f.name for s in latents for f in s["cond_indep_stack"])
     for site in ebms:
         _check_tensor(site)
         mask = mask_of(site["fn"], site["mask"])
@@ -189,7 +201,7 @@ def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Data
         tuple(_structure(s, of_latents, runs) for s in ebms if _law_of(s).is_normalized is is_known)
         for is_known in (False, True)
     )
-    return DataStructure(missing, known)
+    return DataStructure(missing, known, of_latents, _uneven_loops(latents))
 
 
 def _traced(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -257,7 +269,18 @@ def _check_states(site: Any) -> None:
         )
 
 
-def _structure(site: Any, of_latents: set[str], runs: list[Any]) -> SiteStructure:
+def _uneven_loops(latents: list[Any]) -> frozenset[str]:
+    """Loops whose turns do not hold as many numbers each."""
+    turns: dict[str, list[int]] = {}
+    for site in latents:
+        for frame in site["cond_indep_stack"]:
+            if frame.dim is None:
+                counts = turns.setdefault(frame.name, [0] * frame.size)
+                counts[turn_of(frame)] += site["value"].numel()
+    return frozenset(name for name, counts in turns.items() if len(set(counts)) > 1)
+
+
+def _structure(site: Any, of_latents: frozenset[str], runs: list[Any]) -> SiteStructure:
     law = _law_of(site)
     x = law.broadcast_value(site["value"])
     mask = mask_of(site["fn"], site["mask"])

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.distributions.call_stack import frame_of
+from pyro_ebm.distributions.call_stack import is_inside_elbo
 from pyro_ebm.infer.objective import Objective
+from pyro_ebm.infer.site_values import has_fixed_support
 
 
 class DeterministicObjective(Objective):
@@ -51,9 +52,14 @@ class DeterministicObjective(Objective):
         mask: Tensor | None = None,
         **rest: Any,
     ) -> Tensor:
-        """Returns minus the loss per datum in nats, shape ``sample + batch`` of ``x``."""
-        if frame_of(("get_importance_trace", "_get_trace")) is not None:
+        """Returns minus the loss per datum in nats, shape ``sample + batch`` of ``x``.
+
+        Raises:
+            ValueError: If the support is inferred.
+        """
+        if is_inside_elbo():
             return super().site_log_prob(name, p, x, mask=mask, **rest)
+        has_fixed_support(name, p, type(self).__name__)
         return -self.row_losses(p, x, mask)
 
     def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -11,29 +11,30 @@ import math
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_ebm.errors import NonFiniteEnergyError, SurrogateWarning
+from pyro_ebm.infer.stock_elbo import Loss, as_given
 
 WINDOW = 50  # steps whose median is the size of the loss
 AWAY = 1000.0
 
 
-def check_loss(loss: float, step: int, objective: Any) -> None:
+def check_loss(loss: float, step: int, objective: Loss) -> None:
     """Raises ``NonFiniteEnergyError`` if the loss is not finite though no EBM site said so."""
     if not math.isfinite(loss):
-        sites = ", ".join(map(repr, getattr(objective, "sites", {})))
+        sites = ", ".join(map(repr, objective.sites))
         where = f"EBM site {sites}: the" if sites else "the"
+        who = type(as_given(objective)).__name__
         raise NonFiniteEnergyError(
-            f"{where} loss of {type(objective).__name__} is {loss} at step {step}. Look for "
-            "overflow in the energy and at latents and their guide, or lower the learning rate"
+            f"{where} loss of {who} is {loss} at step {step}. Look for overflow in the energy and "
+            "at latents and their guide, or lower the learning rate"
         )
 
 
-def check_gradients(parameters: Mapping[str, Tensor], step: int, objective: Any) -> None:
+def check_gradients(parameters: Mapping[str, Tensor], step: int, objective: Loss) -> None:
     """Raises ``NonFiniteEnergyError``, naming parameter and site, if a gradient is not finite.
 
     The optimizer has not moved yet.
@@ -66,11 +67,11 @@ def is_running_away(losses: Sequence[float]) -> bool:
     return abs(now) > AWAY * first and abs(now - then) > abs(then - before)
 
 
-def warn_running_away(losses: Sequence[float], objective: Any) -> None:
+def warn_running_away(losses: Sequence[float], objective: Loss) -> None:
     """Says so, naming sites and step."""
-    sites = ", ".join(map(repr, getattr(objective, "sites", {}))) or "none"
+    sites = ", ".join(map(repr, objective.sites)) or "none"
     warnings.warn(
-        f"{type(objective).__name__} at EBM sites {sites}: the loss per datum was "
+        f"{type(as_given(objective)).__name__} at EBM sites {sites}: the loss per datum was "
         f"{losses[0]:.3g} and is {losses[-1]:.3g} at step {len(losses)}, still gaining speed: it "
         "runs away. Lower the learning rate, bound the energy (gradient_penalty, confinement, "
         "spectral norm) or choose a contrast that covers the data",
@@ -84,9 +85,9 @@ def are_finite(parameters: Mapping[str, Tensor]) -> bool:
     return all(bool(p.detach().isfinite().all()) for p in parameters.values())
 
 
-def _sites_of(parameter: Tensor, objective: Any) -> str:
+def _sites_of(parameter: Tensor, objective: Loss) -> str:
     """The EBM sites whose energy's module holds a parameter; else all that there are."""
-    sites = getattr(objective, "sites", {})
+    sites = objective.sites
     owners = [
         name
         for name, p in sites.items()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pyro_ebm.infer.run_state import State
+from pyro_ebm.infer.stock_elbo import Loss, as_given
 
 
 class EarlyStopping:
@@ -68,23 +69,23 @@ class EarlyStopping:
         self.best, self.waited, self.state = saved["best"], saved["waited"], saved["state"]
 
 
-def check_criterion(objective: Any, *, has_validation: bool, has_criterion: bool) -> None:
+def check_criterion(objective: Loss, *, has_validation: bool, has_criterion: bool) -> None:
     """Raises ``ValueError`` if there is nothing by which to tell the best point."""
     if has_criterion:
         return
-    who = type(objective).__name__
+    who = type(as_given(objective)).__name__
     if not has_validation:
         raise ValueError(
             "patience needs a curve to watch: give validation= (held-out data), or criterion= (a "
             "function without arguments that returns what should fall)"
         )
-    if not getattr(objective, "is_held_out_criterion", True):
+    if not objective.is_held_out_criterion:
         raise ValueError(
             f"the loss of {who} is no measure of how good a model is, so its value on held-out "
             "data cannot tell when to stop: give criterion=, for example the held-out loss of NCE "
             "or PseudoLikelihood on the same model"
         )
-    if getattr(objective, "schedule", None) is not None:
+    if objective.schedule is not None:
         raise ValueError(
             f"{who}(schedule={objective.schedule}) is a game of two players, whose loss refers to "
             "a base that moves, so its value on held-out data cannot tell when to stop: give "

@@ -22,14 +22,15 @@ from pyro.infer import Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from pyro_ebm.infer import checks
+from pyro_ebm.infer import turns
 from pyro_ebm.infer.checkpoint import load_checkpoint
 from pyro_ebm.infer.early_stopping import check_criterion
 from pyro_ebm.infer.fit_options import Options, check_numbers
 from pyro_ebm.infer.fit_result import FitResult
 from pyro_ebm.infer.minibatch import Batches
-from pyro_ebm.infer.objective import Objective
+from pyro_ebm.infer.stock_elbo import Loss, StockELBO, as_given, as_loss
 from pyro_ebm.infer.training_run import TrainingRun
 
 Data = Tensor | Sequence[Tensor]
@@ -90,7 +91,7 @@ def fit(
         patience: After so many points without a new minimum the training ends. Whether it or
             ``num_steps`` ends it, parameters, averages and log Z of the best point are restored.
         checkpoint: File to save to (every ``checkpoint_every`` steps, at the end and on failure)
-            and to resume from, bit for bit.
+            and to resume from, bit for bit, with the same settings.
         checkpoint_every: Steps between saves.
         seed: Seeds Pyro at the start.
         capture: Whether to replay most steps from a graph of tensor operations, without Pyro's
@@ -107,8 +108,9 @@ def fit(
     Raises:
         TypeError: If ``data`` are no tensors, ``objective`` is none or ``optim`` is no class.
         ValueError: If arguments are out of range, ``data`` have no rows or differ in length, a
-            checkpoint is of other data, ``patience`` is given where the loss does not distinguish
-            better from worse, or ``validation`` where no plate tells the terms of rows from others.
+            checkpoint is of other data, there is nothing to train, the guide keeps latents for the
+            rows of one batch, ``patience`` is given where the loss does not distinguish better from
+            worse, or ``validation`` where no plate tells the terms of rows from others.
         NonFiniteEnergyError: If a surrogate, the loss or a gradient is not finite; names site and
             step. The parameters of the last good step are in the checkpoint, if any.
 
@@ -153,12 +155,13 @@ def fit(
     if seed is not None:
         pyro.set_rng_seed(seed)
     batches = Batches(_as_tuple(data, "data"), batch_size)
-    with _scheduled(objective, schedule):
-        run = TrainingRun(model, guide or _no_guide, objective, batches, options)
+    loss = as_loss(objective)
+    with _scheduled(loss, schedule):
+        run = TrainingRun(model, guide or _no_guide, loss, batches, options)
         if patience is not None:
             _check_points(options, num_steps)
             check_criterion(
-                objective,
+                loss,
                 has_validation=validation is not None,
                 has_criterion=criterion is not None,
             )
@@ -190,18 +193,18 @@ def _train(run: TrainingRun, num_steps: int) -> None:
 
 
 @contextmanager
-def _scheduled(objective: Trace_ELBO, schedule: tuple[int, int] | None) -> Iterator[None]:
+def _scheduled(loss: Loss, schedule: tuple[int, int] | None) -> Iterator[None]:
     """Lets an objective's players take turns as asked, for this fit only."""
     if schedule is None:
         yield
         return
-    if not isinstance(objective, Objective):
-        raise TypeError(f"{type(objective).__name__} has no two players and takes no schedule")
-    own, objective.schedule = objective.schedule, checks.schedule(schedule, objective)
+    if isinstance(loss, StockELBO):
+        raise TypeError(f"{type(as_given(loss)).__name__} has no two players and takes no schedule")
+    own, loss.schedule = loss.schedule, turns.schedule(schedule, loss)
     try:
         yield
     finally:
-        objective.schedule = own
+        loss.schedule = own
 
 
 def _as_tuple(data: Any, name: str) -> tuple[Tensor, ...]:
@@ -212,13 +215,27 @@ def _as_tuple(data: Any, name: str) -> tuple[Tensor, ...]:
     ):
         raise TypeError(
             f"{name} must be a tensor or a sequence of tensors with one row per datum, got "
-            f"{type(data).__name__}: hand over what the model takes, in its order"
+            f"{type(data).__name__}: {_tensors_in(data)}"
         )
     tensors = tuple(torch.as_tensor(part) for part in parts)
     if not tensors or any(not t.dim() or not len(t) for t in tensors):
         shapes = [tuple(t.shape) for t in tensors]
         raise ValueError(f"{name} must have at least one row, got shapes {shapes}")
     return tensors
+
+
+def _tensors_in(data: Any) -> str:
+    """Says where the tensors are in what torch loads data with."""
+    if isinstance(data, TensorDataset):
+        return "hand over dataset.tensors"
+    if isinstance(data, Subset) and isinstance(data.dataset, TensorDataset):
+        return "hand over [t[subset.indices] for t in subset.dataset.tensors]"
+    if isinstance(data, (DataLoader, Dataset)):
+        return (
+            "hand over the tensors that it reads, or call loss = objective(model, guide) on the "
+            "batches in a loop of your own"
+        )
+    return "hand over what the model takes, in its order"
 
 
 def _check_objective(objective: Any, optim: Any) -> None:

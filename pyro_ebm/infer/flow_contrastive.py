@@ -150,13 +150,14 @@ class FlowContrastive(NCE):
             )
         return noise
 
-    def _loss(
+    def site_loss(
         self, name: str, p: EnergyDistribution, x: Tensor, noise: Any, log_z: Tensor | None
     ) -> Tensor:
+        """Returns the loss per datum in nats of whose turn it is, or of both players at once."""
         if self.is_second_players_turn:
             loss = self.second_player(p, x, noise, self._held(name, p, x, noise, log_z))
         else:
-            loss = super()._loss(name, p, x, noise, log_z)
+            loss = super().site_loss(name, p, x, noise, log_z)
             if self.simultaneous and torch.is_grad_enabled():
                 flows = self.second_player(p, x, noise, self._held(name, p, x, noise, log_z))
                 loss = loss + (flows - flows.detach())

@@ -2,10 +2,11 @@ r"""Objectives with their contrast drawn once: a fixed function of the parameter
 
 .. math:: \log \tilde p(x \mid \theta, c) = -\sum_i \ell(x_i, y_i;\ \theta, c)
 
-with noise :math:`y` held. A log Z that is not known becomes a latent with the wide prior
-:math:`c \sim N(\hat c, 10)` around an importance sampling estimate. What NUTS returns is a
-*generalized* posterior: its width is that of the objective, not of the likelihood (they agree as
-the number of noise draws grows).
+with noise :math:`y` held. A log Z that is not known becomes a latent :math:`c` with a flat prior:
+then a constant added to the energy, of any size and even a function of :math:`\theta`, moves c and
+nothing else. The loss grows on either side of its root in c, so that the posterior is proper. What
+NUTS returns is a *generalized* posterior: its width is that of the objective, not of the likelihood
+(they agree as the number of noise draws grows).
 """
 
 from __future__ import annotations
@@ -20,23 +21,18 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer import checks
+from pyro_ebm.infer import site_values, trace_checks
 from pyro_ebm.infer.evaluation import Evaluates, evaluating
 from pyro_ebm.infer.known import covers_parameters, log_normalizer_of_rows
-from pyro_ebm.infer.site_values import on_support
 from pyro_ebm.poutine.surrogate import SiteScorer, SurrogateMessenger, surrogate_of
+from pyro_ebm.poutine.whole_data import WHEN_FROZEN, check_site_whole
 
-PRIOR_SCALE = 10.0
 
-
-class Freezable(checks.Traits, Evaluates, Protocol):
+class Freezable(site_values.Traits, Evaluates, Protocol):
     """What freezing asks of an objective."""
-
-    learns_log_normalizer: bool
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Any: ...  # noqa: D102
     def per_datum(self, p: Any, x: Tensor, contrast: Any, log_z: Tensor) -> Tensor: ...  # noqa: D102
-    def initial_log_normalizer(self, p: Any, x: Tensor, contrast: Any) -> Tensor: ...  # noqa: D102
     def check_unconditional(self, name: str, p: Any, x: Tensor, known: Any) -> None: ...  # noqa: D102
 
 
@@ -46,7 +42,7 @@ class FrozenObjective:
     Args:
         objective: The objective that was frozen.
         contrasts: Stored contrast by site.
-        log_normalizers: First estimate of log Z in nats of the sites that must infer it.
+        free: A zero in the dtype and on the device of log Z, for every site that must infer it.
     """
 
     is_frozen = True
@@ -57,17 +53,19 @@ class FrozenObjective:
         self,
         objective: Freezable,
         contrasts: Mapping[str, Any],
-        log_normalizers: Mapping[str, Tensor],
+        free: Mapping[str, Tensor],
     ) -> None:
         self.objective = objective
         self.contrasts = dict(contrasts)
-        self._log_normalizers = dict(log_normalizers)
+        self._free = dict(free)
 
     def free_log_normalizers(self) -> Mapping[str, Any]:
-        """Returns the priors of ``{site}_log_normalizer``."""
-        return {
-            site: dist.Normal(value, PRIOR_SCALE) for site, value in self._log_normalizers.items()
-        }
+        """Returns the flat priors of ``{site}_log_normalizer``.
+
+        Where a model is run without a value for it, as by ``Predictive`` or for the first position
+        of a chain, it is a standard normal; no data are drawn through it.
+        """
+        return {site: dist.Normal(zero, 1.0).mask(mask=False) for site, zero in self._free.items()}
 
     def site_log_prob(
         self,
@@ -122,21 +120,20 @@ def freeze(
     handler = SurrogateMessenger(_Unscored())
     with torch.enable_grad(), _LatentsAsLeaves():
         trace = poutine.trace(handler(model)).get_trace(*args, **kwargs)
-    checks.has_sites(handler.used)
-    contrasts, log_normalizers = {}, {}
+    trace_checks.has_sites(handler.used)
+    contrasts, free = {}, {}
     for name in handler.used:
         site = trace.nodes[name]
-        checks.full_data(name, site)
-        on_support(name, site)
+        check_site_whole(site, WHEN_FROZEN)
+        site_values.on_support(name, site)
         fn = surrogate_of(site["fn"])
         p, mask = fn.p, fn.mask
         x = p.broadcast_value(fn.without_padding(site["value"].detach()))
-        checks.site(name, p, x, observed=True, objective=objective)
+        site_values.suits(name, p, x, observed=True, objective=objective)
         own = p.log_normalizer_value() if covers_parameters(p) else None
         objective.check_unconditional(name, p, x, own)
         with evaluating(objective, mask, name), torch.no_grad():
             contrasts[name] = objective.draw(p, x, held[name]["fn"] if name in held else None)
             if objective.learns_log_normalizer and own is None:
-                first = objective.initial_log_normalizer(p, x, contrasts[name])
-                log_normalizers[name] = first.reshape(())
-    return FrozenObjective(objective, contrasts, log_normalizers)
+                free[name] = p.energy(x).new_zeros(())
+    return FrozenObjective(objective, contrasts, free)

@@ -100,15 +100,17 @@ def generalized_posterior(
         *args: Its arguments, with the full data.
         loss: An objective, such as ``PseudoLikelihood()``; one with noise is frozen first.
         weight: w of the loss, if nothing is calibrated. A calibration chooses w itself, so that
-            neither this nor the unit of the data matters, but where the loss alone has no
-            minimizer, which a remark says.
+            neither this nor the unit of the data matters. Where the loss alone has no minimizer
+            they do, and the result says ``"unweighted"``.
         calibration: ``"sandwich"`` from the gradients of independent rows, ``"simulation"`` from
             simulated data sets, ``"none"``, or ``"auto"``: by the structure of the data.
         num_samples: Draws of a chain.
         warmup_steps: Of a chain; ``num_samples`` if not given.
         num_chains: Chains, all in one batch.
         num_simulations: Data sets that ``"simulation"`` draws, at the minimizer of the loss alone
-            and again at the posterior mode.
+            and again at the posterior mode. Where the energy has neither an exact sampler nor
+            sweeps of its own, as a function of a lattice has not, this takes minutes, without a
+            progress bar: give an energy such as ``Ising``, or fewer.
         num_sweeps: Sweeps from the data to each of them, where the energy has no exact sampler.
         disable_progbar: Hides the progress bar.
         **kwargs: Keyword arguments of the model.
@@ -159,7 +161,9 @@ def generalized_posterior(
     starts = calibrated.starts(num_chains)
     values = None if starts is None else losses.target.split(starts)
     mcmc.run(*args, initial_params=values, **kwargs)
-    attrs = {"loss": type(loss).__name__, "weight": weight}
+    is_weighted = balance.is_own or calibrated.kind == "none"
+    kind = calibrated.kind if is_weighted else "unweighted"
+    attrs = {"loss": type(loss).__name__, "weight": weight, "calibration": kind}
     found = _result(mcmc, losses.target, calibrated, attrs)
     counts = f"The loss counts {weight:.3g} times, {balance.why}."
     return replace(
@@ -203,12 +207,12 @@ def _result(
         sample_stats=stats,
         sampler=old.sampler,
         seconds=old.seconds,
-        attrs={**attrs, "calibration": calibrated.kind},
+        attrs=dict(attrs),
     )
     return Posterior(
         record,
         f"generalized Bayes by {attrs['loss']}",
         reasons=calibrated.reasons,
         remarks=calibrated.remarks,
-        calibration=calibrated.kind,
+        calibration=attrs["calibration"],
     )

@@ -27,8 +27,9 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_ebm.infer.checks import is_point
+from pyro_ebm.distributions.layers import is_point
 from pyro_ebm.infer.minibatch import Batches, DryRun, PlateFactors, dry_run
+from pyro_ebm.infer.stock_elbo import Loss
 from pyro_ebm.ops.evaluation_mode import evaluation_mode
 from pyro_ebm.ops.rng import rng_preserved
 
@@ -52,7 +53,7 @@ class HeldOutLoss:
 
     def __init__(
         self,
-        objective: Any,
+        objective: Loss,
         model: Callable[..., Any],
         guide: Callable[..., Any],
         data: tuple[Tensor, ...],
@@ -67,10 +68,9 @@ class HeldOutLoss:
 
     def __call__(self) -> float:
         """Returns the loss, leaving the objective's diagnostics as they were."""
-        kept = dict(getattr(self.objective, "diagnostics", {}))
+        kept = dict(self.objective.diagnostics)
         losses = [self._one_pass() for _ in range(self.num_passes)]
-        if kept:
-            self.objective.diagnostics = kept
+        self.objective.diagnostics = kept
         return math.fsum(losses) / self.num_passes / self.num_rows
 
     def _one_pass(self) -> float:

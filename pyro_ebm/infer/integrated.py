@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from numpy.polynomial.hermite_e import hermegauss
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.distributions.gaussian_base import GaussianBase
 from pyro_ebm.distributions.layers import unvalidated
 from pyro_ebm.infer.contrast import rows_of
 from pyro_ebm.infer.enumerated import Enumerated
 from pyro_ebm.infer.witnesses import Cells, OnCoordinates, unseen
-from pyro_ebm.normalizers.gauss_hermite import gauss_hermite, on_base
+from pyro_ebm.normalizers.gauss_hermite import gauss_hermite, on_base, rule
 from pyro_ebm.normalizers.laws import shared_law
 from pyro_ebm.normalizers.quadrature import Box, on_box
 from pyro_ebm.poutine.surrogate import SiteScorer
@@ -111,16 +111,16 @@ class OnBase:
 
     def _misses(self, law: EnergyDistribution, x: Tensor, log_z: Tensor) -> Tensor:
         """Whether data lie in mass that is missed, of the rows; x in sds of the base."""
-        loc, root = gaussian_of(law.base, is_shared=self.is_shared)
-        one = shared_law(law, loc, with_base=False) if self.is_shared else law
+        base = GaussianBase.of(law.base)
+        assert base is not None
+        base = base.of_first() if self.is_shared else base
+        one = shared_law(law, base.loc, with_base=False) if self.is_shared else law
 
         def log_density(z: Tensor) -> Tensor:
-            at = loc + (root @ z.unsqueeze(-1)).squeeze(-1)
-            return -unvalidated(one).energy(at.reshape(at.shape[:-1] + law.event_shape)).double()
+            return -unvalidated(one).energy(base.points(z)).double()
 
-        centred = x.reshape(x.shape[: x.dim() - len(law.event_shape)] + (self.dim,)) - loc
-        z = torch.linalg.solve_triangular(root, centred.unsqueeze(-1), upper=False).squeeze(-1)
-        nodes = torch.as_tensor(hermegauss(self.num_per_dim)[0], dtype=z.dtype, device=z.device)
+        z = base.coordinates(x)
+        nodes = torch.as_tensor(rule(self.num_per_dim)[0], dtype=z.dtype, device=z.device)
         return unseen(log_density, z, Cells.of_normal(nodes, z), log_z).any(0)
 
     @property
@@ -130,23 +130,6 @@ class OnBase:
 
     def __str__(self) -> str:
         return f"{self.num_nodes} Gauss-Hermite nodes of its base"
-
-
-def gaussian_of(base: Any, *, is_shared: bool) -> tuple[Tensor, Tensor]:
-    """Returns mean ``rows + (D,)`` and Cholesky factor ``rows + (D, D)`` of a Gaussian base.
-
-    Args:
-        base: A normal, or a multivariate one.
-        is_shared: Whether the first row is meant alone, under rows of ones.
-    """
-    loc = base.mean.reshape(base.batch_shape + (base.event_shape.numel(),))
-    root = getattr(base, "scale_tril", None)
-    if root is None:
-        root = torch.diag_embed(base.stddev.reshape(loc.shape))
-    if is_shared:
-        for dim in range(loc.dim() - 1):
-            loc, root = loc.narrow(dim, 0, 1), root.narrow(dim, 0, 1)
-    return loc, root
 
 
 class Integrated(SiteScorer):

@@ -21,6 +21,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution, unwrap
+from pyro_ebm.distributions.gaussian_base import is_gaussian
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.infer.data_structure import SiteStructure
 from pyro_ebm.infer.integrated import LARGEST_ERROR, Integrated, OnBase, OnBox, Rule
@@ -28,9 +29,10 @@ from pyro_ebm.infer.witnesses import witnesses_of
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.exchange_target import UnnormalizedSites
 from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
-from pyro_ebm.normalizers.gauss_hermite import has_gaussian_base
+from pyro_ebm.normalizers.held_nodes import MAX_DIM
 from pyro_ebm.normalizers.laws import shared_law
-from pyro_ebm.normalizers.quadrature import MAX_DIM, Box, find_box
+from pyro_ebm.normalizers.quadrature import Box, find_box
+from pyro_ebm.ops.log_space import NEGLIGIBLE
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine import surrogate
 
@@ -42,7 +44,6 @@ _BEYOND = 1.5  # how far out of the draws' centre the rule must hold, relative t
 _SAFETY = 0.1  # of the error that is let pass: what boxes are made for
 _MOST_BOXES = 12  # of positions that one box is put around
 _STEPS_BETWEEN = 12  # on the way from the middle draw to one further out
-_DEPTH = 36.0  # nats below the highest density at which a box ends
 _FIRST_QUARTER = 4  # of the nodes along a dim
 
 Laws = dict[str, EnergyDistribution]
@@ -240,7 +241,7 @@ class Search:
         """The nodes of a Gaussian base if they hold for all laws, or else a box for all."""
         site, wanted, data = self.sites[name], _SAFETY * self.error[name], self.data[name]
         laws = [self.laws(row)[name] for row in q]
-        if has_gaussian_base(site.law):
+        if is_gaussian(site.law.base):
             dim = site.law.event_shape.numel()
             rule = OnBase(dim, is_shared=site.shares_law, data=data)
             if all(bool((rule(law)[1] <= wanted).all()) for law in laws):
@@ -261,7 +262,7 @@ def _box_of(
     """A box with as few nodes as hold for this law and see the data, in their dtype."""
     one = shared_law(law, site.value) if site.shares_law else law
     try:
-        box = find_box(one, depth=_DEPTH, draws=data)
+        box = find_box(one, depth=NEGLIGIBLE, draws=data)
     except NonFiniteEnergyError:  # at these parameters Z is infinite, or there is no mass
         return None
     low, high, quarter = box.low.to(site.value), box.high.to(site.value), _FIRST_QUARTER

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer import checks
 from pyro_ebm.infer.base_contrast import BaseContrast
 from pyro_ebm.infer.contrast import Contrast
-from pyro_ebm.ops.arguments import one_of
+from pyro_ebm.ops.arguments import one_of, rate
+from pyro_ebm.ops.log_space import log_mean_exp
 
 CUpdate = Literal["gradient", "newton", "closed_form"]
 
@@ -87,21 +87,22 @@ class KALE(BaseContrast):
     ) -> None:
         super().__init__(num_base, gradient_penalty, schedule, **elbo)
         self.c_update = one_of("c_update", c_update, get_args(CUpdate))
-        self.c_rate = checks.rate("c_rate", c_rate)
-
-    @property
-    def learns_by_gradient(self) -> bool:
-        """Whether log Z is a parameter for the optimizer."""
-        return self.c_update == "gradient"
+        self.c_rate = rate("c_rate", c_rate)
 
     def per_datum(
         self, p: EnergyDistribution, x: Tensor, contrast: Contrast, log_z: Tensor
     ) -> Tensor:
-        """Returns minus the bound's terms for one datum, plus its penalty, in nats."""
+        """Returns minus the bound's terms for one datum, plus its penalty, in nats.
+
+        Under one log Z draws of all rows are one sample. Where rows have a log Z each, a row has
+        the mass of its own draws: it weighs as the datum does if rows weigh differently.
+        """
         data, base = self.log_ratios(p, x, contrast)
-        log_mass = self.evaluation.log_mean_exp(base - log_z)
+        log_weights = base - log_z
+        pooled = self.evaluation.log_mean_exp(log_weights)
+        log_mass = log_mean_exp(log_weights) if log_z.dim() else pooled
         loss = -data + log_z + log_mass.exp() - 1.0
-        self.evaluation.note(bound=-loss, log_z=log_z, log_z_gap=-log_mass)
+        self.evaluation.note(bound=-loss, log_z=log_z, log_z_gap=-pooled)
         return loss + self.penalty(p, x, contrast)
 
     def initial_log_normalizer(

@@ -9,6 +9,9 @@ exponential family. With the inverse multiquadric :math:`k = (1 + r^2 / \ell^2)^
 mass that runs away; it is as blind as score matching to the weights of separated modes. A row
 enters in n pairs, so a total loss is of the whole data set: mini-batches estimate another one.
 
+All rows are draws of one law. Contexts of two rows are independent of each other, so that what the
+scores of a pair say of a covariate's slope averages out: conditional energies are refused.
+
 On a constrained support all of it is meant in the unconstrained coordinates.
 
 References:
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer.conditional import depends_on_rows
 from pyro_ebm.infer.deterministic import DeterministicObjective
 from pyro_ebm.infer.unconstrained import Unconstrained, check_interior
 from pyro_ebm.ops.arguments import one_of
@@ -55,7 +59,7 @@ class KernelStein(DeterministicObjective):
 
     Raises:
         ValueError: If the kernel is unknown, the length scale not positive, there is one row, or
-            rows have weights of their own.
+            rows have laws or weights of their own.
         NotImplementedError: On a support that is not continuous.
 
     Example:
@@ -84,7 +88,13 @@ class KernelStein(DeterministicObjective):
         )
 
     def check(self, name: str, p: EnergyDistribution, x: Tensor) -> None:
-        """Raises ``ValueError`` if data lie on the border of the support."""
+        """Raises ``ValueError`` if rows have laws of their own, or lie on the support's border."""
+        if p.conditional or (p.conditional is None and depends_on_rows(p, p.broadcast_value(x))):
+            raise ValueError(
+                f"the energy of EBM site {name!r} depends on row-wise values other than x, and "
+                "KernelStein compares all rows as draws of one law: use ScoreMatching, or say "
+                "conditional=False if this is wrong"
+            )
         u = Unconstrained(p, "KernelStein").coordinates(p.broadcast_value(x))
         check_interior(name, p, u, "KernelStein")
 

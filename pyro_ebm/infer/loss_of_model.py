@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import unvalidated
-from pyro_ebm.infer import checks
+from pyro_ebm.infer import trace_checks
 from pyro_ebm.infer.damped_newton import MOST_STEPS, damped_newton, derivatives, scales_of
 from pyro_ebm.infer.independent_units import units_of
+from pyro_ebm.infer.prior_runs import NUM_DRAWS, prior_runs
 from pyro_ebm.mcmc.model_target import ModelTarget
 from pyro_ebm.mcmc.vmap_safe import vmap_safe_operations
 from pyro_ebm.ops.rng import rng_preserved
@@ -29,6 +30,7 @@ from pyro_ebm.poutine.surrogate import (
     SurrogateObjective,
     surrogate_of,
 )
+from pyro_ebm.poutine.whole_data import WHEN_FROZEN, check_site_whole
 
 MOST_NUMBERS = 2**24  # of neighbouring events at once, over simulated data sets
 
@@ -75,10 +77,10 @@ class ModelLoss:
 
     def _check(self, found: Mapping[str, Any]) -> None:
         """Lets the objective look at every site once, with values."""
-        checks.has_sites(found)
+        trace_checks.has_sites(found)
         look = getattr(getattr(self.objective, "objective", self.objective), "check", None)
         for name, site in found.items():
-            checks.full_data(name, site)
+            check_site_whole(site, WHEN_FROZEN)
             if look is not None:
                 scored = surrogate_of(site["fn"])
                 look(name, scored.p, scored.without_padding(site["value"]))
@@ -118,20 +120,24 @@ class ModelLoss:
             return self.target.potential(q)
 
     def row_gradients(self, q: Tensor) -> Tensor:
-        """Returns the gradient of the loss of every row that counts, ``(N, D)``.
+        """Returns the gradient of the loss of every row that counts, ``(N, D)``, in float64.
 
         By reverse mode twice, D passes in all: the pull-back is linear in its cotangents.
         """
         rows, pull_back = torch.func.vjp(self.rows, q)[:2]
         jacobian = torch.func.jacrev(lambda v: pull_back(v)[0])(torch.zeros_like(rows))
-        return jacobian.T.detach()[self.counts]
+        return jacobian.T.detach()[self.counts].double()
 
     def hessians(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the second derivatives of the potential and of the loss alone, ``(D, D)``."""
-        return derivatives(self.potential, q)[0], derivatives(self._total, q)[0]
+        """Returns the second derivatives of the potential and of the loss alone, ``(D, D)``.
+
+        In float64, as the gradients are: data may be so beside latents in float32.
+        """
+        whole, alone = (derivatives(value, q)[0] for value in (self.potential, self._total))
+        return whole.double(), alone.double()
 
     def simulated_gradients(self, q: Tensor, data: Mapping[str, Tensor]) -> Tensor:
-        """Returns the gradient of the loss at R data sets, ``(R, D)``.
+        """Returns the gradient of the loss at R data sets, ``(R, D)``, in float64.
 
         Args:
             q: Unconstrained position, ``(D,)``.
@@ -141,18 +147,21 @@ class ModelLoss:
         gradient = torch.func.grad(lambda at, values: self.rows(at, values).sum())
         chunk = max(1, MOST_NUMBERS // (8 * largest**2))
         over_data = torch.vmap(gradient, in_dims=(None, 0), chunk_size=chunk)
-        return over_data(q, dict(data)).detach()
+        return over_data(q, dict(data)).detach().double()
 
-    def mode(self, num_starts: int = 32) -> Tensor:
+    def mode(self) -> Tensor:
         """Returns a minimum of the potential, ``(D,)``, by damped Newton steps from the best start.
 
         Raises:
             ValueError: If there is none, as where the data push a parameter to its boundary.
         """
-        starts = self.target.draw_start(num_starts)
+        starts = torch.cat(self._starts())
         q = _best_of(starts, self._potentials(starts))
-        size = 1.0 + self.potential(q).detach().abs()  # below its rounding nothing descends
-        mode = damped_newton(self.potential, q, size * _rounding(q))
+
+        def rounding(at: Tensor) -> Tensor:
+            return (1.0 + self.potential(at).detach().abs()) * _rounding(at)
+
+        mode = damped_newton(self.potential, q, rounding)
         if mode is not None:
             return mode
         raise ValueError(
@@ -162,21 +171,27 @@ class ModelLoss:
             "(give it a prior that excludes 0)? calibration='none' leaves it out"
         )
 
-    def own_minimum(self, num_starts: int = 32) -> Minimum | None:
+    def own_minimum(self) -> Minimum | None:
         """Returns a minimum of the loss alone; ``None`` if it has none.
 
         Coordinates and directions along which no row's loss changes are left where the best start
         has them. Where the loss falls for ever, its curvature dies away under Newton steps: then
         there is none.
         """
-        starts = self.target.draw_start(num_starts)
+        uniform, drawn = self._starts()
+        starts, felt = torch.cat([uniform, drawn]), self.felt(uniform)
         q = _best_of(starts, torch.stack([self._total(start).detach() for start in starts]))
-        felt, tolerance = self.felt(starts), self.rows(q).detach().abs().sum() * _rounding(q)
+
+        def full(z: Tensor) -> Tensor:
+            return q.index_put((felt,), z)
 
         def total(z: Tensor) -> Tensor:
-            return self._total(q.index_put((felt,), z))
+            return self._total(full(z))
 
-        found = damped_newton(total, q[felt], tolerance, flat=flatness(q)) if len(felt) else None
+        def rounding(z: Tensor) -> Tensor:
+            return self._size(full(z)) * _rounding(z)
+
+        found = damped_newton(total, q[felt], rounding, flat=flatness(q)) if len(felt) else None
         if found is None:
             return None
         hessian, gradient = derivatives(total, found)
@@ -184,7 +199,19 @@ class ModelLoss:
         further = derivatives(total, found + step)[0]
         if bool((further.diagonal() < 0.5 * hessian.diagonal()).any()):
             return None
-        return Minimum(q.index_put((felt,), found), felt)
+        return Minimum(full(found), felt)
+
+    def _starts(self) -> tuple[Tensor, Tensor]:
+        """Positions on either side of zero, and draws of the prior, which may know the unit.
+
+        Each are ``(S, D)``.
+        """
+        uniform = self.target.draw_start(NUM_DRAWS)
+        model = SurrogateMessenger(self.objective)(self._model)
+        runs = prior_runs(model, self._args, self._kwargs)
+        names = self.target.split(uniform)
+        drawn = {name: torch.stack([run.nodes[name]["value"] for run in runs]) for name in names}
+        return uniform, self.target.position_of(drawn).to(uniform)
 
     def felt(self, q: Tensor) -> Tensor:
         """Returns the coordinates that the loss depends on beyond its rounding, ``(F,)`` indices.
@@ -194,12 +221,16 @@ class ModelLoss:
         """
         gradients = torch.stack([torch.func.grad(self._total)(at).detach() for at in q])
         changes = torch.where(gradients.isfinite(), gradients.abs(), torch.inf) * (1 + q.abs())
-        sizes = torch.stack([self.rows(at).detach().abs().sum() for at in q])
+        sizes = torch.stack([self._size(at) for at in q])
         sizes = torch.where(sizes.isfinite(), sizes, torch.inf)
         return (changes > sizes[:, None] * _rounding(q)).any(0).nonzero()[:, 0]
 
     def _total(self, q: Tensor) -> Tensor:
         return self.rows(q).sum()
+
+    def _size(self, q: Tensor) -> Tensor:
+        """What the rounding of the total loss is relative to."""
+        return self.rows(q).detach().abs().sum()
 
 
 def law_of(site: Any) -> EnergyDistribution:

@@ -40,11 +40,13 @@ class LossWeight(NamedTuple):
         factor: The multiple; 1 where none is chosen.
         why: Whose weight this is, the end of a sentence.
         remarks: What to know before use, a sentence each.
+        is_own: Whether the loss has a minimizer of its own, which has chosen it.
     """
 
     factor: float
     why: str = "as weight says"
     remarks: tuple[str, ...] = ()
+    is_own: bool = False
 
 
 def weight_of(
@@ -70,11 +72,12 @@ def weight_of(
     j = score_covariance(loss, minimum.at, kind, num_simulations, num_sweeps)[0]
     hessian, felt = loss.hessians(minimum.at)[1], minimum.felt
     j, hessian = (m[felt][:, felt] for m in (j, hessian))
-    factor, rank = magnitude(hessian, j, flatness(j))
+    factor, rank = magnitude(hessian, j, flatness(minimum.at))
     if not 0.0 < factor < torch.inf:
         return LossWeight(1.0, remarks=_NO_MINIMUM)
     why = "by the uncertainty of its own minimizer"
-    return LossWeight(factor, why, _on_flat(loss.target.dim - rank, loss.target.dim))
+    remarks = _on_flat(loss.target.dim - rank, loss.target.dim)
+    return LossWeight(factor, why, remarks, is_own=True)
 
 
 def magnitude(hessian: Tensor, score_covariance: Tensor, flat: float) -> tuple[float, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_ebm.infer.run_modules import aside
+from pyro_ebm.poutine.aside import aside
 
 
 class PlateFactors(Messenger):
@@ -93,8 +93,13 @@ def dry_run(
     model: Callable[..., Any], guide: Callable[..., Any], batch: tuple[Tensor, ...]
 ) -> DryRun:
     """Runs guide and model on a batch without a trace of it in what follows."""
+    with torch.no_grad(), aside():
+        return _run(model, guide, batch)
+
+
+def _run(model: Callable[..., Any], guide: Callable[..., Any], batch: tuple[Tensor, ...]) -> DryRun:
     plates = Plates()
-    with aside(), plates:
+    with plates:
         guided = poutine.trace(guide).get_trace(*batch)
         replayed = poutine.trace(poutine.replay(model, trace=guided)).get_trace(*batch)
     return DryRun(plates, guided, replayed)
@@ -145,19 +150,23 @@ class Batches(Iterator[tuple[tuple[Tensor, ...], PlateScale]]):
         the one plate of that size is taken.
 
         Raises:
-            ValueError: If it cannot be told which plate is over rows, or such a plate has another
-                size than the mini-batch or subsamples by itself.
+            ValueError: If it cannot be told which plate is over rows, such a plate has another size
+                than the mini-batch or subsamples by itself, or the guide has latents in it that are
+                as many whatever the mini-batch.
         """
         if self.batch_size is None or self.scale == 1 or self.plates is not None:
             return
-        now = self._plates_at(model, guide, self.batch_size)
-        try:
-            larger = self._plates_at(model, guide, self.batch_size + 1).sizes
-        except Exception:  # the model is made for one size
-            larger = now.sizes
-        grow = {name for name, size in now.sizes.items() if larger.get(name, size) != size}
-        fit = {name for name, size in now.sizes.items() if size == self.batch_size}
-        self._check(now, grow, fit)
+        with torch.no_grad(), aside():  # parameters of the first run are there in the second
+            run = _run(model, guide, self._first(self.batch_size))
+            try:
+                larger = _run(model, guide, self._first(self.batch_size + 1)).plates.sizes
+            except Exception:  # the model is made for one size
+                larger = run.plates.sizes
+            now = run.plates
+            grow = {name for name, size in now.sizes.items() if larger.get(name, size) != size}
+            fit = {name for name, size in now.sizes.items() if size == self.batch_size}
+            self._check(now, grow, fit)
+            self._check_guide(guide, run, grow or fit)
         self.plates = frozenset(grow or fit)
 
     def _check(self, now: Plates, grow: set[str], fit: set[str]) -> None:
@@ -184,5 +193,34 @@ class Batches(Iterator[tuple[tuple[Tensor, ...], PlateScale]]):
                 f"so it is not known which to scale. {advice}, or another batch_size"
             )
 
-    def _plates_at(self, model: Callable[..., Any], guide: Callable[..., Any], size: int) -> Plates:
-        return dry_run(model, guide, self._rows(torch.arange(size))).plates
+    def _check_guide(self, guide: Callable[..., Any], run: DryRun, plates: Collection[str]) -> None:
+        """Raises for latents of rows that do not follow the rows: they are those of one batch."""
+        latents = [n for n, _ in run.model_trace.iter_stochastic_nodes() if n in run.guide_trace]
+        sizes = _rows_of(latents, run.guide_trace, plates)
+        if not sizes or self.batch_size is None:
+            return
+        try:
+            one_more = poutine.trace(guide).get_trace(*self._first(self.batch_size + 1))
+            larger = _rows_of(latents, one_more, plates)
+        except Exception:  # it has values for one size
+            larger = sizes
+        if kept := [name for name, size in sizes.items() if larger.get(name, size) == size]:
+            raise ValueError(
+                f"batch_size={self.batch_size}: the guide keeps its values of latent {kept[0]!r} "
+                "for the places in a batch, where every batch has other rows. Use a guide that "
+                "computes them from the row (an amortized one), or that keeps one for every row of "
+                "the data and is handed the rows' numbers with them, or batch_size=None"
+            )
+
+    def _first(self, size: int) -> tuple[Tensor, ...]:
+        return self._rows(torch.arange(size))
+
+
+def _rows_of(latents: Iterable[str], trace: Any, plates: Collection[str]) -> dict[str, int]:
+    """Returns how many rows latents have in plates; those outside of all are not in it."""
+    return {
+        name: frame.size
+        for name in latents
+        for frame in trace.nodes[name]["cond_indep_stack"]
+        if frame.name in plates
+    }

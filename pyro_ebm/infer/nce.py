@@ -32,10 +32,10 @@ from torch.nn.functional import softplus
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
-from pyro_ebm.infer import checks
 from pyro_ebm.infer.contrast import Contrast
+from pyro_ebm.infer.degenerate import SETTLED
 from pyro_ebm.infer.noise_contrast import NoiseContrast
-from pyro_ebm.ops.arguments import one_of, whole
+from pyro_ebm.ops.arguments import one_of, rate, whole
 from pyro_ebm.ops.log_space import bennett
 
 CUpdate = Literal["gradient", "closed_form"]
@@ -98,12 +98,7 @@ class NCE(NoiseContrast):
     ) -> None:
         super().__init__(num_noise, noise, **elbo)
         self.c_update = one_of("c_update", c_update, get_args(CUpdate))
-        self.c_rate = checks.rate("c_rate", c_rate)
-
-    @property
-    def learns_by_gradient(self) -> bool:
-        """Whether log Z is a parameter for the optimizer."""
-        return self.c_update == "gradient"
+        self.c_rate = rate("c_rate", c_rate)
 
     def pooled_by(self, site: str) -> str | None:
         """Says that Bennett's equation takes all rows of a site alike, or ``None``."""
@@ -158,7 +153,7 @@ class NCE(NoiseContrast):
         """
         super().judge(site, notes, trains=trains)
         step = int(self.num_steps_taken)
-        is_due = trains and self.is_checked_now(site) and step >= checks.SETTLED
+        is_due = trains and self.is_checked_now(site) and step >= SETTLED
         if is_due and float(notes.get("undecided", FEWEST_UNDECIDED)) < FEWEST_UNDECIDED:
             warnings.warn(
                 f'{type(self).__name__}(c_update="closed_form") at EBM site {site!r}, step {step}: '

@@ -2,12 +2,13 @@ r"""A posterior over the parameters of an unnormalized model, by telling data fr
 
 For n independent rows, K sets of noise are drawn and held; under each,
 
-.. math:: \tilde\pi(\theta, c) \propto \pi(\theta, c) \prod_i \sigma(G(x_i)) \prod_j
+.. math:: \tilde\pi(\theta, c) \propto \pi(\theta) \prod_i \sigma(G(x_i)) \prod_j
     \{1 - \sigma(G(y_j))\}, \qquad G = -U_\theta - c - \log q - \log\nu,
 
-is sampled by HMC, all chains in one batch, and the draws are pooled. No log Z is needed. In the
-parameters the curvature equals the inverse of NCE's sampling covariance, noise included, so that no
-loss needs to be calibrated; this holds as n grows, and if the model is right.
+is sampled by HMC, all chains in one batch, and the draws are pooled. No log Z is needed: c stands
+for it, with a flat prior, so that constants of the energy change nothing else. In the parameters
+the curvature equals the inverse of NCE's sampling covariance, noise included, so that no loss needs
+to be calibrated; this holds as n grows, and if the model is right.
 
 * *Between noise sets* the posterior moves, by a quarter of its sd with ten noise draws per datum
   and by two thirds with one. Its spread is reported, and is in the pooled draws: they are a little
@@ -45,6 +46,8 @@ from torch import Tensor
 from pyro_ebm.chains import Record
 from pyro_ebm.chains.record import to_numpy
 from pyro_ebm.distributions import EnergyDistribution, unwrap
+from pyro_ebm.distributions.layers import num_reinterpreted
+from pyro_ebm.errors import ConditionalEnergyError
 from pyro_ebm.infer.conditional import check_rows
 from pyro_ebm.infer.contrast import rows_of
 from pyro_ebm.infer.data_structure import check_model
@@ -53,14 +56,14 @@ from pyro_ebm.infer.nce import NCE
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.infer.prior_runs import NUM_DRAWS, prior_runs
 from pyro_ebm.infer.properness import check_proper
-from pyro_ebm.infer.whole_data import check_unscaled
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.target import Target
+from pyro_ebm.normalizers.chain_size import size_of_mean
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.rank_rhat import rank_rhat
-from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.surrogate import surrogate, surrogate_of
-from pyro_ebm.poutine.whole_data import check_whole
+from pyro_ebm.poutine.whole_data import check_ebms_unscaled, check_whole
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -159,7 +162,6 @@ def nce_posterior(
     check_model(model, "an NCE posterior")
     call = _Call(model, args, kwargs)
     _check_rows(call)
-    check_unscaled(model, args, kwargs, "an NCE posterior")
     doubts = check_proper(model, args, kwargs)
     size = whole("num_samples", num_samples, least=4)
     ratio = whole("num_noise", num_noise, least=1)
@@ -190,6 +192,7 @@ def _check_rows(call: _Call) -> None:
     """Looks at runs of the model, before any noise is asked whether it suits the data."""
     runs = prior_runs(call.model, call.args, call.kwargs)
     check_whole(runs[0])
+    check_ebms_unscaled(runs[0], "an NCE posterior")
     for name, law, x in _sites_of(runs[0]):
         rows = rows_of(law, x)
         if rows.numel() <= 1:
@@ -213,8 +216,19 @@ def _sites_of(run: Trace) -> list[tuple[str, EnergyDistribution, Tensor]]:
 def _check_one_law(run: Trace) -> None:
     """Raises ``ConditionalEnergyError`` if rows of a run need a log Z each."""
     for name, law, x in _sites_of(run):
-        if not law.is_normalized:
+        if law.is_normalized:
+            continue
+        try:
             check_rows(name, law, x, "NCE")
+        except ConditionalEnergyError as error:
+            fn = run.nodes[name]["fn"]
+            if not num_reinterpreted(fn):
+                raise
+            raise ConditionalEnergyError(
+                f"{error}. What to_event makes one event are rows of their own to the energy: if "
+                "only parameters of columns tell them apart, let the energy sum over the columns, "
+                f"with event_shape={tuple(fn.event_shape)} and without to_event"
+            ) from error
 
 
 @torch.no_grad()
@@ -222,7 +236,7 @@ def _check_at_draws(call: _Call, target: Target, q: Tensor) -> None:
     """Looks at rows where the posterior is, which need not be where the prior is."""
     for values in map(target.constrain, q[:: -(-len(q) // NUM_DRAWS)].unsqueeze(1)):
         at = poutine.condition(call.model, {name: value[0] for name, value in values.items()})
-        with rng_preserved(), poutine.block():
+        with aside():
             _check_one_law(poutine.trace(at).get_trace(*call.args, **call.kwargs))
 
 
@@ -311,7 +325,8 @@ def _pooled(sets: Sequence[_Set], num_noise: int) -> Posterior:
     attrs |= {f"noise_accuracy_{site}": value for site, value in accuracy.items()}
     seconds = sum(one.seconds for one in sets)
     record = Record(draws, stats, sampler="HMC", seconds=seconds, attrs=attrs)
-    remarks = (*_remarks(sets, accuracy), *_spread_remarks(spread), *_known(sets[0]))
+    moves = _spread_remarks(sets, spread, accuracy)
+    remarks = (*_remarks(sets, accuracy), *moves, *_known(sets[0]))
     return Posterior(record, "NCE", _reasons(sets[0]), remarks, calibration="asymptotic")
 
 
@@ -370,17 +385,35 @@ def _on_few_rows(one: _Set) -> list[str]:
     ]
 
 
-def _spread_remarks(spread: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]) -> list[str]:
-    """One sentence on the latent that the noise moves most."""
+def _spread_remarks(
+    sets: Sequence[_Set],
+    spread: Mapping[str, tuple[NDArray[Any], NDArray[Any]]],
+    accuracy: Mapping[str, float],
+) -> list[str]:
+    """One sentence on the number that the noise moves most, with a remedy where it is too much."""
     if not spread:
         return []
-    name, largest = max(
-        ((name, float(np.max(relative))) for name, (_, relative) in spread.items()),
-        key=lambda pair: pair[1],
+    largest, name, entry = max(
+        (float(value), name, entry)
+        for name, (_, relative) in spread.items()
+        for entry, value in enumerate(relative)
     )
     text = f"Between noise sets the mean of {name!r} moves by {largest:.2f} posterior sds"
-    better = "." if largest <= LARGEST_NOISE_SPREAD else ": raise num_noise."
-    return [text + better]
+    if largest <= LARGEST_NOISE_SPREAD:
+        return [f"{text}."]
+    if _monte_carlo_error(sets, name, entry) ** 2 > 0.5 * largest**2:
+        return [f"{text}, most of it by chains that are too short: draw more."]
+    if max(accuracy.values()) >= LARGEST_ACCURACY:
+        return [f"{text}: take noise closer to the data."]
+    return [f"{text}: raise num_noise."]
+
+
+def _monte_carlo_error(sets: Sequence[_Set], name: str, entry: int) -> float:
+    """By how many posterior sds chains alone move the mean of a number, root mean square."""
+    draws = [one.draws[name] for one in sets]
+    draws = [values.reshape(*values.shape[:2], -1)[..., entry] for values in draws]
+    sizes = [size_of_mean(torch.as_tensor(values)) for values in draws]
+    return float(np.mean(np.reciprocal(sizes)) ** 0.5)
 
 
 def _known(one: _Set) -> list[str]:

@@ -56,6 +56,8 @@ class NoiseContrast(Objective):
         ValueError: If an argument is out of range, or there is no fitted noise to refit.
     """
 
+    draws_noise = True
+
     def __init__(
         self,
         num_noise: float,
@@ -114,14 +116,15 @@ class NoiseContrast(Objective):
         rows = self.evaluation.rows(x, len(rows_of(p, x)))
         return fitted_gaussian(rows, len(p.event_shape))
 
-    def _loss(
+    def site_loss(
         self, name: str, p: EnergyDistribution, x: Tensor, noise: Any, log_z: Tensor | None
     ) -> Tensor:
+        """Returns the loss per datum in nats, its noise fitted anew where that is due."""
         if noise is None and torch.is_grad_enabled() and self._is_refit_due(name):
             self._refitted_at[name] = int(self.num_steps_taken)
             fit = self._fitted_to_data if self.refit_to == "data" else self._fitted_to_model
             self.fitted[name] = location_and_scale(fit(p, x))
-        return super()._loss(name, p, x, noise, log_z)
+        return super().site_loss(name, p, x, noise, log_z)
 
     def _is_refit_due(self, site: str) -> bool:
         step, last = int(self.num_steps_taken), self._refitted_at.get(site, 0)

@@ -15,8 +15,7 @@ variational factor.
 An *unobserved* EBM site (an energy-based prior) splits in two: to the latent, the true
 :math:`-U(z)` with parameters held; to the parameters, the surrogate at the latent's value.
 
-To write an objective, subclass :class:`Objective` and define ``draw`` (random, no gradients) and
-``per_datum``.
+To write an objective, subclass :class:`Objective`, which says what there is to define.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -39,9 +38,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.known_normalizer import parameters_of
-from pyro_ebm.infer import checks, conditional
+from pyro_ebm.infer import conditional, degenerate, site_values, trace_checks, turns
 from pyro_ebm.infer.contexts import ContextChecks
 from pyro_ebm.infer.contrast import rows_of
+from pyro_ebm.infer.coupled_energies import refuse_coupled
 from pyro_ebm.infer.enumeration import EnumeratingELBO
 from pyro_ebm.infer.evaluation import Evaluation, evaluating
 from pyro_ebm.infer.frozen import FrozenObjective, freeze
@@ -63,6 +63,18 @@ _instances = itertools.count()
 class Objective(EnumeratingELBO, nn.Module):
     """Base of objectives: a loss for ``SVI``, a factory of ``ELBOModule``, a surrogate for MCMC.
 
+    A subclass says by class attributes what it is (the flags below, all of which have defaults),
+    and defines ``per_datum`` and, unless it is deterministic, ``draw`` (random, no gradients). An
+    objective that learns log Z adds ``initial_log_normalizer`` and, unless by gradient alone,
+    ``update_log_normalizer``; one with a second player adds ``second_player``. There are hooks for
+    what differs from the rest:
+
+    * ``site_loss``: how the loss of a site is made of these, in every step;
+    * ``check_unconditional``: what is asked of energy and rows when a site is checked;
+    * ``keeps_log_normalizer``: whether a site may have one law only, whatever latents do;
+    * ``pooled_by``: why rows may have no weights of their own;
+    * ``judge``: what is said of a step by its diagnostics, when it is replayed, too.
+
     Args:
         schedule: ``(first, second)`` numbers of steps of the two players, for objectives that have
             two; ``None`` never moves the second.
@@ -71,12 +83,22 @@ class Objective(EnumeratingELBO, nn.Module):
 
     Attributes:
         diagnostics: ``{site: {name: detached 0-d tensor}}`` of the last evaluation, per datum.
-        trains_energy: Whether the energy is what is learned, rather than the law that draws.
+        learns_log_normalizer: Flag; whether log Z enters the loss and is learned, as one number for
+            all rows of a site that has none of its own.
+        c_update: How it moves: ``"gradient"`` as a parameter, else by ``update_log_normalizer``.
+        pools_rows: Flag; whether one log Z, learned or implied, is that of all rows of a site.
+        needs_density: Flag; whether sites must have a density, unlike a ``GeneralizedEBM``.
+        trains_energy: Flag; whether the energy is what is learned, rather than the law that draws.
+        has_second_player: Flag; whether there is one, so that a ``schedule`` is taken.
+        draws_noise: Flag; whether what it draws and weights is noise rather than draws of a base.
+        is_likelihood: Flag; whether latents may be summed out of the exponential of the score.
+        is_normalized: Flag; whether the score is the log density, log Z at all parameters included.
         is_replayable: Whether every training step does the same operations.
         log_normalizers: Learned log Z by site, in nats.
         sites: The EBM of every site at its last evaluation; not part of the state.
         examples: The data there.
         fitted: What was fitted to the first batch of every site, by its name; part of the state.
+        members: The objectives that it consists of, by site, if there are any.
         optimized: Ids of parameters that an optimizer holds although no ``pyro.module`` names them.
         is_frozen: Whether the contrast is fixed, so that the surrogate is one function.
         why_not_frozen: What speaks against fixing it and what to do instead, or ``None``.
@@ -87,20 +109,24 @@ class Objective(EnumeratingELBO, nn.Module):
 
     is_held_out_criterion = True
     learns_log_normalizer = False
-    pools_rows = False  # one log Z, learned or implied, for all rows of a site
+    c_update = "gradient"
+    pools_rows = False
     needs_density = True
     trains_energy = True
     has_second_player = False
+    draws_noise = False
     is_frozen = False
     is_likelihood = False
     is_normalized = False
     why_not_frozen: str | None = None
     is_replayable = True
+    members: Mapping[str, Objective] = {}
+    num_particles: int
 
     def __init__(self, *, schedule: tuple[int, int] | None = None, **elbo: Any) -> None:
         nn.Module.__init__(self)
         EnumeratingELBO.__init__(self, **elbo)
-        self.schedule = checks.schedule(schedule, self)
+        self.schedule = turns.schedule(schedule, self)
         self.log_normalizers = nn.ParameterDict()
         self.fitted: dict[str, Any] = {}
         self.diagnostics: dict[str, dict[str, Tensor]] = {}
@@ -247,28 +273,6 @@ class Objective(EnumeratingELBO, nn.Module):
         if self.pools_rows or (self.learns_log_normalizer and known is None):
             conditional.check_rows(name, p, x, type(self).__name__)
 
-    def _check_contexts(
-        self, model: Any, model_trace: Any, used: Collection[str], args: Any, kwargs: Any
-    ) -> None:
-        """Looks for a context that does not show by comparing the rows of one step."""
-
-        def values() -> dict[str, Tensor]:
-            latents = model_trace.iter_stochastic_nodes()
-            return {name: site["value"].detach() for name, site in latents}
-
-        for name in used:
-            member = self.objective_of(name)
-            if member.pools_rows or member.keeps_log_normalizer(name):
-                p, x, who = member.sites[name], member.examples[name], type(member).__name__
-                member.contexts.check(name, p, x, (model, args, kwargs), values, who)
-
-    def _check_weights(self, name: str, scale: Any) -> None:
-        """Raises ``ValueError`` if rows weigh differently where they are pooled."""
-        member = self.objective_of(name)
-        pooled = member.pooled_by(name)
-        if pooled is not None:
-            conditional.check_weights(name, scale, f"{type(member).__name__} {pooled}")
-
     def pooled_by(self, site: str) -> str | None:
         """Says what takes all rows of a site alike and what does not, or ``None``.
 
@@ -296,7 +300,7 @@ class Objective(EnumeratingELBO, nn.Module):
     @property
     def learns_by_gradient(self) -> bool:
         """Whether log Z is a parameter for the optimizer."""
-        return True
+        return self.c_update == "gradient"
 
     # --- scoring a site (called by the surrogate handler)
 
@@ -321,30 +325,41 @@ class Objective(EnumeratingELBO, nn.Module):
         """
         data = p.broadcast_value(x.detach())
         if name not in self.sites:
-            checks.site(name, p, data, observed=observed, objective=self)
+            site_values.suits(name, p, data, observed=observed, objective=self)
         self.sites[name], self.examples[name] = p, data
         with evaluating(self, mask, name) as evaluation:
-            loss = self._loss(name, p, data, noise, log_z)
+            loss = self.site_loss(name, p, data, noise, log_z)
         self.diagnostics[name] = self.diagnostics.get(name, {}) | evaluation.notes
         if get_proxy_mode() is None:  # else the replayed steps are judged
             self.judge(name, evaluation.notes, trains=evaluation.has_graph)
+            if self.trains_energy and self.is_checked_now(name):  # weights may have been zero
+                refuse_coupled(name, p, data)
         if self.is_checked_now(name):
-            checks.not_degenerate(name, evaluation, self, self._checked[name])
+            degenerate.not_degenerate(name, evaluation, self, self._checked[name])
         if observed and not x.requires_grad:
             return -loss
         held = hold_parameters(p.unnormalized_log_prob, p.broadcast_value(x), len(p.event_shape))
         return held + (loss.detach() - loss)
 
-    def _loss(
+    def site_loss(
         self, name: str, p: EnergyDistribution, x: Tensor, noise: Any, log_z: Tensor | None
     ) -> Tensor:
+        """Returns the loss per datum of the player whose turn it is, in nats.
+
+        Args:
+            name: The site.
+            p: The EBM.
+            x: The data, ``sample + batch + event``.
+            noise: The law that the guide holds at the site, or ``None``.
+            log_z: Log Z in nats where it is inferred, else ``None``.
+        """
         if self.is_second_players_turn:
             return self.second_player(p, x, noise)
         with torch.no_grad():
             contrast = self.draw(p, x, noise)
         if log_z is None:
             log_z = self.log_normalizer_of(name, p, x, contrast)
-        return self.per_datum(p, x, contrast, _or_zero(log_z))
+        return self.per_datum(p, x, contrast, torch.zeros(()) if log_z is None else log_z)
 
     # --- the ELBO
 
@@ -355,7 +370,7 @@ class Objective(EnumeratingELBO, nn.Module):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """A guide trace without its contrast sites, and the model scored by surrogates."""
-        checks.guide(guide, type(self).__name__)
+        trace_checks.guide(guide, type(self).__name__)
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         contrasts = guide_trace.nodes
         handler = SurrogateMessenger(
@@ -366,30 +381,22 @@ class Objective(EnumeratingELBO, nn.Module):
         model_trace = poutine.trace(poutine.replay(handler(model), trace=guide_trace)).get_trace(
             *args, **kwargs
         )
-        checks.traces(model_trace, guide_trace, handler.used)
+        trace_checks.traces(model_trace, guide_trace, handler.used)
         for name in handler.used:
             if name in guide_trace.nodes and model_trace.nodes[name]["is_observed"]:
                 guide_trace.remove_node(name)
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
-        guide_trace, model_trace = (
-            prune_subsample_sites(guide_trace),
-            prune_subsample_sites(model_trace),
-        )
+        guide_trace = prune_subsample_sites(guide_trace)
+        model_trace = prune_subsample_sites(model_trace)
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
-        checks.shapes(model_trace, guide_trace, self.max_plate_nesting)  # type: ignore[arg-type]
+        trace_checks.shapes(model_trace, guide_trace, self.max_plate_nesting)  # type: ignore[arg-type]
         if get_proxy_mode() is None:  # a recorded step's loss is checked by its value
-            checks.finite(model_trace, handler.used, int(self.num_steps_taken))
-        for name in filter(self.keeps_log_normalizer, handler.used):
-            member = self.objective_of(name)
-            if member.is_checked_now(name):
-                checks.free_of_latents(name, model_trace, guide_trace, member)
-        if get_proxy_mode() is None:  # a recorded step is compared with one that is not
-            for name in handler.used:
-                self._check_weights(name, model_trace.nodes[name]["scale"])
-            self._check_contexts(model, model_trace, handler.used, args, kwargs)
-        checks.registered(model_trace, handler.used, self.sites, self.optimized)
+            trace_checks.finite(model_trace, handler.used, int(self.num_steps_taken))
+        members = {name: self.objective_of(name) for name in handler.used}
+        trace_checks.one_law(members, model_trace, guide_trace, (model, args, kwargs))
+        trace_checks.registered(model_trace, handler.used, self.sites, self.optimized)
         return model_trace, guide_trace
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -417,8 +424,7 @@ class Objective(EnumeratingELBO, nn.Module):
         """Whether the step in progress is the second player's."""
         if self.schedule is None or not torch.is_grad_enabled():
             return False
-        first, second = self.schedule
-        return int(self.num_steps_taken) % (first + second) >= first
+        return turns.is_second(self.schedule, int(self.num_steps_taken))
 
     # --- Bayes
 
@@ -483,10 +489,6 @@ class Objective(EnumeratingELBO, nn.Module):
         Call it on data once before asking for ``parameters()``.
         """
         return ObjectiveModule(model, guide, self)
-
-
-def _or_zero(log_z: Tensor | None) -> Tensor:
-    return torch.zeros(()) if log_z is None else log_z
 
 
 def _key(site: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 _FUSED = (torch.optim.Adam, torch.optim.AdamW)  # fused SGD takes no sparse gradients
 _DEVICES = ("cpu", "cuda")
@@ -26,9 +27,21 @@ def new_optimizer(
         groups: Groups of parameters, as torch's optimizers take them.
         lr: Learning rate of groups that have none of their own.
     """
-    if optim in _FUSED and all(_is_fusable(p) for group in groups for p in group["params"]):
-        return optim(groups, lr=lr, fused=True)
-    return optim(groups, lr=lr)
+    fusable = optim in _FUSED and all(_is_fusable(p) for group in groups for p in group["params"])
+    optimizer = optim(groups, lr=lr, fused=True) if fusable else optim(groups, lr=lr)
+    optimizer.register_step_post_hook(_count_fused)
+    return optimizer
+
+
+def _count_fused(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Counts fused updates as versions, which torch does not: by these a log Z is seen to be stale.
+
+    Counting an update twice does no harm.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"] if group.get("fused") else ():
+            if p.grad is not None:
+                increment_version(p)
 
 
 def _is_fusable(parameter: Tensor) -> bool:

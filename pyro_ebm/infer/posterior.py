@@ -26,7 +26,7 @@ from pyro_ebm.infer.posterior_remarks import mixing_remarks, structure_of
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.infer.posterior_ways import MOST_TERMS, WAYS, Run
 from pyro_ebm.infer.properness import check_proper
-from pyro_ebm.normalizers.quadrature import MAX_DIM
+from pyro_ebm.normalizers.held_nodes import MAX_DIM
 
 MOST_NODES = 2**15  # of an integral for log Z that is taken unasked
 MOST_DIM = 2  # of such an integral: in three dims chains take hours

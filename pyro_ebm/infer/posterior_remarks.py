@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyro_ebm.chains import summary
-from pyro_ebm.infer.data_structure import SiteStructure
+from pyro_ebm.infer.data_structure import DataStructure, SiteStructure
 from pyro_ebm.infer.integration import Integrals
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.mcmc import MCMC
@@ -26,6 +26,29 @@ def structure_of(site: SiteStructure) -> str:
         "one observation": "are one dependent observation",
     }
     return f"the data of site {site.name!r} {what[site.kind]}."
+
+
+def why_together(structure: DataStructure) -> tuple[str, ...]:
+    """Returns why no groups are accepted one by one, or how they could be, a sentence each."""
+    if structure.groups is not None:
+        return ()
+    if structure.uneven:
+        loops = ", ".join(map(repr, sorted(structure.uneven)))
+        return (
+            f"the turns of loop {loops} hold latents of different sizes, so that all groups are "
+            "accepted together.",
+        )
+    if structure.kind == "hierarchical":
+        return (
+            "sites lie in groups of several plates, and all are accepted together: where mixing is "
+            "slow, use GroupedExchange with one of them.",
+        )
+    return tuple(
+        f"all rows are accepted together: where each takes one element of plate {plate!r}, as by "
+        "rate[index], write them inside that plate, padded under a mask, and they are accepted "
+        "group by group."
+        for plate in structure.indexed
+    )
 
 
 def how_summed(site: SiteStructure, nodes: Integrals | None) -> str:

@@ -20,8 +20,9 @@ class Posterior:
         remarks: What would make it better, or is to be known before it is used, a sentence each.
         calibration: Of a generalized posterior, how its width was set: ``"sandwich"``,
             ``"simulation"``, ``"asymptotic"`` where it is right by itself for many rows of the
-            model, or ``"none"``, which says nothing of how well the parameters are known; ``None``
-            for a posterior by Bayes' rule.
+            model, or, which says nothing of how well the parameters are known, ``"none"``, or
+            ``"unweighted"`` where nothing says how often the loss counts against the prior;
+            ``None`` for a posterior by Bayes' rule.
         scored_by: What gave EBM sites their log Z at every draw, if the model itself does not: the
             objective of ``surrogate`` that log likelihoods are by.
 
@@ -42,7 +43,7 @@ class Posterior:
     @property
     def is_calibrated(self) -> bool:
         """Whether the width of the draws means what the width of a posterior should mean."""
-        return self.calibration != "none"
+        return self.calibration not in ("none", "unweighted")
 
     def summary(self) -> Any:
         """Returns a table with mean, sd, rank R-hat and effective sample sizes."""

@@ -16,17 +16,24 @@ from pyro_ebm.infer.enumerated import Enumerated
 from pyro_ebm.infer.generalized_bayes import generalized_posterior
 from pyro_ebm.infer.integration import Integrals, integrals_of
 from pyro_ebm.infer.nce_posterior import nce_posterior
-from pyro_ebm.infer.posterior_remarks import how_summed, off_the_nodes
+from pyro_ebm.infer.posterior_remarks import how_summed, off_the_nodes, why_together
 from pyro_ebm.infer.posterior_result import Posterior
+from pyro_ebm.infer.prior_runs import prior_runs
 from pyro_ebm.infer.pseudo_likelihood import PseudoLikelihood
 from pyro_ebm.infer.score_matching import ScoreMatching
-from pyro_ebm.infer.whole_data import check_unscaled
-from pyro_ebm.mcmc import HMC, MCMC, Exchange, GroupedExchange, Kernel
-from pyro_ebm.mcmc.exchange_diagnostics import exchange_diagnostics
+from pyro_ebm.mcmc import HMC, MCMC, Exchange, GroupedExchange, Kernel, Sweeps
+from pyro_ebm.mcmc.exchange_diagnostics import (
+    LONG_SWEEPS,
+    ExchangeDiagnostics,
+    exchange_diagnostics,
+)
+from pyro_ebm.ops.coupling_from_the_past import NotCoupledError
 from pyro_ebm.ops.ladders import ladder_of
 from pyro_ebm.poutine import surrogate
+from pyro_ebm.poutine.whole_data import check_ebms_unscaled
 
 MOST_TERMS = 2**18  # energies in the sums for log Z of one draw
+FEW_DRAWS = 200  # to be judged by auxiliary draws of many sweeps, which take long
 _KNOWN = "log Z of every EBM site is known: use method='exact'"
 
 
@@ -69,7 +76,8 @@ class Run:
 
 
 def _exact(run: Run, structure: DataStructure) -> Posterior:
-    check_unscaled(run.model, run.args, run.kwargs, "an exact posterior")
+    (traced,) = prior_runs(run.model, run.args, run.kwargs, num_draws=1)
+    check_ebms_unscaled(traced, "an exact posterior")
     if not structure.sites:
         reasons: tuple[str, ...] = ("log Z of every EBM site is known at every draw.",)
         return Posterior(run.by(HMC(run.model)).record, "exact log Z", reasons)
@@ -101,30 +109,38 @@ def _check_summable(structure: DataStructure, run: Run) -> None:
 def _exchange(run: Run, structure: DataStructure) -> Posterior:
     if not structure.sites:
         raise ValueError(f"method 'exchange' does without log Z, and {_KNOWN}")
-    plate = structure.groups
-    kernel = Exchange(run.model) if plate is None else GroupedExchange(run.model, plate)
-    mcmc = run.by(kernel)
-    reasons = () if plate is None else (f"groups of plate {plate!r} are accepted one by one.",)
-    together = (
-        (
-            "sites lie in groups of several plates, and all are accepted together: where mixing is "
-            "slow, use GroupedExchange with one of them.",
-        )
-        if plate is None and structure.kind == "hierarchical"
-        else ()
-    )
-    if kernel.adjusted:
-        return Posterior(
-            mcmc.record, "exchange", ("the model can be drawn from exactly.", *reasons), together
-        )
-    verdict = exchange_diagnostics(mcmc)
-    remarks = (
-        *together,
-        str(verdict),
-        "an exact sampler (is_sampleable and sample() of the energy) would make this exact.",
-    )
-    reasons = ("the energies have kernels of their own, but no exact sampler.", *reasons)
-    return Posterior(mcmc.record, "exchange by sweeps", reasons, remarks)
+    why = "the energies have kernels of their own, but no exact sampler."
+    better = "an exact sampler (is_sampleable and sample() of the energy) would make this exact."
+    try:
+        mcmc = run.by(_exchange_kernel(run, structure))
+    except NotCoupledError:  # not of single draws: those left out would bend the law of the others
+        if not all(site.law.energy_sweeps for site in structure.sites):
+            raise
+        mcmc = run.by(_exchange_kernel(run, structure, auxiliary=Sweeps()))
+        why = "the energies have exact samplers, which take too long at some couplings."
+        better = "a prior that leaves out couplings beyond the critical one would make this exact."
+    plate, together = structure.groups, why_together(structure)
+    one_by_one = () if plate is None else (f"groups of plate {plate!r} are accepted one by one.",)
+    if mcmc.kernel.adjusted:
+        reasons = ("the model can be drawn from exactly.", *one_by_one)
+        return Posterior(mcmc.record, "exchange", reasons, together)
+    remarks = (*together, str(_judged(mcmc)), better)
+    return Posterior(mcmc.record, "exchange by sweeps", (why, *one_by_one), remarks)
+
+
+def _exchange_kernel(run: Run, structure: DataStructure, **options: Any) -> Kernel:
+    if structure.groups is None:
+        return Exchange(run.model, **options)
+    return GroupedExchange(run.model, structure.groups, **options)
+
+
+def _judged(mcmc: MCMC) -> ExchangeDiagnostics:
+    """The verdict on draws by sweeps, by exact draws if these come to an end, or many sweeps."""
+    try:
+        return exchange_diagnostics(mcmc)
+    except NotCoupledError:
+        sweeps = Sweeps(LONG_SWEEPS)
+        return exchange_diagnostics(mcmc, auxiliary=sweeps, max_draws=FEW_DRAWS)
 
 
 def _anchored(run: Run, structure: DataStructure) -> Posterior:

@@ -8,16 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.poutine import Trace
 
-from pyro_ebm.infer.run_modules import aside
+from pyro_ebm.poutine.aside import aside
 
 NUM_DRAWS = 16
 
 
 def prior_runs(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    num_draws: int = NUM_DRAWS,
 ) -> list[Trace]:
     """Returns traces of a model at draws of its prior, without slopes.
 
@@ -25,6 +30,7 @@ def prior_runs(
         model: A Pyro model.
         args: Its arguments.
         kwargs: Its keyword arguments.
+        num_draws: How many.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -32,5 +38,5 @@ def prior_runs(
         >>> len({float(run.nodes["a"]["value"]) for run in runs})
         16
     """
-    with aside():
-        return [poutine.trace(model).get_trace(*args, **kwargs) for _ in range(NUM_DRAWS)]
+    with torch.no_grad(), aside():
+        return [poutine.trace(model).get_trace(*args, **kwargs) for _ in range(num_draws)]

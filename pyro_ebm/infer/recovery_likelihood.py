@@ -20,7 +20,9 @@ that of energy discrepancy at :math:`t = \sigma^2` and :math:`M = \infty`, since
 
 As :math:`\sigma \to 0` it becomes score matching (times :math:`\sigma^2`), as :math:`\sigma \to
 \infty` maximum likelihood by MCMC. It is consistent for every :math:`\sigma`, as far as the chains
-have converged: theirs start at :math:`\tilde x`, so what is left of the start biases it.
+have converged: theirs start at :math:`\tilde x`, so what is left of the start biases it. Along each
+coordinate a step follows the width that the conditional has if the model is as wide as the data:
+columns may be of any width.
 
 On a constrained support noise and chains live in the unconstrained coordinates, and U there
 includes the Jacobian. One derivative in x is taken, for the chains only, which accept and reject:
@@ -59,7 +61,8 @@ class RecoveryLikelihood(ScoreObjective):
         noise_std: :math:`\sigma` in units of (unconstrained) x: large against the distance over
             which relative mass is to be seen, small enough for the chains.
         num_steps: Steps of each chain. Half of them tune one step size for all rows. The larger
-            the noise is against the model's own scales, the more are needed.
+            the noise is against the model's own scales, the more are needed: with too few the
+            diagnostic ``accept_prob`` stays well below .5.
         num_negatives: M, noised copies per datum with a chain each.
         sampler: ``(conditional, start) -> draws`` in place of the Langevin chains. The conditional
             is an ``EnergyDistribution`` on the unconstrained coordinates with one row of its batch
@@ -119,7 +122,10 @@ class RecoveryLikelihood(ScoreObjective):
         z = torch.randn((self.num_negatives, *u.shape), dtype=u.dtype, device=u.device)
         start = u + self.noise_std * z
         law = self.conditional(space, start)
-        draws = self._chains(law, start) if self.sampler is None else self.sampler(law, start)
+        if self.sampler is None:
+            draws = self._chains(law, start, self._variances(space, u))
+        else:
+            draws = self.sampler(law, start)
         if draws.shape != start.shape:
             raise ValueError(
                 f"the sampler of RecoveryLikelihood must return a draw for every start, shape "
@@ -127,11 +133,27 @@ class RecoveryLikelihood(ScoreObjective):
             )
         return Contrast(draws.detach())
 
-    def _chains(self, law: EnergyDistribution, start: Tensor) -> Tensor:
-        """Returns where Langevin chains from ``start`` end, after a step size common to all."""
+    def _variances(self, space: Unconstrained, u: Tensor) -> Tensor:
+        r"""Returns the conditional's under a Gaussian as wide as the data, ``(1, D)``.
+
+        :math:`(\sigma^{-2} + s_j^{-2})^{-1}` along coordinate j, :math:`\sigma^2` where nothing
+        varies.
+        """
+        rows = self.evaluation.rows(u, len(space.rows(u)))
+        spread = rows.reshape(len(rows), -1).var(0, correction=0, keepdim=True)
+        precision = torch.where(spread > 0, 1 / spread, 0.0)
+        return 1 / (precision + self.noise_std**-2)
+
+    def _chains(self, law: EnergyDistribution, start: Tensor, variances: Tensor) -> Tensor:
+        """Returns where Langevin chains from ``start`` end, after a step size common to all.
+
+        Args:
+            law: The conditional.
+            start: Its noised copies, ``batch + event``.
+            variances: Squared lengths of a step along each coordinate, up to a factor, ``(1, D)``.
+        """
         rows, event = law.batch_shape, law.event_shape
-        variance = torch.full_like(start, self.noise_std**2).reshape(-1, event.numel())[:1]
-        kernel = Langevin(UnconstrainedSpace.of(law.support, event), variance=variance)
+        kernel = Langevin(UnconstrainedSpace.of(law.support, event), variance=variances)
 
         def potential(u: Tensor) -> Tensor:
             return law.potential(u.reshape(rows + event)).reshape(-1)

@@ -7,16 +7,10 @@ model calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 
-import torch
-from pyro import poutine
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-
-from pyro_ebm.ops.rng import rng_preserved
 
 
 class HasModules(Protocol):
@@ -29,62 +23,13 @@ class HasModules(Protocol):
     called: list[nn.Module]
 
 
-@contextmanager
-def noting_calls(called: list[nn.Module]) -> Iterator[None]:
-    """Appends every module that is called within the block and is no part of an earlier one."""
-    with _before_first_calls(called, called.append):
-        yield
-
-
-@contextmanager
-def buffers_restored() -> Iterator[None]:
-    """After the block, the buffers of modules that are called in it are as they were."""
-    kept: list[tuple[Tensor, Tensor]] = []
-
-    def keep(module: nn.Module) -> None:
-        kept.extend((buffer, buffer.clone()) for buffer in module.buffers())
-
-    try:
-        with _before_first_calls([], keep):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in reversed(kept):  # parts may be called before the whole
-                buffer.copy_(value)
-
-
-@contextmanager
-def aside() -> Iterator[None]:
-    """Surrounds a run of a model that leaves no trace: in draws, buffers, gradients, handlers."""
-    with torch.no_grad(), rng_preserved(), buffers_restored(), poutine.block():
-        yield
-
-
-@contextmanager
-def _before_first_calls(
-    earlier: Iterable[nn.Module], do: Callable[[nn.Module], None]
-) -> Iterator[None]:
-    known = {id(part) for module in earlier for part in module.modules()}
-
-    def note(module: nn.Module, args: Any) -> None:
-        if id(module) not in known:
-            known.update(map(id, module.modules()))
-            do(module)
-
-    handle = register_module_forward_pre_hook(note)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def modules_of(run: HasModules) -> dict[str, nn.Module]:
     """Returns the modules with a state: model, guide, the sites' energies and generators.
 
     And others that were called, if they have parameters that are learned here; modules that the
     model makes anew at every call have none.
     """
-    sites = getattr(run.objective, "sites", {})
+    sites = run.objective.sites
     energies = {f"energy of {name}": p.energy_function for name, p in sites.items()}
     generators = {
         f"generator of {name}": getattr(p, "generator", None) for name, p in sites.items()

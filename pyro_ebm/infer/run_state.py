@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from pyro_ebm.infer.run_modules import HasModules, modules_of
 
@@ -24,14 +23,13 @@ class HasState(HasModules, Protocol):
 
 def state_of(run: HasState) -> State:
     """Returns the present point; its tensors are the live ones, without gradients."""
-    objective = run.objective
     return {
         "parameters": {name: p.detach() for name, p in run.parameters.items()},
         "buffers": {
             name: {key: buffer.detach() for key, buffer in module.named_buffers()}
             for name, module in modules_of(run).items()
         },
-        "objective": objective.state_dict() if isinstance(objective, nn.Module) else {},
+        "objective": run.objective.state_dict(),
         "averaged": run.result.averaged,
     }
 
@@ -44,6 +42,5 @@ def restore(state: State, run: HasState) -> None:
     for name, module in modules_of(run).items():
         for key, buffer in module.named_buffers():
             buffer.copy_(state["buffers"][name][key])
-    if isinstance(run.objective, nn.Module):
-        run.objective.load_state_dict(state["objective"])
+    run.objective.load_state_dict(state["objective"])
     run.result.averaged = {name: value.clone() for name, value in state["averaged"].items()}

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ebm.distributions import EnergyDistribution, PushforwardDistribution
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer.conditional_generators import check_generator
 from pyro_ebm.infer.contrast import Contrast, contrast_law, rows_of
 from pyro_ebm.infer.objective import Objective
-from pyro_ebm.ops.kernels import GaussianKernel, RadialKernel, median_distance
-from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.ops.kernels import MULTIPLES, GaussianKernel, RadialKernel, median_distance
 
-MULTIPLES = (0.5, 1.0, 2.0)  # of the median distance, so that no single length decides
 MOST_FOR_MEDIAN = 1000
 
 
@@ -49,7 +48,6 @@ class SampleComparison(Objective):
         "what it compares with data is drawn from the generator that it trains. Freeze KALE or NCE "
         "for Bayes over an energy"
     )
-    num_particles: int
 
     def __init__(
         self, kernel: RadialKernel | None = None, num_base: int | None = None, **elbo: Any
@@ -119,9 +117,10 @@ class SampleComparison(Objective):
             self.fitted[site] = _fitted_lengths(data, type(self).__name__)
         return GaussianKernel(*self.fitted[site])
 
-    def _loss(
+    def site_loss(
         self, name: str, p: EnergyDistribution, x: Tensor, noise: Any, log_z: Tensor | None
     ) -> Tensor:
+        """Returns the loss per datum of draws that have gradients; there is no log Z."""
         if self.vectorize_particles and self.num_particles > 1:
             raise ValueError(
                 f"{type(self).__name__} pools the rows of a site, so that vectorized particles "
@@ -129,7 +128,7 @@ class SampleComparison(Objective):
             )
         contrast = self.draw(p, x, noise)  # with gradients: the draws are what is trained
         if self.is_check_due(name):
-            _check_rows_alike(name, p, x, noise, type(self).__name__)
+            check_generator(name, p, x, noise, type(self).__name__)
         return self.per_datum(p, x, contrast, x.new_zeros(()))
 
 
@@ -150,27 +149,3 @@ def _fitted_lengths(data: Tensor, who: str) -> tuple[float, ...]:
             f"got {median} from {len(data)} rows: pass kernel=GaussianKernel(lengthscale)"
         )
     return tuple(c * median for c in MULTIPLES)
-
-
-@torch.no_grad()
-def _check_rows_alike(name: str, p: EnergyDistribution, x: Tensor, noise: Any, who: str) -> None:
-    """Raises if a generator depends on more of a row than its latent.
-
-    Draws and data are pooled, so a law that differs from row to row would be fitted to their mix.
-    """
-    law = contrast_law(noise, p, x, needs_density=False, who=who)
-    if p.conditional is False or not isinstance(law, PushforwardDistribution):
-        return
-    with rng_preserved():
-        z = law.prior.sample()
-        out = law.generator(z)
-        for dim in range(len(law.batch_shape)):
-            moved = law.generator(z.roll(1, dim))
-            same = torch.allclose(moved, out.roll(1, dim), rtol=1e-3, atol=1e-4, equal_nan=True)
-            if not same and torch.allclose(law.generator(z), out, equal_nan=True):
-                raise ValueError(
-                    f"the generator of EBM site {name!r} depends on row-wise values other than its "
-                    f"latent, but {who} pools all rows and would fit their mixture: append the "
-                    "context to the data and to the draws, or say conditional=False if this is "
-                    "wrong"
-                )

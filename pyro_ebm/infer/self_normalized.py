@@ -62,6 +62,7 @@ class SelfNormalized(KALE):
 
     needs_density = True
     has_second_player = False
+    draws_noise = True
 
     def __init__(
         self,

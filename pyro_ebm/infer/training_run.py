@@ -24,9 +24,11 @@ from pyro_ebm.infer.interrupts import Interrupts
 from pyro_ebm.infer.minibatch import Batches, Plates
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.infer.optimizers import new_optimizer
-from pyro_ebm.infer.run_modules import modules_of, noting_calls
+from pyro_ebm.infer.run_modules import modules_of
 from pyro_ebm.infer.run_settings import settings_of
 from pyro_ebm.infer.run_state import restore, state_of
+from pyro_ebm.infer.stock_elbo import Loss, StockELBO, as_given
+from pyro_ebm.ops.module_calls import noting_calls
 
 _OWN = "log_normalizer of "
 _UNDECAYED = {"weight_decay": 0.0}  # log Z is as large as it is: shrinking it bends the energy
@@ -47,7 +49,7 @@ class TrainingRun:
         self,
         model: Callable[..., Any],
         guide: Callable[..., Any],
-        objective: Any,
+        objective: Loss,
         batches: Batches,
         options: Options,
     ) -> None:
@@ -61,7 +63,15 @@ class TrainingRun:
         self.called: list[nn.Module] = []
         self.num_steps = 0
         self.plates = Plates()
-        self.settings = settings_of(objective, options.optim, options.lr, batches.batch_size)
+        self.settings = settings_of(
+            objective,
+            options.optim,
+            options.lr,
+            batches.batch_size,
+            ema=options.ema,
+            grad_clip=options.grad_clip,
+            criterion=options.criterion,
+        )
         self.result = FitResult()
         self._criterion = self._new_criterion()
         self._recorded: dict[tuple[str, str], Tensor] = {}
@@ -77,7 +87,7 @@ class TrainingRun:
         """Trains until so many steps are done in all, or patience is exhausted."""
         self.num_steps, todo = num_steps, range(self.result.num_steps, num_steps)
         hidden = self.options.disable_progbar
-        name = f"fit {type(self.objective).__name__}"
+        name = f"fit {type(as_given(self.objective)).__name__}"
         with Interrupts() as interrupts, tqdm(todo, desc=name, disable=hidden) as bar:
             for step in bar:
                 if self.is_over:
@@ -95,9 +105,11 @@ class TrainingRun:
 
         Raises:
             NonFiniteEnergyError: If the loss or a gradient is not finite; nothing has moved then.
+            ValueError: If there is nothing to train.
         """
         self.batches.identify_plates(self.model, self.guide)
         loss = float(self._loss_and_grads(*next(self.batches)))
+        self._check_trains()
         self._move(loss)
         self._record(loss)
         return loss
@@ -145,6 +157,19 @@ class TrainingRun:
         with noting_calls(self.called), self.plates:
             yield
 
+    def _check_trains(self) -> None:
+        """Raises ``ValueError`` if there is neither a parameter nor a log Z that is learned."""
+        if self.optimizer is None and not any(part.log_normalizers for part in self._objectives()):
+            raise ValueError(
+                "there is nothing to train: model, guide and objective have no parameter that "
+                "requires gradients. Was the network frozen, as for sampling? Call "
+                "network.requires_grad_(True).train() before fit"
+            )
+
+    def _objectives(self) -> list[Objective]:
+        """The objective and those that it consists of; none if it is a stock ELBO."""
+        return [part for part in self.objective.modules() if isinstance(part, Objective)]
+
     def _move(self, loss: float) -> None:
         step = self.result.num_steps + 1
         divergence.check_loss(loss, step, self.objective)
@@ -173,8 +198,8 @@ class TrainingRun:
         options, objective = self.options, self.objective
         if not (options.capture or options.compile):
             return None
-        if not isinstance(objective, Objective):
-            who = type(objective).__name__
+        if isinstance(objective, StockELBO):
+            who = type(objective.elbo).__name__
             raise TypeError(f"fit(capture=True) replays the steps of an Objective, got {who}")
         if not objective.is_replayable:
             raise ValueError(
@@ -200,23 +225,26 @@ class TrainingRun:
             if isinstance(module, nn.Module)
             for name, p in module.named_parameters()
         }
-        if isinstance(self.objective, Objective):
-            self.objective.optimized = frozenset(map(id, own.values()))
+        self.objective.optimized = frozenset(map(id, own.values()))
         return own
 
     # --- parameters
 
     def _collect(self, trace: Any, own: dict[str, Tensor]) -> None:
-        """Adds parameters that turned up for the first time to the optimizer."""
+        """Adds parameters that turned up for the first time to the optimizer.
+
+        A tensor with several names goes by the first one.
+        """
         if self._seen.issuperset(trace.nodes) and self._seen.issuperset(own):
             return
         self._seen.update(trace.nodes, own)
         found = {
             self._local(name): site["value"].unconstrained() for name, site in trace.nodes.items()
         }
-        known = {id(p) for p in found.values()}
-        found |= {n: p for n, p in own.items() if p.requires_grad and id(p) not in known}
-        new = {name: p for name, p in found.items() if name not in self.parameters}
+        found |= {name: p for name, p in own.items() if p.requires_grad}
+        names = {id(p): name for name, p in reversed([*self.parameters.items(), *found.items()])}
+        new = {name: p for name, p in found.items() if names[id(p)] == name}
+        new = {name: p for name, p in new.items() if name not in self.parameters}
         if new:
             self.parameters |= new
             self.result.parameters = self.parameters
@@ -266,7 +294,7 @@ class TrainingRun:
 
     def _local(self, name: str) -> str:
         """A parameter's name, without the count of objectives where it is this objective's own."""
-        for prefix in getattr(self.objective, "parameter_prefixes", ()):
+        for prefix in self.objective.parameter_prefixes:
             if name.startswith(prefix):
                 return _OWN + name.removeprefix(prefix)
         return name
@@ -313,7 +341,7 @@ class TrainingRun:
         result = self.result
         result.num_steps += 1
         result.losses.append(loss)
-        for site, values in getattr(self.objective, "diagnostics", {}).items():
+        for site, values in self.objective.diagnostics.items():
             for name, value in values.items():
                 if value is not self._recorded.get((site, name)):  # not of another player's step
                     curve = f"{site}/{name}"
@@ -336,8 +364,7 @@ class TrainingRun:
     @contextmanager
     def _unnoted(self) -> Iterator[None]:
         """Keeps what is noted in a run that is no training step out of the curves."""
-        own = self.objective.modules() if isinstance(self.objective, nn.Module) else ()
-        parts = [part for part in own if isinstance(part, Objective)]
+        parts = self._objectives()
         kept = [dict(part.diagnostics) for part in parts]
         try:
             yield
@@ -346,10 +373,8 @@ class TrainingRun:
                 part.diagnostics = notes
 
     def _describe(self, loss: float) -> str:
-        found = getattr(self.objective, "diagnostics", {})
-        parts = [
-            f"{name} {float(value):.3g}" for site in found.values() for name, value in site.items()
-        ]
+        sites = self.objective.diagnostics.values()
+        parts = [f"{name} {float(value):.3g}" for site in sites for name, value in site.items()]
         if self.result.validation:
             parts.insert(0, f"held out {self.result.validation[-1][1]:.4g}")
         return ", ".join([f"loss {loss:.4g}", *parts[:5]])

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import unvalidated
+from pyro_ebm.distributions.supports import tensors_in
 from pyro_ebm.infer.contrast import rows_of
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
@@ -30,7 +31,15 @@ from pyro_ebm.mcmc.replay_buffer import check_resumable
 from pyro_ebm.mcmc.target import GaussianPrior
 from pyro_ebm.ops.short_blocks import blocks_of
 
-__all__ = ["EachRow", "KernelFactory", "Moved", "Mover", "Transition", "replaced"]
+__all__ = [
+    "EachRow",
+    "KernelFactory",
+    "Moved",
+    "Mover",
+    "Transition",
+    "check_one_support",
+    "replaced",
+]
 
 KernelFactory = Callable[[EnergyDistribution], Kernel]
 """A kernel of :mod:`pyro_ebm.mcmc` with its options bound, as ``partial(MALA, step_size=0.1)``."""
@@ -62,9 +71,13 @@ class EachRow(DistributionTarget):
     Args:
         law: An ``EnergyDistribution`` on a continuous support, expanded to the rows.
         x: Where the rows' chains start, ``batch + event``.
+
+    Raises:
+        NotImplementedError: If rows have supports of their own.
     """
 
     def __init__(self, law: EnergyDistribution, x: Tensor) -> None:
+        check_one_support(law)
         self._start = x
         super().__init__(law)
         self.dim = self.space.size
@@ -144,7 +157,8 @@ class Mover:
         Raises:
             TypeError: If a kernel was given and the support is not continuous.
             ValueError: If a kernel has no step size, or a transition returns another shape.
-            NotImplementedError: On mixed supports, without a transition.
+            NotImplementedError: Without a transition, on mixed supports or where rows have supports
+                of their own.
         """
         law = unvalidated(p.expand(rows_of(p, x)))
         if self.transition is not None:
@@ -202,6 +216,26 @@ class Mover:
             _check_moved(moved, x, self.user)
         lost = ~moved.isfinite().reshape(rows_of(p, x) + (-1,)).all(-1)
         return Moved(replaced(moved.detach(), x, lost), lost)
+
+
+def check_one_support(law: EnergyDistribution) -> None:
+    """Raises ``NotImplementedError`` if rows have bounds of their own: their coordinates differ.
+
+    Example:
+        >>> from torch.distributions.constraints import greater_than
+        >>> law = EnergyDistribution(lambda x: x, support=greater_than(torch.zeros(5)))
+        >>> check_one_support(law)
+        Traceback (most recent call last):
+        ...
+        NotImplementedError: rows have supports of their own, with bounds of shape (5,), ...
+    """
+    for bound in tensors_in(law.support):
+        if bound.shape[: max(0, bound.dim() - len(law.event_shape))].numel() > 1:
+            raise NotImplementedError(
+                f"rows have supports of their own, with bounds of shape {tuple(bound.shape)}, and "
+                "kernels move all rows in the coordinates of one: use ScoreMatching or "
+                "EnergyDiscrepancy, or give transition=, a function (p, x) -> x'"
+            )
 
 
 def replaced(x: Tensor, fresh: Tensor, which: Tensor) -> Tensor:

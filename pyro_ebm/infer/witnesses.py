@@ -21,10 +21,10 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import unvalidated
 from pyro_ebm.normalizers.quadrature import Box
+from pyro_ebm.ops.log_space import NEGLIGIBLE
 from pyro_ebm.ops.spaces import UnconstrainedSpace
 
 LARGEST_STEP = 1.0  # nats from a datum down to the highest of the nodes around it
-NEGLIGIBLE = 36.0  # nats: a cell of e^-36 of the mass is under the rounding of a double
 _MOST_DATA = 256  # of one law
 
 LogDensity = Callable[[Tensor], Tensor]

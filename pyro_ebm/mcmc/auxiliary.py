@@ -19,6 +19,10 @@ from torch import Tensor
 
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.ops.arguments import whole
+from pyro_ebm.ops.coupling_from_the_past import at_most
+
+PATIENCE = 2**12
+"""Sweeps of an exact sampler by coupling from the past, which every jump of a chain waits for."""
 
 
 class Auxiliary(ABC):
@@ -80,8 +84,10 @@ class ExactDraws(Auxiliary):
 
         Raises:
             ValueError: If the energy's ``sample`` gives them another shape.
+            NotCoupledError: If it is by coupling from the past, and takes too long.
         """
-        return shaped(family.sample(), family, "sample()")
+        with at_most(PATIENCE):
+            return shaped(family.sample(), family, "sample()")
 
 
 class Sweeps(Auxiliary):

@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_ebm.mcmc.constant_reads import ConstantReads, depends_on_input
 from pyro_ebm.mcmc.simplify import let_factorizations_fail, simplify
 from pyro_ebm.mcmc.target import Target
+from pyro_ebm.ops.coupled_rows import are_coupled
 from pyro_ebm.ops.rng import rng_preserved
 
 ValueAndGrad = tuple[Tensor, Tensor]
@@ -69,19 +70,25 @@ class CapturedPotential:
         """Returns the energy relative to the target's base, ``(C,)``."""
         return self._energy(q)[0]
 
-    def check_repeatable(self, q: Tensor) -> None:
-        """Raises if the target has noise in it: what accepts by it keeps no law at all.
+    def check_density(self, q: Tensor) -> None:
+        """Raises unless the target is a density of each chain: others are kept by no kernel.
 
         Args:
             q: Positions, ``(C, D)``.
 
         Raises:
-            ValueError: If two evaluations at one point differ.
+            ValueError: If two evaluations at one point differ, or chains see each other.
         """
         if not self._value.is_repeatable(q):
             raise ValueError(
                 f"{self.target!r}: two evaluations at one point differ. Draw random numbers "
                 "before the run or as sample sites, and put dropout in eval mode"
+            )
+        if self.target.is_vectorized and self._value.is_coupled(q):
+            raise ValueError(
+                f"{self.target!r}: the potential of one chain changes with the positions of "
+                "others, as under BatchNorm in training mode or a mean over dim 0: put networks "
+                "in eval mode, and let them reduce dims of the event only"
             )
 
 
@@ -128,6 +135,12 @@ class CapturedFunction:
         with rng_preserved(), suppress(torch.linalg.LinAlgError):
             return _agree(self.eager(q), self.eager(q), num_eps=10)
         return True
+
+    def is_coupled(self, q: Tensor) -> bool:
+        """Whether the value of one position changes with others."""
+        with suppress(torch.linalg.LinAlgError):
+            return are_coupled(lambda q: self.eager(q)[0], q, 1)
+        return False
 
     def _capture(self, q: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """Records the operations, or returns the function itself where they cannot be replayed."""

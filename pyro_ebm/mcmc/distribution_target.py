@@ -7,9 +7,10 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent, MultivariateNormal, Normal, constraints
+from torch.distributions import constraints
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
+from pyro_ebm.distributions.gaussian_base import GaussianBase
 from pyro_ebm.distributions.layers import unvalidated
 from pyro_ebm.mcmc.target import (
     GaussianPrior,
@@ -44,7 +45,7 @@ class DistributionTarget(Target):
         self._is_real = isinstance(plain(self.law.support), type(constraints.real))
         self.shape = self.law.batch_shape + self.space.shape
         self.dim = prod(self.shape)
-        self.prior = _gaussian_prior(self.law, self.shape, like=self.draw_start(1))
+        self.prior = _gaussian_prior(self.law, like=self.draw_start(1))
 
     def __repr__(self) -> str:
         return repr(self.dist)
@@ -136,22 +137,10 @@ def _check_continuous(law: EnergyDistribution) -> None:
         )
 
 
-def _gaussian_prior(
-    law: EnergyDistribution, shape: torch.Size, like: Tensor
-) -> GaussianPrior | None:
+def _gaussian_prior(law: EnergyDistribution, like: Tensor) -> GaussianPrior | None:
     """The base as a Gaussian in the flat coordinates, if it is one with independent coordinates."""
-    base = law.base
-    while isinstance(base, Independent):
-        base = base.base_dist
-    if isinstance(base, MultivariateNormal):
-        covariance = base.covariance_matrix
-        diagonal = torch.diagonal(covariance, dim1=-2, dim2=-1)
-        if not torch.equal(covariance, torch.diag_embed(diagonal)):
-            return None
-        loc, scale = base.loc, diagonal.sqrt()
-    elif isinstance(base, Normal):
-        loc, scale = base.loc, base.scale
-    else:
+    base = GaussianBase.of(law.base)
+    if base is None or not base.is_diagonal:
         return None
-    flat = [t.detach().expand(shape).reshape(-1).to(like.dtype) for t in (loc, scale)]
+    flat = [t.detach().flatten().to(like.dtype) for t in (base.loc, base.scale)]
     return GaussianPrior(*flat)

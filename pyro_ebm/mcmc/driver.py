@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -28,6 +29,10 @@ from pyro_ebm.mcmc.starts import Starts
 from pyro_ebm.mcmc.target import Target, Values
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.rng import rng_preserved
+
+_NUM_PROBES = 500
+_STRETCH = 1.25  # of draws, to look beyond them
+_LEAST_NAN_SHARE = 0.01
 
 
 class MCMC:
@@ -100,6 +105,7 @@ class MCMC:
         self._draws = torch.empty(0)
         self._stats: dict[str, Tensor] = {}
         self._num_kept = 0
+        self._edges: list[str] = []
 
     # --- running
 
@@ -148,6 +154,7 @@ class MCMC:
             except KeyboardInterrupt:
                 self.interrupted = True
         self._warn_of_lost_chains()
+        self._edges = self._nan_edges()
         for doubt in self.doubts():
             warnings.warn(doubt, ApproximateSampleWarning, stacklevel=2)
         self.seconds = time.perf_counter() - started
@@ -163,7 +170,7 @@ class MCMC:
     def _keep_nothing(self, target: Target, state: State) -> None:
         self.target, self.state, self.interrupted = target, None, False
         self._draws = state.position.new_empty(self.num_chains, self.num_samples, target.dim)
-        self._stats, self._num_kept = {}, 0
+        self._stats, self._num_kept, self._edges = {}, 0, []
 
     def _warm_up(
         self, potential: CapturedPotential, state: State, num_steps: int, bar: Any
@@ -207,6 +214,36 @@ class MCMC:
                 ApproximateSampleWarning,
                 stacklevel=3,
             )
+
+    def _nan_edges(self) -> list[str]:
+        """Says, of chains that were rejected, whether U is NaN just outside of where they were.
+
+        Under ``vmap`` no log Z that is NaN where its draws tell nothing can warn of it.
+        """
+        rejected = [self._stats[n] for n in ("diverging", "non_finite") if n in self._stats]
+        if self.target is None or not any(bool(x[:, : self._num_kept].any()) for x in rejected):
+            return []
+        if not self.kernel.adjusted:  # nothing held its chains back, which is said already
+            return []
+        q = self.positions()[1]
+        centre = q.flatten(0, 1).median(0).values
+        num_looks = min(q.shape[1], max(1, _NUM_PROBES // self.num_chains))
+        looks = torch.linspace(0, q.shape[1] - 1, num_looks).long().tolist()
+        try:
+            with torch.no_grad(), pyro.validation_enabled(is_validate=False):
+                far = [self.target.potential(centre + _STRETCH * (q[:, i] - centre)) for i in looks]
+        except torch.linalg.LinAlgError:  # no density out there either, and no NaN to tell of
+            return []
+        share = float(torch.stack(far).isnan().double().mean())
+        if share < _LEAST_NAN_SHARE:
+            return []
+        return [
+            f"the density is NaN at {share:.0%} of the draws once they are {_STRETCH:g} times as "
+            "far from their median, and chains are rejected there: the posterior may be cut off. A "
+            "log Z made of held draws or nodes is NaN where it does not hold: give it more of "
+            "them, nearer to the posterior (no target_accept_prob helps); else look for NaN in the "
+            "model"
+        ]
 
     def _keep(self, i: int, state: State, info: Info) -> None:
         self._draws[:, i] = state.position
@@ -285,8 +322,10 @@ class MCMC:
         )
 
     def doubts(self) -> list[str]:
-        """Returns what the kernel says of the kept draws' statistics, a sentence each."""
-        return self.kernel.doubts(self.diagnostics()) if self._num_kept else []
+        """Returns what kernel and density leave in doubt of the kept draws, a sentence each."""
+        if not self._num_kept:
+            return []
+        return [*self.kernel.doubts(self.diagnostics()), *self._edges]
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns the statistics of every kept draw, ``(num_chains, draws)``."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_ebm.mcmc.explain import name_of
 from pyro_ebm.mcmc.target import Values
-from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.poutine.aside import aside
 
 
 class EachChain:
@@ -98,7 +98,7 @@ class EachChain:
         Raises:
             ValueError: If a site does not exist or has another shape.
         """
-        with rng_preserved(), poutine.block(), _Given(set(self.data)) as given:
+        with aside(), _Given(set(self.data)) as given:
             poutine.trace(self).get_trace(*args, **kwargs)
         for name, value in self.data.items():
             if name not in given.shapes:

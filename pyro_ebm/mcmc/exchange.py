@@ -33,13 +33,15 @@ class Exchange(ExchangeKernel):
         model: A Pyro model with observed EBM sites whose log Z is missing. Their energies are
             :class:`~pyro_ebm.energies.ExponentialFamily`; they may stand in plates, with parameters
             of their own for every group.
-        auxiliary: How y is drawn; by the energy's exact sampler if it has one, else by 20 sweeps
-            that start at the data, which marks the chains as inexact.
+        auxiliary: How y is drawn; by the exact samplers of the energies if all have one, else at
+            all sites by 20 sweeps that start at the data, which marks the chains as inexact.
         num_bridges: K, parameters between the two at which y is moved.
         **options: Those of :class:`~pyro_ebm.mcmc.tuned_kernel.TunedKernel`.
 
     Raises:
         TypeError: When run, if an energy is not an exponential family.
+        NotCoupledError: When run, a ``RuntimeError``, if exact draws take too long at couplings
+            that are proposed: give ``auxiliary=Sweeps()``.
 
     Example:
         >>> import pyro, pyro.distributions as dist

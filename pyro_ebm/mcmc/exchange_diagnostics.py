@@ -49,6 +49,8 @@ from pyro_ebm.mcmc.exchange_kernel import best_for, check_drawable
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget
 from pyro_ebm.mcmc.target import Values
 from pyro_ebm.ops.arguments import whole
+from pyro_ebm.ops.detection import detectable
+from pyro_ebm.ops.rank_rhat import rank_rhat
 from pyro_ebm.ops.stein_kernel import imq_stein_kernel
 
 __all__ = ["ExchangeDiagnostics", "exchange_diagnostics"]
@@ -56,11 +58,11 @@ __all__ = ["ExchangeDiagnostics", "exchange_diagnostics"]
 LEVEL = 0.01
 """How often each of the two speaks up against exact draws."""
 
+LARGEST_RHAT = 1.1  # beyond which chains are too short to be judged by anything else
 MIN_BLOCKS = 40
 NUM_SIGNS = 4000
 LONG_SWEEPS = 200
 _BLOCKS_PER_ENTRY = 4
-_POWER = 1.2816  # standard errors that leave nine in ten beyond the bound
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class ExchangeDiagnostics:
             would show nine times in ten, about.
         num_draws: Posterior draws that were looked at.
         auxiliary: How the auxiliary draws were made.
+        r_hat: The largest R-hat of the run; above :data:`LARGEST_RHAT` its chains are to be blamed
+            before its sampler.
     """
 
     acd: float
@@ -85,6 +89,7 @@ class ExchangeDiagnostics:
     detectable: float
     num_draws: int
     auxiliary: str
+    r_hat: float = 1.0
 
     @property
     def trusted(self) -> bool:
@@ -94,6 +99,11 @@ class ExchangeDiagnostics:
     @property
     def sentence(self) -> str:
         """The verdict."""
+        if not self.trusted and self.r_hat > LARGEST_RHAT:
+            return (
+                f"do not trust these draws: the chains have not met, R-hat is {self.r_hat:.3g}, "
+                "whatever their sampler. Use more warmup_steps and num_samples, and judge it then"
+            )
         if not self.trusted:
             return (
                 "do not trust these draws: they are not those of the posterior. Use an exact "
@@ -177,9 +187,10 @@ def exchange_diagnostics(
         threshold,
         aiks,
         pvalue,
-        detectable=(threshold**0.5 + _POWER) * _resolution(means, score),
+        detectable=detectable(threshold**0.5) * _resolution(means, score),
         num_draws=len(q),
         auxiliary=_words(auxiliary, num_auxiliary),
+        r_hat=_largest_rhat(mcmc.positions()[1]),
     )
 
 
@@ -216,6 +227,13 @@ def _draws(mcmc: MCMC, max_draws: int) -> tuple[ExchangeTarget, Tensor]:
         )
     kept = draws[:, draws.shape[1] - per_chain * length :]
     return target, kept.reshape(-1, length, draws.shape[-1])
+
+
+def _largest_rhat(draws: Tensor) -> float:
+    """Of all coordinates, ``(C, N, D)``; 1 where there are too few draws to have one."""
+    if draws.shape[1] < 4:
+        return 1.0
+    return float(rank_rhat(draws.transpose(0, 1)).nan_to_num(1.0).max())
 
 
 def _words(auxiliary: Auxiliary, number: int) -> str:

@@ -28,7 +28,9 @@ from pyro_ebm.mcmc.model_target import ModelTarget, set_up
 from pyro_ebm.mcmc.target import Values
 from pyro_ebm.mcmc.vmap_safe import VmapSafe, vmap_safe_operations
 from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.surrogate import SiteScorer, surrogate
+from pyro_ebm.poutine.whole_data import check_unscaled
 
 
 class UnnormalizedSites(SiteScorer):
@@ -73,7 +75,7 @@ class ExchangeTarget(ModelTarget):
         self._run = lambda: model(*args, **kwargs)
         self._scored = VmapSafe()(surrogate(model, UnnormalizedSites()))
         self._arguments = args, kwargs
-        with rng_preserved(), torch.no_grad(), poutine.block(), _Sites() as sites:
+        with torch.no_grad(), aside(), _Sites() as sites:
             poutine.condition(self._run, self.constrain(self.draw_start(1)[0]))()
         if not sites.laws:
             raise ValueError(
@@ -161,9 +163,20 @@ class _Sites(Messenger):
         if law is None or not msg["is_observed"] or law.is_normalized:
             return
         name, x = msg["name"], msg["value"]
+        if x.dim() > len(law.batch_shape + law.event_shape):
+            raise ValueError(_sentence(name, x, law))
         self.laws[name] = law
         self.observed[name] = x.expand(law.batch_shape + law.event_shape)
         self.weights[name] = _weight(msg, law, x)
+
+
+def _sentence(name: str, x: Tensor, law: EnergyDistribution) -> str:
+    laws = f"laws of batch shape {tuple(law.batch_shape)} and" if law.batch_shape else "one law of"
+    return (
+        f"EBM site {name!r}: data of shape {tuple(x.shape)} for {laws} event shape "
+        f"{tuple(law.event_shape)}: put the site in a pyro.plate of the rows, or .expand() the "
+        "distribution and declare them by .to_event()"
+    )
 
 
 def _weight(msg: Any, law: EnergyDistribution, x: Tensor) -> Tensor:
@@ -176,12 +189,12 @@ def _weight(msg: Any, law: EnergyDistribution, x: Tensor) -> Tensor:
 
 def _check_unscaled(weights: Values) -> None:
     for name, weight in weights.items():
-        scales = weight[weight != 0]
-        if bool((scales != 1).any()):
-            raise ValueError(
-                f"EBM site {name!r} is scaled by {float(scales[0])}: exchange needs all of the "
-                "data at once, without subsampling"
-            )
+        check_unscaled(
+            name,
+            weight[weight != 0],
+            "exchange needs all of the data at once",
+            "take poutine.scale and subsamples away",
+        )
 
 
 def exchange_target(

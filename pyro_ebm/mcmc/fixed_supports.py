@@ -14,8 +14,9 @@ import pyro
 import torch
 from pyro import poutine
 
+from pyro_ebm.distributions.call_stack import prototype_run
 from pyro_ebm.distributions.supports import tensors_in
-from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.poutine.aside import aside
 
 
 def check_fixed_supports(
@@ -31,7 +32,7 @@ def check_fixed_supports(
     Raises:
         ValueError: If it does; the message names the site.
     """
-    with rng_preserved(), poutine.block(), pyro.validation_enabled(is_validate=False):
+    with prototype_run(), aside(), pyro.validation_enabled(is_validate=False):
         first, second = (poutine.trace(model).get_trace(*args, **kwargs) for _ in range(2))
     for name in first.stochastic_nodes:
         if name in second.nodes and _moves(_support(first, name), _support(second, name)):

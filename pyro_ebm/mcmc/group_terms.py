@@ -7,12 +7,15 @@ Inside a plate the elements are independent given the rest, so that
 with :math:`\theta_g` the latents of element g and :math:`\phi` all others. The terms
 :math:`\ell_g` are read off the sites inside the plate, and their change under a move of one
 :math:`\theta_g` is the change of -U. A model may break the promise of its plate, by a site outside
-that depends on the latents inside; then the sum does not hold, which is checked.
+that depends on the latents inside; then the sum does not hold, which is checked. Groups are the
+elements of a context, ``with pyro.plate(...)``, along its dim, or the turns of a loop,
+``for g in pyro.plate(...)``, with sites of their own whose sizes may differ.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -26,6 +29,7 @@ from pyro_ebm.distributions.layers import num_reinterpreted
 from pyro_ebm.mcmc.captured import CapturedFunction
 from pyro_ebm.mcmc.exchange_target import ExchangeTarget
 from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.poutine.aside import aside
 
 _NUM_CHECKED = 16  # pairs of positions that the sum is checked at
 _NUM_EPS = 1e4  # units in the last place of U that it may be off
@@ -43,7 +47,8 @@ class GroupTerms:
         shared: All other coordinates, ``(m,)``.
 
     Raises:
-        ValueError: If the model has no such plate, no latent inside it, or breaks its promise.
+        ValueError: If the model has no such plate, no latent inside it, latents of different sizes
+            in turns of a loop, or breaks its promise.
     """
 
     blocks: Tensor
@@ -57,24 +62,33 @@ class GroupTerms:
         self._check_sum()
 
     def _read(self, seen: _Layout) -> None:
-        self._dims = seen.dims
-        self.site_dims = {n: d for n, d in seen.innermost.items() if n in self.target.energies}
+        self._places = seen.places
+        self.site_places = {n: p for n, p in seen.innermost.items() if n in self.target.energies}
         self.size = seen.size
-        parts = self.target.split(torch.arange(self.target.dim, device=self.target.device))
-        own = {name: index for name, index in parts.items() if name in seen.dims}
-        if not own:
-            raise ValueError(
-                f"plate {self.plate!r} of {self.target.name} holds no latent: its groups have "
-                "nothing of their own to move, use Exchange"
-            )
-        self.blocks = torch.cat([self._of_groups(n, index) for n, index in own.items()], 1)
+        self.blocks = torch.stack(self._own_coordinates())
         inside = torch.zeros(self.target.dim, dtype=torch.bool, device=self.target.device)
         inside[self.blocks.flatten()] = True
         self.shared = (~inside).nonzero()[:, 0]
 
-    def _of_groups(self, name: str, value: Tensor) -> Tensor:
-        """A latent's values in rows of groups, ``(G, ...)``; ``name`` says where they lie."""
-        return value.movedim(self._dims[name], 0).reshape(self.size, -1)
+    def _own_coordinates(self) -> list[Tensor]:
+        """The coordinates of every group, of one length."""
+        parts = self.target.split(torch.arange(self.target.dim, device=self.target.device))
+        own: list[list[Tensor]] = [[] for _ in range(self.size)]
+        for name in (n for n in parts if n in self._places):
+            for group, index in self._places[name].parts(parts[name]):
+                own[group].append(index)
+        lengths = {sum(map(len, indices)) for indices in own}
+        if lengths == {0}:
+            raise ValueError(
+                f"plate {self.plate!r} of {self.target.name} holds no latent: its groups have "
+                "nothing of their own to move, use Exchange"
+            )
+        if len(lengths) > 1:
+            raise ValueError(
+                f"the turns of the loop {self.plate!r} hold latents of different sizes, "
+                f"{sorted(lengths)} numbers: use Exchange, which moves all at once"
+            )
+        return [torch.cat(indices) for indices in own]
 
     def __call__(self, q: Tensor) -> Tensor:
         """Returns the log density of every group in nats, ``(C, G)``, at positions ``(C, D)``."""
@@ -82,7 +96,7 @@ class GroupTerms:
 
     def sums_of(self, name: str, terms: Tensor) -> Tensor:
         """Returns sums of what stands for the elements of a site, ``(C,) + B``, by group."""
-        return _summed_but(terms, self.site_dims[name], lead=1)
+        return self.site_places[name].sums(terms, self.size, lead=1)
 
     def joined(self, moves: Tensor, new: Tensor, old: Tensor) -> Tensor:
         """Returns ``new`` in the coordinates of groups that move, ``(C, G)``, else ``old``."""
@@ -102,7 +116,7 @@ class GroupTerms:
         values, volumes = self.target.with_volumes(free)
         with poutine.block(), _Terms(self.plate) as found:
             self.target.score(values)
-        inside = [self._of_groups(n, volumes[n]).sum(1) for n in self._dims if n in volumes]
+        inside = [p.sums(volumes[n], self.size) for n, p in self._places.items() if n in volumes]
         return torch.stack([found.total.expand(self.size), *inside]).sum(0)
 
     def _check_sum(self) -> None:
@@ -134,7 +148,7 @@ class GroupTerms:
     def _check_naturals(self, one: Tensor, mixed: Tensor) -> None:
         """Log Z of a site outside must not depend on the groups, for no group answers for it."""
         before, after = self.target.naturals(one), self.target.naturals(mixed)
-        for name in self.target.energies.keys() - self.site_dims.keys():
+        for name in self.target.energies.keys() - self.site_places.keys():
             if not torch.equal(before[name], after[name]):
                 raise ValueError(
                     f"EBM site {name!r} stands outside of plate {self.plate!r} and depends on "
@@ -143,7 +157,7 @@ class GroupTerms:
 
 
 def _seen(target: ExchangeTarget, plate: str) -> _Layout:
-    with rng_preserved(), torch.no_grad(), poutine.block(), _Layout(plate) as seen:
+    with torch.no_grad(), aside(), _Layout(plate) as seen:
         target.score(target.constrain(target.draw_start(1)[0]))
     if seen.size == 0:
         raise ValueError(f"{target.name} has no plate {plate!r}; it has {sorted(seen.others)}")
@@ -156,22 +170,61 @@ def _frame(msg: Any, plate: str) -> Any:
     return next((f for f in msg["cond_indep_stack"] if f.name == plate), None)
 
 
+def turn_of(frame: Any) -> int:
+    """Returns which turn of a loop a plate's frame is of; a second loop over it counts on."""
+    return int(frame.counter - 1) % int(frame.size)
+
+
+class _Place(NamedTuple):
+    """Where groups lie in a tensor: along a dim, or all of it is of one turn of a loop.
+
+    Args:
+        dim: Counted from the left, or if negative from the right.
+        turn: Of the loop, where there is no dim.
+    """
+
+    dim: int | None
+    turn: int
+
+    @classmethod
+    def of(cls, frame: Any, dim_zero: int) -> _Place:
+        """The place that a plate's frame says, its dims counted from ``dim_zero``."""
+        if frame.dim is None:
+            return cls(None, turn_of(frame))
+        return cls(dim_zero + frame.dim, 0)
+
+    def parts(self, value: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yields groups with what is theirs, flat."""
+        if self.dim is None:
+            yield self.turn, value.flatten()
+        else:
+            value = value.movedim(self.dim, 0)
+            yield from enumerate(value.reshape(len(value), -1))
+
+    def sums(self, terms: Tensor, size: int, *, lead: int = 0) -> Tensor:
+        """Returns sums for every group; the first ``lead`` dims are kept, ``lead + (G,)``."""
+        if self.dim is not None:
+            return _summed_but(terms, self.dim, lead=lead)
+        total = terms.reshape(*terms.shape[:lead], -1).sum(-1, keepdim=True)
+        return torch.where(torch.arange(size, device=terms.device) == self.turn, total, 0.0)
+
+
 def _summed_but(terms: Tensor, dim: int, *, lead: int) -> Tensor:
-    """Sums over all batch dims but one; the first ``lead`` are kept."""
-    keep = {*range(lead), terms.dim() + dim}
+    """Sums over all dims but one; the first ``lead`` are kept."""
+    keep = {*range(lead), dim if dim >= 0 else terms.dim() + dim}
     others = [d for d in range(terms.dim()) if d not in keep]
     return terms.sum(others) if others else terms
 
 
 class _Layout(Messenger):
-    """Finds out which sites stand in a plate, and where its dim is in their values."""
+    """Finds out which sites stand in a plate, and where its groups are in their values."""
 
     def __init__(self, plate: str) -> None:
         super().__init__()
         self.plate = plate
         self.size = 0
-        self.dims: dict[str, int] = {}
-        self.innermost: dict[str, int] = {}
+        self.places: dict[str, _Place] = {}
+        self.innermost: dict[str, _Place] = {}
         self.others: set[str] = set()
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -179,13 +232,9 @@ class _Layout(Messenger):
         frame = _frame(msg, self.plate)
         if frame is None:
             return
-        if frame.dim is None:
-            raise ValueError(
-                f"plate {self.plate!r} is a loop: write it as a context, with pyro.plate(...)"
-            )
         self.size = frame.size
-        self.dims[msg["name"]] = len(msg["fn"].batch_shape) + frame.dim
-        self.innermost[msg["name"]] = frame.dim - num_reinterpreted(msg["fn"])
+        self.places[msg["name"]] = _Place.of(frame, len(msg["fn"].batch_shape))
+        self.innermost[msg["name"]] = _Place.of(frame, -num_reinterpreted(msg["fn"]))
 
 
 class _Terms(Messenger):
@@ -201,4 +250,4 @@ class _Terms(Messenger):
         if frame is not None:
             log_prob = msg["fn"].log_prob(msg["value"])
             counted = scale_and_mask(log_prob, msg["scale"], msg["mask"])
-            self.total = self.total + _summed_but(counted, frame.dim, lead=0)
+            self.total = self.total + _Place.of(frame, 0).sums(counted, frame.size)

@@ -41,7 +41,8 @@ class GroupedExchange(ExchangeKernel):
 
     Args:
         model: A Pyro model, as for :class:`Exchange`; its plate of groups holds latents.
-        plate: The name of that plate.
+        plate: The name of that plate: a context, or a loop whose turns have as many latents each;
+            in a loop the data of groups may differ in size.
         group_accept_prob: What each group's jump size is adapted to.
         num_shared_moves: Jumps of the shared parameters in one iteration.
         **options: Those of :class:`Exchange`; ``target_accept_prob`` and ``step_size`` are of the
@@ -49,7 +50,7 @@ class GroupedExchange(ExchangeKernel):
 
     Raises:
         ValueError: When run, if there is no such plate, it holds no latent, or its elements are not
-            independent given the rest.
+            independent given the rest, or are turns of a loop with latents of different sizes.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -121,7 +122,7 @@ class GroupedExchange(ExchangeKernel):
         groups, target = self.groups, target_of(potential)
         q = self._jumped(state)
         new, log_ratio = target.naturals(q), groups(q) - groups(state.position)
-        for name in groups.site_dims:
+        for name in groups.site_places:
             terms = self.log_ratios(target, name, state.extra, new)
             log_ratio = log_ratio + groups.sums_of(name, terms)
         moves, accept_prob = decisions(log_ratio)

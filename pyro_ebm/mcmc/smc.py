@@ -150,7 +150,7 @@ class SMC:
         Raises:
             NonFiniteEnergyError: If no particle has a finite energy.
             TypeError: If the kernel is unadjusted, or remembers more than positions.
-            ValueError: If the energy has noise in it.
+            ValueError: If the energy has noise in it, or that of a particle depends on others.
 
         Warns:
             ApproximateSampleWarning: If at a rung less than a tenth of the particles counted, or
@@ -163,7 +163,7 @@ class SMC:
         potential = CapturedPotential(kernel.bind(), capture=False)
         weighing = CapturedPotential(self.target, capture=False)
         self._rungs = rungs = _Rungs()
-        weighing.check_repeatable(q)
+        weighing.check_density(q)
         ancestors = torch.arange(len(q), device=q.device)
         tuning: dict[str, Tensor] | None = None
         with tqdm(total=1.0, disable=self.disable_progbar, bar_format=_BAR) as bar:

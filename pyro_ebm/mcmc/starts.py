@@ -50,13 +50,13 @@ class Starts:
         Raises:
             NonFiniteEnergyError: If a chain cannot start.
             ValueError: If starting values are not of this target and number of chains, or the
-                target has noise in it.
+                target has noise in it or couples chains.
         """
         if initial_state is not None:
             state = self._taken_over(initial_state)
         else:
             q = self._first_positions(initial_params)
-            self.potential.check_repeatable(q)
+            self.potential.check_density(q)
             state = self.kernel.init(self.potential, q)
         bad = int((~torch.isfinite(state.potential)).sum())
         if bad:
@@ -71,7 +71,7 @@ class Starts:
         """A former run's state, with U of this run's target."""
         self._check_start(given.position)
         self._check_kind(given)
-        self.potential.check_repeatable(given.position)
+        self.potential.check_density(given.position)
         return self.kernel.refreshed(self.potential, given)
 
     def _first_positions(self, initial_params: Mapping[str, Tensor] | None) -> Tensor:

@@ -27,10 +27,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_ebm.chains.record import Record, as_record, to_numpy
+from pyro_ebm.normalizers.displacement import LEAST_SHARE
 from pyro_ebm.ops.arguments import probability, whole
 
 LEAST_ESS = 100.0
 """Effective draws of a reweighted posterior below which its shift is understated."""
+
+_FURTHER = 1.4
+"""From a median to the 1 % quantile, in steps to the 5 % quantile: that of a Gaussian."""
 
 LEAST_ESS_SHARE = 0.1
 """The same as a share of the draws: about one and a half posterior standard deviations off."""
@@ -51,6 +55,9 @@ class Resampled(Protocol):
     def changes(self, natural: Tensor, num_replicates: int, /) -> Tensor:
         """Returns by how much log Z of resampled draws differs, ``(num_replicates, ...)``."""
 
+    def share(self, natural: Tensor, /) -> Tensor:
+        """Returns the share of draws that count, ``(...)``; log Z is NaN below a least one."""
+
 
 @dataclass(frozen=True, eq=False)
 class AnchorError:
@@ -61,23 +68,32 @@ class AnchorError:
             of the site's event shape.
         ess: Effective draws of the reweighted posterior, of each replicate.
         num_draws: Draws that were reweighted.
+        least_share: The share of what log Z is made of that counts at the posterior's worst
+            hundredth, as those nearer to its middle foretell it.
     """
 
     mcse: dict[str, dict[str, NDArray[Any]]]
     ess: NDArray[Any]
     num_draws: int
+    least_share: float = 1.0
 
     @property
     def doubts(self) -> tuple[str, ...]:
         """Reasons not to trust the errors, a sentence each; empty if there is none."""
-        ess = float(np.median(self.ess))
-        if ess >= max(LEAST_ESS, LEAST_ESS_SHARE * self.num_draws):
-            return ()
-        return (
-            f"reweighting leaves {ess:.0f} effective draws of {self.num_draws}: log Z is too "
-            "uncertain for its error to be told, and it is understated; use more draws of the "
-            "anchors, or anchors nearer to the posterior",
-        )
+        found, ess = [], float(np.median(self.ess))
+        if ess < max(LEAST_ESS, LEAST_ESS_SHARE * self.num_draws):
+            found.append(
+                f"reweighting leaves {ess:.0f} effective draws of {self.num_draws}: log Z is too "
+                "uncertain for its error to be told, and it is understated; use more draws of the "
+                "anchors, or anchors nearer to the posterior"
+            )
+        if self.least_share < LEAST_SHARE:
+            found.append(
+                f"the posterior reaches where {self.least_share:.1%} of what log Z is made of "
+                f"would count, and log Z is NaN below {LEAST_SHARE:.0%}: the posterior is cut off "
+                "there, which is in no error; use anchors or a base nearer to it"
+            )
+        return tuple(found)
 
     def attached_to(self, source: Any) -> Record:
         """Returns the draws with the errors of their means, which :func:`summary` then shows.
@@ -133,11 +149,12 @@ def mcse_logz(
     """
     record = as_record(source)
     draws = _thinned(record, whole("max_draws", max_draws, least=2))
-    weights = _weights(draws, log_z, natural, num_observations, num_replicates)
+    eta = _naturals(draws, log_z, natural)
+    weights = _weights(eta, log_z, num_observations, num_replicates)
     levels = [probability("quantiles", q) for q in quantiles]
     mcse = {n: _spreads(x, weights, levels) for n, x in draws.items() if x.is_floating_point()}
     ess = 1.0 / weights.square().sum(1)
-    return AnchorError(mcse, to_numpy(ess), weights.shape[1])
+    return AnchorError(mcse, to_numpy(ess), weights.shape[1], _least_share(eta, log_z))
 
 
 def _thinned(record: Record, max_draws: int) -> dict[str, Tensor]:
@@ -147,14 +164,8 @@ def _thinned(record: Record, max_draws: int) -> dict[str, Tensor]:
     return {name: x[kept] for name, x in flat.items()}
 
 
-def _weights(
-    draws: dict[str, Tensor],
-    log_z: Resampled,
-    natural: Naturals,
-    num_observations: int | Tensor,
-    num_replicates: int,
-) -> Tensor:
-    """Weights of every draw under every replicate, ``(B, S)``."""
+def _naturals(draws: dict[str, Tensor], log_z: Resampled, natural: Naturals) -> Tensor:
+    """Natural parameters of every draw, ``(S, ..., p)``, where log Z is told."""
     num_draws = len(next(iter(draws.values())))
     eta = natural(draws).detach().double()
     if eta.dim() < 2 or eta.shape[0] != num_draws or eta.shape[-1] != log_z.num_parameters:
@@ -166,8 +177,22 @@ def _weights(
         raise ValueError(
             "log Z is not told at some of the draws: are they of a posterior with this log_z?"
         )
+    return eta
+
+
+def _least_share(eta: Tensor, log_z: Resampled) -> float:
+    """The 1 % quantile of shares that count, by their 5 % quantile: no draw is beyond the edge."""
+    log_shares = log_z.share(eta).log().reshape(len(eta), -1).amin(1)
+    middle, low = log_shares.quantile(log_shares.new_tensor([0.5, 0.05]))
+    return float((middle - _FURTHER * (middle - low)).exp())
+
+
+def _weights(
+    eta: Tensor, log_z: Resampled, num_observations: int | Tensor, num_replicates: int
+) -> Tensor:
+    """Weights of every draw under every replicate, ``(B, S)``."""
     changes = log_z.changes(eta, whole("num_replicates", num_replicates, least=10))
-    shifts = -(changes * num_observations).reshape(len(changes), num_draws, -1).sum(2)
+    shifts = -(changes * num_observations).reshape(len(changes), len(eta), -1).sum(2)
     return shifts.nan_to_num(-torch.inf).softmax(1)  # NaN: a replicate does not tell
 
 

@@ -13,7 +13,8 @@ likelihood.
 **How far it holds.** The effective number S of draws at :math:`\eta`, of the weights above, falls
 away from the anchors. With n observations of the law, the error of :math:`\log \hat Z` displaces
 the posterior by about :math:`\sqrt{p n / S}` of its standard deviations. Where the effective share
-is below :data:`LEAST_SHARE` the function is NaN, and a kernel rejects what would lead there.
+is below :data:`~.displacement.LEAST_SHARE` the function is NaN, and a kernel rejects what would
+lead there.
 
 References:
     Geyer, Thompson, Constrained Monte Carlo maximum likelihood for dependent data, JRSS B 54, 1992;
@@ -23,25 +24,15 @@ References:
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.normalizers.beyond import Beyond
-from pyro_ebm.normalizers.chain_size import effective_size
+from pyro_ebm.normalizers.chain_size import LEAST_CHAINS, effective_size
+from pyro_ebm.normalizers.displacement import LEAST_SHARE, displacement, refuse
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.held_draws import HeldDraws
-
-LEAST_SHARE = 0.05
-"""The share of effective draws below which log Z is not told."""
-
-LEAST_CHAINS = 20
-"""Chains at each anchor below which resampling them tells no error."""
-
-LARGEST_DISPLACEMENT = 0.3
-"""Posterior standard deviations by which the error of log Z may displace a mean."""
 
 LEAST_SHARED = 5.0
 """Effective draws that link the anchors, as the curvature counts them."""
@@ -171,6 +162,10 @@ class Anchored(HeldDraws):
         """Returns the effective number S of independent draws, ``(...)``, for ``(..., p)``."""
         return self._size(self._log_weights(natural))
 
+    def share(self, natural: Tensor) -> Tensor:
+        """Returns S as a share of the draws of an anchor, ``(...)``, for ``(..., p)``."""
+        return self.effective_size(natural) / self._counts.min()
+
     def displacement(self, natural: Tensor, num_observations: int) -> Tensor:
         r"""Returns :math:`\sqrt{pn / S}`: about how far a posterior mean is off, in its own sd's.
 
@@ -178,8 +173,8 @@ class Anchored(HeldDraws):
             natural: Where the posterior is, ``(..., p)``.
             num_observations: n, how often Z enters the likelihood.
         """
-        p, size = natural.shape[-1], self.effective_size(natural)
-        return torch.sqrt(p * whole("num_observations", num_observations, least=1) / size)
+        size = self.effective_size(natural)
+        return displacement(natural.shape[-1], num_observations, size)
 
     def check(self, natural: Tensor, num_observations: int) -> None:
         """Raises unless the draws are enough for these observations around here.
@@ -190,16 +185,11 @@ class Anchored(HeldDraws):
 
         Raises:
             ValueError: If a posterior would be displaced by more than
-                :data:`LARGEST_DISPLACEMENT` of its standard deviations.
+                :data:`~.displacement.LARGEST_DISPLACEMENT` of its standard deviations.
         """
         typical = float(self.displacement(natural, num_observations).median())
-        if typical > LARGEST_DISPLACEMENT:
-            factor = math.ceil((typical / LARGEST_DISPLACEMENT) ** 2)
-            raise ValueError(
-                f"{float(self._counts.sum()):.0f} effective draws of the anchors displace the "
-                f"posterior by about {typical:.2g} of its standard deviations: use {factor} times "
-                "as many, or anchors nearer to it"
-            )
+        draws = f"{float(self._counts.sum()):.0f} effective draws of the anchors"
+        refuse(typical, draws, ", or anchors nearer to it")
 
     @property
     def num_parameters(self) -> int:

@@ -33,7 +33,8 @@ from torch import Tensor
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.normalizers.anchor_error import Naturals
-from pyro_ebm.normalizers.anchored import LARGEST_DISPLACEMENT, Anchored, anchored
+from pyro_ebm.normalizers.anchored import Anchored, anchored
+from pyro_ebm.normalizers.displacement import LARGEST_DISPLACEMENT, draws_wanted, times_as_many
 from pyro_ebm.ops.arguments import whole
 
 REACH = 1.5
@@ -95,7 +96,7 @@ def anchored_to(
         )
     loop = _Loop(model, args, family, natural, start)
     cloud = loop.search(first.double())
-    wanted = _MARGIN * first.shape[-1] * num_observations / LARGEST_DISPLACEMENT**2
+    wanted = _MARGIN * draws_wanted(first.shape[-1], num_observations)
     for _ in range(_MAX_ROUNDS):
         anchors = _spread(cloud)
         per_anchor = math.ceil(max(wanted / len(anchors), _NUM_ROUGH / 2))
@@ -107,7 +108,7 @@ def anchored_to(
         worst = float(log_z.displacement(places, num_observations).max())
         if worst <= LARGEST_DISPLACEMENT and bool(log_z(places).isfinite().all()):
             return log_z
-        wanted = _MARGIN * per_anchor * len(anchors) * max(1.0, (worst / LARGEST_DISPLACEMENT) ** 2)
+        wanted = _MARGIN * per_anchor * len(anchors) * max(1.0, times_as_many(worst))
     raise RuntimeError(
         f"the rule sqrt(p n / S) <= {LARGEST_DISPLACEMENT} asks for {wanted:.0f} draws of "
         f"{type(family).__name__} where the posterior is, and max_draws is {max_draws}: allow for "

@@ -12,7 +12,7 @@ may have parameters of its own: weights are :math:`e^{-U_\theta(z_s)} / p_0(z_s)
 that was drawn from below.
 
 **How far it holds.** For weak tilts: the effective number of draws S' falls as the law leaves its
-base, exponentially in its dims. Where it is below a share of :data:`~.anchored.LEAST_SHARE` the
+base, exponentially in its dims. Where it is below a share of :data:`~.displacement.LEAST_SHARE` the
 function is NaN, and a kernel rejects what would lead there. With n observations and p parameters
 the error of :math:`\log \hat Z` displaces a posterior by about :math:`\sqrt{pn / S'}` of its
 standard deviations. A mode that no draw has come near is missed without a sign.
@@ -35,13 +35,14 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.normalizers.anchored import LARGEST_DISPLACEMENT, LEAST_SHARE
 from pyro_ebm.normalizers.beyond import Beyond
+from pyro_ebm.normalizers.displacement import LEAST_SHARE, displacement, refuse
 from pyro_ebm.normalizers.importance import from_weights
-from pyro_ebm.normalizers.laws import law_of, normalized_on, single
+from pyro_ebm.normalizers.laws import check_dims, law_of, normalized_on, single
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.held_draws import HeldDraws
 from pyro_ebm.ops.log_normalizer import LogNormalizer
+from pyro_ebm.ops.log_space import effective_sample_size
 
 _CHUNK = 2**22  # weights at once, of the error
 
@@ -84,7 +85,7 @@ class BaseImportance(HeldDraws):
         """
         log_weights = self.log_weights(law)
         value = torch.logsumexp(log_weights, 0) - math.log(self.num_draws)
-        held = _size_of(log_weights.detach()) >= LEAST_SHARE * self.num_draws
+        held = effective_sample_size(log_weights.detach()) >= LEAST_SHARE * self.num_draws
         return self._beyond.told(value, held).to(self.draws.dtype)
 
     def log_weights(self, law: EnergyDistribution) -> Tensor:
@@ -96,13 +97,8 @@ class BaseImportance(HeldDraws):
         law = law_of(law)
         normalized_on(law, self.base, "base of base_importance")
         lead = (self.num_draws,) + (1,) * len(law.batch_shape)
+        check_dims(law, self.draws[0])
         log_p = law.unnormalized_log_prob(self.draws.reshape(lead + law.event_shape))
-        if log_p.shape != lead[:1] + law.batch_shape:
-            raise ValueError(
-                f"base_importance: {self.num_draws} draws have energies of shape "
-                f"{tuple(log_p.shape)}, expected {(self.num_draws, *law.batch_shape)}: give the "
-                "law batch_shape= all dims of what its energy depends on"
-            )
         return log_p.double() - self._log_density.double().reshape(lead)
 
     def effective_size(self, law: EnergyDistribution) -> Tensor:
@@ -112,7 +108,7 @@ class BaseImportance(HeldDraws):
             law: As for a call.
         """
         with torch.no_grad():
-            return _size_of(self.log_weights(law))
+            return effective_sample_size(self.log_weights(law))
 
     def log_normalizer(self, law: EnergyDistribution) -> LogNormalizer:
         """Returns log Z of one law with its standard error, effective size and Pareto index.
@@ -135,9 +131,7 @@ class BaseImportance(HeldDraws):
             num_observations: n, how often Z enters the likelihood.
             num_parameters: p, how many numbers the energy depends on.
         """
-        number = whole("num_observations", num_observations, least=1)
-        number *= whole("num_parameters", num_parameters, least=1)
-        return torch.sqrt(number / self.effective_size(law))
+        return displacement(num_parameters, num_observations, self.effective_size(law))
 
     def check(self, law: EnergyDistribution, num_observations: int, num_parameters: int) -> None:
         """Raises unless the draws are enough for these observations at one law.
@@ -150,7 +144,7 @@ class BaseImportance(HeldDraws):
         Raises:
             ValueError: If the weights have too heavy a tail or too few of them count, or a
                 posterior would be displaced by more than
-                :data:`~.anchored.LARGEST_DISPLACEMENT` of its standard deviations.
+                :data:`~.displacement.LARGEST_DISPLACEMENT` of its standard deviations.
         """
         found = self.log_normalizer(law)
         size = float(self.effective_size(law))
@@ -160,12 +154,7 @@ class BaseImportance(HeldDraws):
                 "draws of an exponential family, exchange, or a base nearer to the law"
             )
         off = float(self.displacement(law, num_observations, num_parameters))
-        if off > LARGEST_DISPLACEMENT:
-            factor = math.ceil((off / LARGEST_DISPLACEMENT) ** 2)
-            raise ValueError(
-                f"{size:.0f} effective draws of the base displace the posterior by about "
-                f"{off:.2g} of its standard deviations: use {factor} times as many"
-            )
+        refuse(off, f"{size:.0f} effective draws of the base")
 
     def bootstrap(self, num_replicates: int) -> list[Callable[[EnergyDistribution], Tensor]]:
         """Returns functions of laws made of resampled draws, which show the error of this one.
@@ -214,6 +203,16 @@ class LogNormalizerBy:
         """Returns log Z in nats, ``(...)``, for parameters ``(..., p)``."""
         return self.log_z(self.law(parameters))
 
+    def share(self, parameters: Tensor) -> Tensor:
+        """Returns the effective share of draws, ``(...)``, for parameters ``(..., p)``."""
+        rows = parameters.reshape(-1, parameters.shape[-1]).split(self._at_once)
+        sizes = torch.cat([self.log_z.effective_size(self.law(r)) for r in rows])
+        return sizes.reshape(parameters.shape[:-1]) / self.log_z.num_draws
+
+    @property
+    def _at_once(self) -> int:
+        return max(1, _CHUNK // self.log_z.num_draws)
+
     @torch.no_grad()
     def changes(self, parameters: Tensor, num_replicates: int) -> Tensor:
         """Returns by how much log Z of resampled draws differs, ``(num_replicates, ...)``.
@@ -224,8 +223,7 @@ class LogNormalizerBy:
         """
         rows = parameters.reshape(-1, parameters.shape[-1])
         counts = _counts(self.log_z.draws, num_replicates)
-        at_once = max(1, _CHUNK // self.log_z.num_draws)
-        shares = (self.log_z.log_weights(self.law(r)).softmax(0) for r in rows.split(at_once))
+        shares = (self.log_z.log_weights(self.law(r)).softmax(0) for r in rows.split(self._at_once))
         found = torch.cat([(counts @ share).log() for share in shares], 1)
         return found.reshape(num_replicates, *parameters.shape[:-1])
 
@@ -265,11 +263,6 @@ def base_importance(base: Any, *, num_draws: int = 10_000) -> BaseImportance:
     number = whole("num_draws", num_draws, least=2)
     with torch.no_grad():
         return BaseImportance(base, base.sample(torch.Size((number,))))
-
-
-def _size_of(log_weights: Tensor) -> Tensor:
-    """The effective number of draws, over the first dim."""
-    return 1.0 / log_weights.softmax(0).square().sum(0)
 
 
 def _counts(draws: Tensor, num_replicates: int) -> Tensor:

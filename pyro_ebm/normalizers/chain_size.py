@@ -15,6 +15,9 @@ from torch import Tensor
 LEAST_LENGTH = 20
 """Draws of a chain below which its autocorrelations say nothing."""
 
+LEAST_CHAINS = 20
+"""Chains below which neither their spread nor resampling them is a measure of an error."""
+
 
 def effective_size(draws: Tensor) -> float:
     """Returns the effective number of draws, at least 1 and at most their number.

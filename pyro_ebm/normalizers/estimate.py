@@ -1,9 +1,10 @@
 r"""Log Z by the routes that a distribution leaves open, and whether they agree.
 
-Exact sums and quadrature come first. Else a route that starts from the base (annealing, or of a
-discrete law particles) stands beside one that starts from draws of chains (bridge sampling). Two
-routes from one start miss the same modes and agree on the wrong value, so that their agreement is
-called agreement, and no more: chains that are started from the base as well share that start.
+Exact sums and quadrature come first. Else, and where no grid resolves the density (a network with
+kinks, heavy tails), a route that starts from the base (annealing, or of a discrete law particles)
+stands beside one that starts from draws of chains (bridge sampling). Two routes from one start miss
+the same modes and agree on the wrong value, so that their agreement is called agreement, and no
+more: chains that are started from the base as well share that start.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from pyro_ebm.normalizers.discrete_path import DiscretePath, draws_of_chains, is
 from pyro_ebm.normalizers.exact import States, exact
 from pyro_ebm.normalizers.from_uniform import from_uniform
 from pyro_ebm.normalizers.growth import check_grows
+from pyro_ebm.normalizers.held_nodes import MAX_DIM
 from pyro_ebm.normalizers.importance import importance
 from pyro_ebm.normalizers.laws import law_of, on_reals, single
-from pyro_ebm.normalizers.quadrature import MAX_DIM, quadrature
+from pyro_ebm.normalizers.quadrature import UnresolvedError, quadrature
 from pyro_ebm.normalizers.smc import smc
 from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic
 from pyro_ebm.ops.log_normalizer import LogNormalizer
@@ -95,18 +97,31 @@ def _by_the_best_way(dist: EnergyDistribution, draws: Tensor | None) -> LogNorma
     on_reals(law, "estimate_log_normalizer")
     if UnconstrainedSpace.of(law.support, law.event_shape).size <= MAX_DIM:
         return _on_a_grid(dist, draws)
-    single(dist, "estimate_log_normalizer")
-    check_grows(law)
-    by_bridge = _bridged(dist, draws)
-    return by_bridge if law.base is None else agreed(ais(dist), by_bridge)
+    return _from_draws(dist, draws)
 
 
 def _on_a_grid(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer:
-    """Quadrature, beside the bridge where there are draws enough for one."""
-    law, by_grid = law_of(dist), quadrature(dist, draws=draws)
-    if draws is None or law.batch_shape != () or draws.shape[:2].numel() < least_draws(law):
+    """Quadrature, beside the bridge where there are draws enough; without it where it fails."""
+    law = law_of(dist)
+    is_enough = draws is not None and draws.shape[:2].numel() >= least_draws(law)
+    try:
+        by_grid = quadrature(dist, draws=draws)
+    except UnresolvedError:
+        if law.batch_shape != ():
+            raise
+        found = _from_draws(dist, draws if is_enough else None)
+        return replace(found, method=f"{found.method}, for a grid does not resolve the density")
+    if draws is None or not is_enough or law.batch_shape != ():
         return by_grid
     return agreed(by_grid, bridge(dist, draws))
+
+
+def _from_draws(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer:
+    """Bridge sampling, beside annealing where there is a base to start from."""
+    law = single(dist, "estimate_log_normalizer")
+    check_grows(law)
+    by_bridge = _bridged(dist, draws)
+    return by_bridge if law.base is None else agreed(ais(dist), by_bridge)
 
 
 def _of_states(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer:

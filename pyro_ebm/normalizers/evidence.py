@@ -36,7 +36,7 @@ from torch.distributions import constraints
 
 from pyro_ebm.chains.record import as_record
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.distributions.layers import innermost, is_normalized, mask_of
+from pyro_ebm.distributions.layers import PERIODIC, innermost, is_normalized, is_periodic, mask_of
 from pyro_ebm.distributions.normalizer_guard import report
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
@@ -46,7 +46,7 @@ from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic
 from pyro_ebm.ops.arguments import one_of
 from pyro_ebm.ops.held_draws import HeldDraws, asked, replicated
 from pyro_ebm.ops.log_normalizer import LogNormalizer
-from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.whole_data import check_site_unscaled, check_whole
 
 Model = Callable[..., Any]
@@ -87,8 +87,8 @@ def evidence(
     Raises:
         MissingNormalizerError: If log Z of an EBM site is not known at every draw, or there is an
             energy factor, which has none.
-        ValueError: If a prior is improper, a plate is subsampled, a site is scaled, or
-            latents have no draws.
+        ValueError: If a prior is improper or periodic on the reals (VonMises), a plate is
+            subsampled, a site is scaled, or latents have no draws.
 
     Example:
         >>> import pyro.distributions as dist
@@ -163,7 +163,7 @@ def bayes_factor(one: LogNormalizer, other: LogNormalizer) -> BayesFactor:
 
 def _checked_latents(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
     """Names of the latents, once nothing in the model stands against an evidence."""
-    with rng_preserved(), poutine.block(), torch.no_grad():
+    with torch.no_grad(), aside():
         trace = poutine.trace(_OnlyProper()(model)).get_trace(*args, **kwargs)
     check_whole(trace)
     nodes = trace.nodes.items()
@@ -183,6 +183,12 @@ class _OnlyProper(Messenger):
         if is_improper:
             raise ValueError(
                 f"site {msg['name']!r} has an improper prior, under which no data have evidence"
+            )
+        if is_periodic(msg["fn"]) and not msg["is_observed"]:
+            raise ValueError(
+                f"site {msg['name']!r} has a periodic prior, {PERIODIC}: draw x on one period, "
+                "from Uniform(a, a + 2 * math.pi) with a where the posterior is low, and weigh it "
+                'by pyro.factor("prior", prior.log_prob(x) + math.log(2 * math.pi))'
             )
 
 
@@ -218,11 +224,15 @@ def _positions(target: ModelTarget, names: set[str], posterior: Any) -> Tensor:
 
 
 def _flat(target: ModelTarget) -> Callable[[Tensor], Tensor]:
-    """The potential at positions with any lead."""
+    """The potential at positions with any lead.
+
+    An energy runs no sample statements of its own, and this one runs those of a model, which are
+    none of it: values are given, or enumerated.
+    """
 
     def potential(q: Tensor) -> Tensor:
         rows = q.reshape(-1, target.dim).to(target.dtype)
-        with pyro.validation_enabled(is_validate=False):  # checks branch on values
+        with poutine.block(), pyro.validation_enabled(is_validate=False):  # checks branch
             return target.potential(rows).reshape(q.shape[:-1])
 
     return potential
@@ -240,7 +250,7 @@ def _with_error_of_log_z(
     kept = torch.linspace(0, len(rows) - 1, min(len(rows), _NUM_REWEIGHTED)).long()
     rows, potential = rows[kept.to(rows.device)], _flat(target)
     try:
-        changes = potential(rows) - replicated(potential, rows, functions, _NUM_REPLICATES)
+        changes = potential(rows) - replicated(lambda: potential(rows), functions, _NUM_REPLICATES)
     except ValueError as why:
         remarks.append(f"the error of the log Z of EBM sites is unknown: {why}")
         return replace(found, remarks=(*found.remarks, *remarks))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.normalizers.laws import law_of, parameters_behind
+from pyro_ebm.normalizers.laws import check_dims, law_of, parameters_behind
 from pyro_ebm.ops.constraints import plain, site_values
 from pyro_ebm.ops.initial_points import like_of
 from pyro_ebm.ops.log_normalizer import LogNormalizer
@@ -37,7 +37,8 @@ def exact(dist: EnergyDistribution, *, max_states: int = 2**24) -> LogNormalizer
 
     Raises:
         NotImplementedError: If the support is not finite and log Z not known.
-        ValueError: If there are more states.
+        ValueError: If there are more states, or the energy depends on values whose dims are not
+            those of the distribution's batch.
 
     Example:
         >>> from pyro_ebm.ops.constraints import spins
@@ -50,6 +51,7 @@ def exact(dist: EnergyDistribution, *, max_states: int = 2**24) -> LogNormalizer
         value, method = law.energy_function.log_normalizer(), "closed form"  # type: ignore[attr-defined]
     else:
         states = States.of(law, max_states)
+        check_dims(law, states[torch.zeros(1, dtype=torch.long)])
         value, method = log_sum(law, states), f"sum over {states.number} states"
     parameters = parameters_behind(law, value)
     return LogNormalizer(value, torch.zeros_like(value.detach()), method, parameters=parameters)

@@ -21,20 +21,18 @@ Reference: Golub, Welsch, Calculation of Gauss quadrature rules, Math. of Comput
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributions import Independent, MultivariateNormal, Normal
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.normalizers.held_nodes import HeldNodes
-from pyro_ebm.normalizers.laws import law_of, parameters_behind, shared_law
+from pyro_ebm.distributions.gaussian_base import GaussianBase
+from pyro_ebm.normalizers.held_nodes import MAX_DIM, HeldNodes
+from pyro_ebm.normalizers.laws import check_dims, law_of, parameters_behind, shared_law
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 
-MAX_DIM = 3
 MOST_NODES = 150  # in a dim; the outer weights of more are below the smallest double
 _NODES = HeldNodes(
     "gauss_hermite",
@@ -57,8 +55,9 @@ def gauss_hermite(dist: EnergyDistribution, *, num_nodes: int = 32) -> LogNormal
         :data:`~.held_nodes.LARGEST_ERROR`.
 
     Raises:
-        ValueError: If the base is not Gaussian, there are more than three dimensions, or
-            ``num_nodes`` is out of range.
+        ValueError: If the base is not Gaussian, there are more than three dimensions,
+            ``num_nodes`` is out of range, or the energy depends on values whose dims are not those
+            of the distribution's batch.
 
     Example:
         >>> from torch.distributions import Normal
@@ -69,23 +68,12 @@ def gauss_hermite(dist: EnergyDistribution, *, num_nodes: int = 32) -> LogNormal
     if not 4 <= num_nodes <= MOST_NODES or num_nodes != int(num_nodes):
         raise ValueError(f"num_nodes must be a whole number from 4 to 150, got {num_nodes!r}")
     law = law_of(dist)
-    base = _Gaussian.of(law, dist)
+    base = _base_of(law, dist)
+    centre = base.points(torch.zeros_like(base.loc).unsqueeze(0))
+    check_dims(law, centre.reshape((-1,) + law.event_shape)[0])
     value, change = _with_change(law, base, int(num_nodes))
-    centre = base.points(base.loc.new_zeros(1, law.event_shape.numel()))
     parameters = parameters_behind(law, value, centre)
     return _NODES.log_normalizer(value, change, parameters)
-
-
-def has_gaussian_base(law: EnergyDistribution) -> bool:
-    """Whether the nodes can be those of the base."""
-    return isinstance(_inner(law.base), Normal | MultivariateNormal)
-
-
-def _inner(base: Any) -> Any:
-    """A base without what ``to_event`` puts around it."""
-    while isinstance(base, Independent):
-        base = base.base_dist
-    return base
 
 
 def on_base(dist: EnergyDistribution, num_nodes: int) -> tuple[Tensor, Tensor]:
@@ -104,76 +92,57 @@ def on_base(dist: EnergyDistribution, num_nodes: int) -> tuple[Tensor, Tensor]:
         tensor(-0.3466, dtype=torch.float64)
     """
     law = law_of(dist)
-    base = _Gaussian.of(law, dist).of_first()
+    base = _base_of(law, dist).of_first()
     one = shared_law(law, base.loc, with_base=False)
     value, change = _with_change(one, base, num_nodes)
     return value.flatten()[0], change.flatten()[0]
 
 
-class _Gaussian:
-    """A Gaussian base as an affine map of standard normal coordinates."""
-
-    def __init__(self, loc: Tensor, scale_tril: Tensor, event_shape: torch.Size) -> None:
-        self.loc, self.scale_tril, self.event_shape = loc, scale_tril, event_shape
-
-    @classmethod
-    def of(cls, law: EnergyDistribution, dist: EnergyDistribution) -> _Gaussian:
-        base, size = law.base, law.event_shape.numel()
-        if size > MAX_DIM:
-            raise ValueError(
-                f"gauss_hermite takes up to {MAX_DIM} dimensions, and {dist!r} has {size}: use an "
-                "estimate"
-            )
-        base = _inner(base)
-        flat = law.batch_shape + (size,)
-        if isinstance(base, MultivariateNormal):
-            return cls(base.loc, base.scale_tril, law.event_shape)
-        if isinstance(base, Normal):
-            loc, scale = (t.reshape(flat) for t in (base.loc, base.scale))
-            return cls(loc, torch.diag_embed(scale), law.event_shape)
+def _base_of(law: EnergyDistribution, dist: EnergyDistribution) -> GaussianBase:
+    """Returns the base of a law with few dims, or raises."""
+    size = law.event_shape.numel()
+    if size > MAX_DIM:
+        raise ValueError(
+            f"gauss_hermite takes up to {MAX_DIM} dimensions, and {dist!r} has {size}: use an "
+            "estimate"
+        )
+    base = GaussianBase.of(law.base)
+    if base is None:
         raise ValueError(
             f"gauss_hermite integrates against a Gaussian base (Normal or MultivariateNormal), got "
             f"{law.base!r}: use quadrature"
         )
-
-    def of_first(self) -> _Gaussian:
-        """Returns the base of the first element of a batch, as a batch of one."""
-        loc, scale_tril = self.loc, self.scale_tril
-        for dim in range(loc.dim() - 1):
-            loc, scale_tril = (t.narrow(dim, 0, 1) for t in (loc, scale_tril))
-        return _Gaussian(loc, scale_tril, self.event_shape)
-
-    def points(self, z: Tensor) -> Tensor:
-        """Returns the images of nodes ``(N, D)``, ``(N,) + batch + event``."""
-        lead = z.shape[:1] + (1,) * (self.loc.dim() - 1)
-        x = self.loc + (self.scale_tril @ z.reshape((*lead, -1, 1))).squeeze(-1)
-        return x.reshape(x.shape[:-1] + self.event_shape)
+    return base
 
 
-def _with_change(law: EnergyDistribution, base: _Gaussian, num_nodes: int) -> tuple[Tensor, Tensor]:
+def _with_change(
+    law: EnergyDistribution, base: GaussianBase, num_nodes: int
+) -> tuple[Tensor, Tensor]:
     """Returns log E exp(-E) over the base and its change from fewer nodes, of the batch shape."""
     value = _log_mean(law, base, num_nodes)
     with torch.no_grad():
-        changes = [value - _log_mean(law, base, n) for n in (num_nodes - 1, num_nodes * 3 // 4)]
+        fewer = (num_nodes - 1, min(num_nodes * 3 // 4, num_nodes - 2))  # of 4 nodes 3 and 2
+        changes = [value - _log_mean(law, base, n) for n in fewer]
     return value, torch.stack(changes).detach().abs().amax(0)
 
 
-def _log_mean(law: EnergyDistribution, base: _Gaussian, num_nodes: int) -> Tensor:
+def _log_mean(law: EnergyDistribution, base: GaussianBase, num_nodes: int) -> Tensor:
     """Returns log E exp(-E) over the base, of the batch shape, in float64."""
     z, log_w = _nodes(num_nodes, law.event_shape.numel(), base.loc)
-    values = -law.energy(base.points(z.to(base.loc.dtype))).double()
+    z = z.to(base.loc.dtype).reshape((len(z),) + (1,) * (base.loc.dim() - 1) + z.shape[1:])
+    values = -law.energy(base.points(z)).double()
     return torch.logsumexp(values + log_w.reshape((-1,) + (1,) * (values.dim() - 1)), 0)
 
 
 def _nodes(num_nodes: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Nodes ``(n^D, D)`` and log weights ``(n^D,)`` of the standard normal, in float64."""
-    z, log_w = (torch.as_tensor(row, device=like.device) for row in _rule(num_nodes))
+    z, log_w = (torch.as_tensor(row, device=like.device) for row in rule(num_nodes))
     grid = torch.cartesian_prod(*[z] * dim).reshape(-1, dim)
     return grid, torch.cartesian_prod(*[log_w] * dim).reshape(-1, dim).sum(-1)
 
 
 @cache
-def _rule(num_nodes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Nodes and log weights in one dim: an eigenvalue problem, solved once."""
+def rule(num_nodes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns nodes and log weights in one dim: an eigenvalue problem, solved once."""
     points, weights = np.polynomial.hermite_e.hermegauss(num_nodes)
     return points, np.log(weights / weights.sum())

@@ -10,11 +10,16 @@ which it calls under a handler as a model does, and wherever values cannot be lo
 
 from __future__ import annotations
 
+import math
+
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
 from pyro_ebm.normalizers.beyond import Beyond
 from pyro_ebm.ops.log_normalizer import LogNormalizer
+
+MAX_DIM = 3
+"""Dims of a grid of nodes."""
 
 LARGEST_ERROR = 1e-3
 """Nats of error above which a sum is no log Z: a hundred rows see it a hundred times, a tenth of a
@@ -61,9 +66,11 @@ class HeldNodes:
             value,
             error,
             self.method,
-            remarks=() if holds else self._remarks(error),
+            remarks=() if holds else self._remarks(value, error),
             parameters=parameters,
         )
 
-    def _remarks(self, error: Tensor) -> tuple[str, ...]:
+    def _remarks(self, value: Tensor, error: Tensor) -> tuple[str, ...]:
+        if bool((value == -math.inf).any()):
+            return (f"there is no mass at its nodes: {self.remedy}",)
         return (f"its nodes err by {float(error.max()):.2g} nats: {self.remedy}",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.distributions.known_normalizer import parameters_of, parameters_of_modules
-from pyro_ebm.distributions.layers import is_normalized, unvalidated
+from pyro_ebm.distributions.layers import is_normalized, is_periodic, unvalidated
 from pyro_ebm.distributions.supports import same_support
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc import Kernel
@@ -22,6 +23,8 @@ from pyro_ebm.ops.initial_points import initial_points, like_of
 from pyro_ebm.ops.rng import rng_preserved
 
 KernelMaker = Callable[[EnergyDistribution], Kernel]
+
+_PERIOD = constraints.interval(-math.pi, math.pi)  # that is drawn from, of a periodic density
 
 
 def law_of(dist: EnergyDistribution) -> EnergyDistribution:
@@ -42,7 +45,7 @@ def single(dist: EnergyDistribution, estimator: str) -> EnergyDistribution:
     """Returns the law if it is one, not a batch.
 
     Raises:
-        ValueError: If it has a batch shape.
+        ValueError: If it has a batch shape, or its energy one that the law does not name.
     """
     law = law_of(dist)
     if law.batch_shape != ():
@@ -50,7 +53,42 @@ def single(dist: EnergyDistribution, estimator: str) -> EnergyDistribution:
             f"{estimator} estimates one log Z, and batch_shape is {tuple(law.batch_shape)}: "
             "estimate the elements one by one"
         )
+    check_dims(law, _point(law))
     return law
+
+
+def check_dims(law: EnergyDistribution, x: Tensor) -> None:
+    """Raises if the energy depends on values whose dims are not those of ``batch_shape``.
+
+    One row tells: of as many rows as there are groups each would be taken for that of its group.
+    An energy that fails says so where it is used.
+
+    Args:
+        law: The law.
+        x: One value of it, ``event_shape``.
+
+    Raises:
+        ValueError: If it does.
+
+    Example:
+        >>> theta = torch.zeros(2)
+        >>> law = EnergyDistribution(lambda x: theta * x, event_shape=())
+        >>> check_dims(law, torch.tensor(0.0))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: ...with dims of their own...: give the law batch_shape=(2,)
+    """
+    row, expected = (1,) * (1 + len(law.batch_shape)), (1, *law.batch_shape)
+    try:
+        with torch.no_grad():
+            shape = tuple(law.energy(x.reshape(row + law.event_shape)).shape)
+    except RuntimeError:
+        return
+    if shape != expected:
+        raise ValueError(
+            f"{law!r}: the energy depends on values with dims of their own (for one row its shape "
+            f"is {shape}, expected {expected}): give the law batch_shape={shape}"
+        )
 
 
 def on_reals(law: EnergyDistribution, estimator: str) -> EnergyDistribution:
@@ -107,9 +145,10 @@ def normalized_on(law: EnergyDistribution, given: Any, name: str) -> Any:
         )
     if not is_normalized(q):
         raise ValueError(f"the {name} must be a normalized distribution: its own log Z is missing")
-    if not covers(q.support, law.support):
+    support = _PERIOD if is_periodic(q) else q.support
+    if not covers(support, law.support):
         raise ValueError(
-            f"the {name} lives on {plain(q.support)} and the law on {plain(law.support)}: mass "
+            f"the {name} lives on {plain(support)} and the law on {plain(law.support)}: mass "
             f"outside would be missing from log Z. Their supports must be the same, or that of the "
             f"{name} larger"
         )

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from pyro_ebm.ops.autograd import grad_of
+from pyro_ebm.ops.log_space import NEGLIGIBLE
 
 NUM_SCATTERED = 512
-NEGLIGIBLE = 36.0  # nats below the highest point: exp(-36) is under the rounding of a double
 _NUM_STEPS = 50
 _LONGER, _SHORTER = 1.6, 0.4
 _MOST_PEAKS = 40

@@ -32,15 +32,16 @@ from pyro_ebm.distributions.layers import unvalidated
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.growth import check_grows
-from pyro_ebm.normalizers.held_nodes import HeldNodes
-from pyro_ebm.normalizers.laws import check_inside, law_of, on_reals, parameters_behind
-from pyro_ebm.normalizers.peaks import NEGLIGIBLE, Peaks, find_peaks, scattered
+from pyro_ebm.normalizers.held_nodes import MAX_DIM, HeldNodes
+from pyro_ebm.normalizers.laws import check_dims, check_inside, law_of, on_reals, parameters_behind
+from pyro_ebm.normalizers.peaks import Peaks, find_peaks, scattered
 from pyro_ebm.ops.dtypes import Dtypes
+from pyro_ebm.ops.initial_points import like_of
 from pyro_ebm.ops.log_normalizer import LogNormalizer
+from pyro_ebm.ops.log_space import NEGLIGIBLE
 from pyro_ebm.ops.nan_energies import NaNCount
 from pyro_ebm.ops.spaces import UnconstrainedSpace
 
-MAX_DIM = 3
 FIRST_NODES = 33  # along every dim; halving a step of n nodes makes 2 n - 1
 MOST_NODES = 2**22
 _NUM_STARTS, _MOST_DRAWS = 64, 4096
@@ -54,6 +55,10 @@ _NODES = HeldNodes(
     "of a law that is too narrow or too wide for a box",
     "use box.refined(), a wider box, infer.posterior",
 )
+
+
+class UnresolvedError(RuntimeError):
+    """Log Z still moves at the finest grid: tails too heavy for one, or the density too rough."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +117,11 @@ def quadrature(
 
     Raises:
         NotImplementedError: If the support is not continuous.
-        ValueError: If there are more than three dimensions, draws are NaN or not on the support, or
-            the energy refuses nodes by a ``validate_args=True`` of its own.
+        ValueError: If there are more than three dimensions, draws are NaN or not on the support,
+            the energy depends on values whose dims are not those of the distribution's batch, or it
+            refuses nodes by a ``validate_args=True`` of its own.
         NonFiniteEnergyError: If the mass does not end, or no point has any.
-        RuntimeError: If log Z still moves at the finest grid.
+        UnresolvedError: If log Z still moves at the finest grid.
 
     Example:
         >>> law = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=())
@@ -123,6 +129,7 @@ def quadrature(
         tensor(0.9189, dtype=torch.float64)
     """
     integrand = _Integrand(dist)
+    integrand.check_dims(box)
     if box is not None:
         value, error = integrand.with_error(box)
         return _NODES.log_normalizer(value, error, integrand.parameters(value, box))
@@ -154,7 +161,7 @@ def _rounded(peaks: Peaks) -> tuple[str, ...]:
     )
 
 
-def _unresolved(integrand: _Integrand, box: Box, peaks: Peaks, seen: NaNCount) -> Exception:
+def _unresolved(integrand: _Integrand, box: Box, peaks: Peaks, seen: NaNCount) -> UnresolvedError:
     """What to say of log Z that does not stand still at the finest grid."""
     check_grows(integrand.law)
     steps, width = (box.high - box.low) / (box.num_nodes - 1), peaks.width.amin(0)
@@ -169,7 +176,7 @@ def _unresolved(integrand: _Integrand, box: Box, peaks: Peaks, seen: NaNCount) -
         )
     else:
         why = f"the density is too rough for quadrature in {box.low.dtype}: use an estimate"
-    return RuntimeError(f"{integrand.law!r}: log Z still moves with {MOST_NODES} nodes: {why}")
+    return UnresolvedError(f"{integrand.law!r}: log Z still moves with {MOST_NODES} nodes: {why}")
 
 
 def on_box(dist: EnergyDistribution, box: Box) -> tuple[Tensor, Tensor]:
@@ -330,6 +337,11 @@ class _Integrand:
                 f"quadrature takes up to {MAX_DIM} dimensions, and {dist!r} has {self.dim}: use "
                 "an estimate"
             )
+
+    def check_dims(self, box: Box | None) -> None:
+        """Raises if the energy depends on values with dims of their own."""
+        like = like_of(self.law.energy_function) if box is None else box.low
+        check_dims(self.law, self.space.to_support(like.new_zeros(self.dim)))
 
     def peaks(self, draws: Tensor | None) -> Peaks:
         """Where the density is high, by a search from the base or the support, and from draws."""

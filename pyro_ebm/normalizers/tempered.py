@@ -29,14 +29,12 @@ from pyro_ebm.mcmc import HMC, MCMC, ParallelTempering
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.ais import NUM_PILOTS, Path, finer
+from pyro_ebm.normalizers.chain_size import LEAST_CHAINS
 from pyro_ebm.normalizers.discrete_path import DiscretePath, energies_at_rungs, is_discrete
 from pyro_ebm.normalizers.discrete_smc import pilot_ladder
 from pyro_ebm.normalizers.laws import KernelMaker, based, single
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.nan_energies import NaNCount
-
-LEAST_CHAINS = 20
-"""Chains below which their spread is no measure of an error."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,7 @@ class TemperedRun:
         energies: Energies relative to the base in nats, ``(K + 1, chains, draws)``; infinite where
             the law has no mass.
         seen: Energies at the base that were NaN, and are infinite here.
+        num_stuck: Chains that did not move at all at some rung, whose draws are one.
 
     Raises:
         ValueError: If the ladder does not lead from 0 to 1, or there are too few chains.
@@ -57,6 +56,19 @@ class TemperedRun:
     ladder: Tensor
     energies: Tensor
     seen: NaNCount = field(default_factory=NaNCount)
+    num_stuck: int = 0
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is wrong with the draws, a sentence each."""
+        if not self.num_stuck:
+            return self.seen.remarks
+        return (
+            *self.seen.remarks,
+            f"{self.num_stuck} of {self.energies.shape[1]} chains never moved at some rung, as "
+            "from a far draw of the base, and bias the value beyond its error: take a base or "
+            "prior that is nearer to the law, or a bridge from draws of it",
+        )
 
     def __post_init__(self) -> None:
         ladder, shape = self.ladder, tuple(self.energies.shape)
@@ -144,6 +156,7 @@ def _held(path: Path, num_chains: int, num_samples: int, burn_in: int) -> Temper
     q = path.target.draw_start(num_chains)
     seen = NaNCount()
     parts = [_at_base(weighing, num_chains, num_samples, seen)]
+    stuck = torch.zeros(num_chains, dtype=torch.bool, device=q.device)
     for beta, tuning in zip(path.ladder, path.tunings, strict=True):
         path.beta.fill_(beta)
         state, rows = path.kernel.init(moving, q).with_tuning(**tuning), []
@@ -151,10 +164,11 @@ def _held(path: Path, num_chains: int, num_samples: int, burn_in: int) -> Temper
             state, _ = path.kernel.step(moving, state)
             if i >= burn_in:
                 rows.append(weighing.energy(state.position))
+        stuck |= (state.position == q).all(1)
         q = state.position
         parts.append(torch.stack(rows, -1)[None])
     ladder = torch.cat([path.ladder.new_zeros(1), path.ladder]).double().to(q.device)
-    return TemperedRun(ladder, torch.cat(parts), seen)
+    return TemperedRun(ladder, torch.cat(parts), seen, int(stuck.sum()))
 
 
 def _swept(law: EnergyDistribution, shape: tuple[int, int, int], burn_in: int) -> TemperedRun:

@@ -83,7 +83,7 @@ def thermodynamic(dist: EnergyDistribution, run: TemperedRun | None = None) -> L
         ess=min(size_of_mean(rung) for rung in energies),
         num_samples=energies[0].numel(),
         start=start,
-        remarks=(remark,) if bool(of_rule > error) else (),
+        remarks=(*run.remarks, *((remark,) if bool(of_rule > error) else ())),
         parameters=parameters_at(law),
     )
 
@@ -126,7 +126,7 @@ def stepping_stones(dist: EnergyDistribution, run: TemperedRun | None = None) ->
         ess=min(size_of_mean(w) * carried_share(w) for w in weights),
         num_samples=weights[0].numel(),
         start=start,
-        remarks=run.seen.remarks,
+        remarks=run.remarks,
         parameters=parameters_at(law),
     )
 

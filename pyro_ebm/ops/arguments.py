@@ -39,6 +39,17 @@ def share(name: str, value: float) -> float:
     return value
 
 
+def rate(name: str, value: float) -> float:
+    """Returns a weight of the newest batch.
+
+    Raises:
+        ValueError: If it is not in (0, 1].
+    """
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be in (0, 1], the weight of the newest batch, got {value!r}")
+    return value
+
+
 def whole(name: str, value: int, *, least: int) -> int:
     """Returns a whole number.
 

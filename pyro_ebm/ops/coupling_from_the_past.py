@@ -4,7 +4,9 @@ The heat bath sets spin i to +1 iff :math:`u_i < \sigma(2 (K \sum_{j \sim i} s_j
 :math:`K \ge 0` and the same u's, a lattice that starts above another stays above it; so where the
 lattices started from all +1 and from all -1 have met, every start has led there. Run from ever
 further in the past with the *same* numbers for the same times, the state at time zero is an exact
-draw as soon as they meet; a run that is begun anew with fresh numbers until it meets is not.
+draw as soon as they meet; a run that is begun anew with fresh numbers until it meets is not. Nor
+are draws of which those that take long are left out: who is out of patience must draw otherwise
+from the beginning.
 
 Reference:
     Propp, Wilson, Exact sampling with coupled Markov chains and applications to statistical
@@ -13,17 +15,49 @@ Reference:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["ferromagnet"]
+__all__ = ["NotCoupledError", "at_most", "ferromagnet"]
 
 MAX_SWEEPS = 2**16
+_most: ContextVar[int] = ContextVar("most", default=MAX_SWEEPS)
+
+
+class NotCoupledError(RuntimeError):
+    """Exact draws take longer than they were given."""
+
+
+@contextmanager
+def at_most(num_sweeps: int) -> Iterator[None]:
+    """Within the block draws give up after so many sweeps, where they are not told otherwise.
+
+    Args:
+        num_sweeps: Sweeps.
+
+    Example:
+        >>> with at_most(64):
+        ...     x = ferromagnet(torch.zeros(5), torch.zeros(5), torch.Size([3, 4]), periodic=True)
+    """
+    token = _most.set(num_sweeps)
+    try:
+        yield
+    finally:
+        _most.reset(token)
 
 
 @torch.no_grad()
 def ferromagnet(
-    coupling: Tensor, field: Tensor, shape: torch.Size, *, periodic: bool, most: int = MAX_SWEEPS
+    coupling: Tensor,
+    field: Tensor,
+    shape: torch.Size,
+    *,
+    periodic: bool,
+    most: int | None = None,
 ) -> Tensor:
     """Returns exact draws, ``coupling.shape + shape``.
 
@@ -32,11 +66,11 @@ def ferromagnet(
         field: H, of the same shape.
         shape: ``(n, m)``.
         periodic: Whether the lattice is a torus.
-        most: Sweeps after which to give up.
+        most: Sweeps after which to give up; :data:`MAX_SWEEPS`, or those of :func:`at_most`.
 
     Raises:
         ValueError: If a coupling is negative: the heat bath is then not monotone.
-        RuntimeError: If some lattices have not met after ``most`` sweeps.
+        NotCoupledError: If some lattices have not met after ``most`` sweeps.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -48,6 +82,7 @@ def ferromagnet(
             "coupling from the past needs couplings that are not negative: give the coupling a "
             "prior on the positive numbers, or the energy another kernel"
         )
+    most = _most.get() if most is None else most
     colors = _colors(shape, periodic=periodic).to(coupling.device)
     batch = coupling.reshape(-1)
     bath = _HeatBath(batch, field.reshape(-1), colors, periodic=periodic)
@@ -56,9 +91,10 @@ def ferromagnet(
     pending = torch.arange(len(batch), device=coupling.device)
     while len(pending) > 0:
         if 2 ** len(seeds) > most:
-            raise RuntimeError(
+            raise NotCoupledError(
                 f"{len(pending)} of {len(batch)} lattices did not couple within {most} sweeps, "
-                f"couplings up to {float(batch[pending].max()):.3g}: use another sampler there"
+                f"couplings up to {float(batch[pending].max()):.3g}: give exchange "
+                "auxiliary=Sweeps(), or use sweep() of the energy"
             )
         seeds.append(int(torch.randint(2**62, ())))
         met, state = bath.run(pending, seeds)

@@ -70,16 +70,12 @@ def asked() -> Iterator[list[HeldDraws]]:
 
 
 def replicated(
-    potential: Callable[[Tensor], Tensor],
-    positions: Tensor,
-    functions: Sequence[HeldDraws],
-    num_replicates: int,
+    evaluated: Callable[[], Tensor], functions: Sequence[HeldDraws], num_replicates: int
 ) -> Tensor:
-    """Returns a potential with the functions in it made of resampled draws, ``(B, S)``, in nats.
+    """Returns what is evaluated with the functions made of resampled draws, ``(B, ...)``.
 
     Args:
-        potential: From positions ``(S, D)`` to U, ``(S,)``.
-        positions: Where, ``(S, D)``.
+        evaluated: Returns what the functions enter, ``(...)``.
         functions: What to resample.
         num_replicates: B.
 
@@ -92,7 +88,7 @@ def replicated(
     for each in zip(*copies, strict=True):
         token = _replicates.set(dict(zip(different, each, strict=True)))
         try:
-            found.append(potential(positions))
+            found.append(evaluated())
         finally:
             _replicates.reset(token)
     return torch.stack(found)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "MULTIPLES",
     "GaussianKernel",
     "InverseMultiquadricKernel",
     "KernelFunction",
@@ -36,6 +37,9 @@ __all__ = [
 ]
 
 Length = float | Tensor
+
+MULTIPLES = (0.5, 1.0, 2.0)
+"""Of the median distance: length scales of a sum, so that no single one decides."""
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:

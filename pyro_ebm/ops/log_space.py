@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+NEGLIGIBLE = 36.0
+"""Nats below the largest term from which others do not count: a double rounds exp(-36) away."""
+
 
 def log_mean_exp(values: Tensor, dim: int = 0) -> Tensor:
     """Returns the log of the mean of ``exp(values)`` along ``dim``.
@@ -18,14 +21,14 @@ def log_mean_exp(values: Tensor, dim: int = 0) -> Tensor:
     return torch.logsumexp(values, dim) - math.log(values.shape[dim])
 
 
-def effective_sample_size(log_weights: Tensor) -> Tensor:
-    r"""Returns :math:`(\sum w)^2 / \sum w^2` of a flat tensor of log weights.
+def effective_sample_size(log_weights: Tensor, dim: int = 0) -> Tensor:
+    r"""Returns :math:`(\sum w)^2 / \sum w^2` of log weights along ``dim``.
 
     Example:
         >>> effective_sample_size(torch.zeros(8))
         tensor(8.)
     """
-    return torch.exp(2 * torch.logsumexp(log_weights, 0) - torch.logsumexp(2 * log_weights, 0))
+    return torch.exp(2 * torch.logsumexp(log_weights, dim) - torch.logsumexp(2 * log_weights, dim))
 
 
 def draw_by_weight(log_weights: Tensor, dim: int = 0) -> Tensor:

@@ -23,6 +23,7 @@ from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provena
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
+from pyro_ebm.distributions.call_stack import prototype_run
 from pyro_ebm.distributions.known_normalizer import problem_with
 from pyro_ebm.distributions.layers import mask_of
 from pyro_ebm.distributions.normalizer_guard import (
@@ -35,8 +36,9 @@ from pyro_ebm.distributions.supports import tensors_in
 from pyro_ebm.errors import MissingNormalizerError
 from pyro_ebm.ops.autograd import grad_of
 from pyro_ebm.ops.autograd_graph import leaves_of
+from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.gradient_check import GradientCheck, check_gradients
-from pyro_ebm.poutine.paired_runs import Pair, paired_runs, undisturbed, unvalidated
+from pyro_ebm.poutine.paired_runs import Pair, paired_runs, unvalidated
 from pyro_ebm.poutine.site_check import ModelCheck, SiteCheck, listed
 
 
@@ -69,7 +71,7 @@ def check_model(
     Raises:
         MissingNormalizerError: If a latent would be inferred through an unknown, constant, stale or
             wrong log Z (a warning or nothing, as the setting ``ebm_missing_normalizer`` says).
-        NonFiniteEnergyError: If an energy is not finite at its own site's value.
+        NonFiniteEnergyError: If an energy is not finite at its own site's value, or log Z is not.
         ValueError: If ``at`` names a site that is not a latent of the model.
 
     Example:
@@ -85,7 +87,7 @@ def check_model(
         >>> check_model(model, torch.randn(20)).is_sound
         True
     """
-    with undisturbed():
+    with aside():
         sites = {}
         for pair in paired_runs(model, args, kwargs, dict(at or {})):
             if pair.is_factor:
@@ -116,7 +118,8 @@ def check_structure(model: Callable[..., Any], args: Sequence[Any], kwargs: Any)
         UserWarning: If the model cannot be run on values that remember where they came from.
     """
     try:
-        check_model(partial(model, **kwargs), *args, num_samples=0)
+        with prototype_run():
+            check_model(partial(model, **kwargs), *args, num_samples=0)
     except MissingNormalizerError:
         raise
     except Exception as error:  # models may do anything with their values

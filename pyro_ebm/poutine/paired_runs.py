@@ -7,7 +7,6 @@ values can carry too; once on leaves of an autograd graph, which also shows para
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyro
@@ -15,26 +14,10 @@ import torch
 from pyro import poutine
 from pyro.ops.provenance import ProvenanceTensor
 from pyro.poutine.util import site_is_subsample
-from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
-from pyro_ebm.distributions import GeneralizedEBM, unwrap
+from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
 from pyro_ebm.errors import NonFiniteEnergyError
-from pyro_ebm.ops.rng import rng_preserved
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Hides what happens inside from handlers, random state and parameter store."""
-    store, state = pyro.get_param_store(), get_rng_state()
-    before = set(store.keys())
-    try:
-        with rng_preserved(), poutine.block():
-            yield
-    finally:
-        set_rng_state(state)
-        for name in set(store.keys()) - before:
-            del store[name]
 
 
 def unvalidated() -> Any:
@@ -62,7 +45,7 @@ def paired_runs(
     """Yields the EBM sites and energy factors of a model, scored at a draw from the prior.
 
     Raises:
-        NonFiniteEnergyError: If an energy is not finite at its own site's value.
+        NonFiniteEnergyError: If an energy is not finite at its own site's value, or log Z is not.
         ValueError: If ``at`` names a site that is not a latent.
     """
 
@@ -116,7 +99,21 @@ def _require_finite(name: str, site: Any) -> None:
     if isinstance(site["mask"], Tensor):
         bad = bad & site["mask"]
     if bool(bad.any()) and site["mask"] is not False:
+        if _lacks_log_z(unwrap(site["fn"]), site["value"]):
+            raise NonFiniteEnergyError(
+                f"check_model: log Z of site {name!r} is not finite where the model was run, while "
+                "its energy is. Give values of its latents at which it is known (at=), or a "
+                "log_normalizer that holds there"
+            )
         raise NonFiniteEnergyError(
             f"check_model: the energy of site {name!r} is not finite in {int(bad.sum())} of "
             f"{bad.numel()} rows. Look for overflow in the energy at the site's value"
         )
+
+
+def _lacks_log_z(p: EnergyDistribution | None, x: Tensor) -> bool:
+    """Whether it is log Z that is not finite, and not the energy of every row."""
+    log_z = None if p is None else p.log_normalizer_value()
+    if p is None or log_z is None or bool(log_z.isfinite().all()):
+        return False
+    return bool(p.unnormalized_log_prob(x).isfinite().any())

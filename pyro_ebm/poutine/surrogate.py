@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.distributions import EnergyDistribution, unwrap
-from pyro_ebm.distributions.call_stack import frame_of
+from pyro_ebm.distributions.call_stack import is_inside_elbo
 from pyro_ebm.distributions.layers import layers, mask_of, num_reinterpreted
 from pyro_ebm.distributions.wrappers import rewrap
 from pyro_ebm.poutine.summed_out import refuse_mixture
@@ -223,7 +223,7 @@ class SurrogateMessenger(Messenger):
         summed_out = self.summed_out  # of this run, filled as it goes on
 
         def score(p: EnergyDistribution, x: Tensor) -> Tensor:
-            if not (self.fresh_noise or objective.is_frozen or _inside_elbo()):
+            if not (self.fresh_noise or objective.is_frozen or is_inside_elbo()):
                 raise RuntimeError(
                     f"the surrogate of EBM site {name!r} draws fresh noise at every evaluation, so "
                     "its density is not a fixed target: freeze it first, "
@@ -262,10 +262,6 @@ def _mask_of(fn: Any, mask: Any) -> Tensor | None:
     """
     found = mask_of(fn, mask)
     return (found | ~found.any()).bool() if isinstance(found, Tensor) else None
-
-
-def _inside_elbo() -> bool:
-    return frame_of(("get_importance_trace", "_get_trace", "_guess_max_plate_nesting")) is not None
 
 
 def surrogate(

@@ -12,10 +12,25 @@ from typing import Any
 
 import torch
 from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_ebm.distributions import unwrap
+
+UNDER_A_POSTERIOR = (
+    "stand for all, their likelihood is scaled up, and a posterior of that is too narrow. Give the "
+    "model all rows, or those that are to count with a plate of their number, and no subsample"
+)
+WHEN_FROZEN = (
+    "are those of one run, and a frozen objective needs the full data: take subsample_size away"
+)
+WITHOUT_SCALE = (
+    "take poutine.scale away and draw without it, or, if it counts equal rows, give every row as "
+    "often as it counts"
+)
 
 
 def check_whole(trace: Trace) -> None:
-    """Raises if a plate takes some of its rows only, at random or by ``subsample=``.
+    """Raises if a plate takes some of its rows only, which leaves no posterior of all.
 
     Args:
         trace: A run of the model.
@@ -23,14 +38,42 @@ def check_whole(trace: Trace) -> None:
     Raises:
         ValueError: If one does; the message names the plate.
     """
-    samples = (site for site in trace.nodes.values() if site["type"] == "sample")
-    for frame in (frame for site in samples for frame in site["cond_indep_stack"]):
+    for site in trace.nodes.values():
+        if site["type"] == "sample":
+            check_site_whole(site, UNDER_A_POSTERIOR)
+
+
+def check_site_whole(site: dict[str, Any], why: str) -> None:
+    """Raises if a plate around a site takes some of its rows only, at random or by ``subsample=``.
+
+    Args:
+        site: A sample site of a run of the model.
+        why: What is wrong with these rows and what to do, a clause of which they are the subject.
+
+    Raises:
+        ValueError: If one does; the message names the plate.
+    """
+    for frame in site["cond_indep_stack"]:
         if frame.full_size not in (None, frame.size):
             raise ValueError(
-                f"plate {frame.name!r} is subsampled: {frame.size} of {frame.full_size} rows stand "
-                "for all, their likelihood is scaled up, and a posterior of that is too narrow. "
-                "Give the model all rows, or those that are to count with a plate of their number, "
-                "and no subsample"
+                f"plate {frame.name!r} is subsampled: {frame.size} of {frame.full_size} rows {why}"
+            )
+
+
+def check_ebms_unscaled(trace: Trace, what: str) -> None:
+    """Raises if an observed EBM site is scaled, which leaves no posterior by Bayes' rule.
+
+    Args:
+        trace: A run of the model.
+        what: What was asked for, as the beginning of a sentence.
+
+    Raises:
+        ValueError: If one is; the message names the site.
+    """
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and site["is_observed"] and unwrap(site["fn"]) is not None:
+            check_site_unscaled(
+                site, f"{what} counts every row once (method='generalized' weighs its loss by it)"
             )
 
 
@@ -44,10 +87,21 @@ def check_site_unscaled(site: dict[str, Any], why: str) -> None:
     Raises:
         ValueError: If it is; the message names the site.
     """
-    scale = torch.as_tensor(site["scale"])
+    check_unscaled(site["name"], torch.as_tensor(site["scale"]), why)
+
+
+def check_unscaled(name: str, scale: Tensor, why: str, remedy: str = WITHOUT_SCALE) -> None:
+    """Raises if a scale is not one.
+
+    Args:
+        name: The site that it multiplies.
+        scale: The scale, of any shape.
+        why: What it is in the way of, a clause.
+        remedy: What to do about it, a clause.
+
+    Raises:
+        ValueError: If it is not one everywhere; the message names the site.
+    """
     if bool((scale != 1).any()):
-        raise ValueError(
-            f"site {site['name']!r} is scaled by {float(scale.max()):.6g}: {why}; take "
-            "poutine.scale away and draw without it, or, if it counts equal rows, give every row "
-            "as often as it counts"
-        )
+        first = float(scale[scale != 1][0])
+        raise ValueError(f"site {name!r} is scaled by {first:.6g}: {why}; {remedy}")

@@ -33,12 +33,11 @@ from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.mcmc.model_target import ModelTarget
 from pyro_ebm.mcmc.target import Values
 from pyro_ebm.ops.arguments import whole
+from pyro_ebm.ops.detection import detectable
 from pyro_ebm.testing.simulation_based_calibration import KernelOf
 from pyro_ebm.testing.simulator import OfOne, Simulator, evaluated, scalars
-from pyro_ebm.testing.statistics import THRESHOLD
+from pyro_ebm.testing.statistics import LEAST_MOVED, THRESHOLD
 
-LEAST_SHARE = 0.05  # of the steps, to have moved
-_NORMAL_90 = 1.2816
 _SHIFT = 0.5 / math.sqrt(math.pi)  # of the mean of u, per sd of a Gaussian
 _WIDTH = 0.25 / (math.pi * math.sqrt(0.75))  # of the mean of (u - 1/2)^2, per share of its sd
 
@@ -65,7 +64,7 @@ class Moments(NamedTuple):
 
     def __str__(self) -> str:
         """Says both, and what could have been seen."""
-        seen = THRESHOLD + _NORMAL_90
+        seen = detectable(THRESHOLD)
         shift, width = seen * self.location_stderr / _SHIFT, seen * self.spread_stderr / _WIDTH
         return (
             f"location z {self.location:.2f}, spread z {self.spread:.2f} (with probability 0.9 a "
@@ -104,7 +103,7 @@ class GewekeResult:
         if bad:
             head = f"{self.kernel} does not keep the joint law of parameters and data"
             raise AssertionError("\n".join([head, *bad]))
-        if self.share_moved < LEAST_SHARE:
+        if self.share_moved < LEAST_MOVED:
             raise AssertionError(
                 f"{self.kernel} moved in {self.share_moved:.1%} of its steps: nothing was tested, "
                 "use a smaller step size"

@@ -14,6 +14,9 @@ from torch import Tensor
 
 THRESHOLD = 5.0
 
+LEAST_MOVED = 0.05
+"""The share of steps or chains that must have moved for anything to have been tested."""
+
 
 def assert_mean_close(
     values: Tensor, expected: Tensor | float, *, stderr: Tensor | None = None, what: str = "mean"

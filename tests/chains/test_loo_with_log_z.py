@@ -20,7 +20,7 @@ from pyro_ebm.chains.arviz import import_arviz
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Ising
 from pyro_ebm.errors import MissingNormalizerError
-from pyro_ebm.normalizers import Anchored, Box, quadrature
+from pyro_ebm.normalizers import Anchored, Box, base_importance, quadrature
 
 az = import_arviz()
 
@@ -191,3 +191,68 @@ def test_without_log_z_the_wrong_model_wins():
         assert compared(x, log_z=None).index[0] == "vague"
     with pytest.raises(MissingNormalizerError):
         compared(x, log_z=None)
+
+
+# --- through held draws
+
+
+def tilted(t, log_z):
+    """exp(-t x^2 / 2) on N(0, 1), log Z = -log(1 + t) / 2."""
+    law = EnergyDistribution(lambda x: 0.5 * t * x**2, dist.Normal(0.0, 1.0), batch_shape=t.shape)
+    return law.with_log_normalizer(lambda: log_z(law, t))
+
+
+def exact_log_z(law, t):
+    return -0.5 * torch.log1p(t)
+
+
+def scores_of_tilted(x, t, log_z):
+    def model(x):
+        tilt = pyro.sample("t", dist.Gamma(2.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", tilted(tilt, log_z), obs=x)
+
+    return to_arviz({"t": t}, model=model, args=(x,), log_likelihood=True)
+
+
+@pytest.mark.filterwarnings("ignore:log_likelihood. log Z is made of held draws")
+def test_the_error_of_held_draws_is_told_beside_loo():
+    """elpd through held draws against the same law's exact one, 12 sets of draws, 40 rows.
+
+    The errors' spread is known to a fifth: an error off by a factor of two, or of one row, is seen.
+    """
+    x = torch.randn(40) / 2**0.5
+    t = 1.0 + 0.2 * torch.rand(4, 25)
+    exact = scores_of_tilted(x, t, exact_log_z)
+    assert "elpd_mcse_logz" not in exact.log_likelihood.attrs
+    gaps, errors = [], []
+    for _ in range(12):
+        held = base_importance(dist.Normal(0.0, 1.0), num_draws=1000)
+        found = scores_of_tilted(x, t, lambda law, t, held=held: held(law))
+        gaps.append(az.loo(found)["elpd_loo"] - az.loo(exact)["elpd_loo"])
+        errors.append(found.log_likelihood.attrs["elpd_mcse_logz"])
+    gaps, errors = np.array(gaps), np.array(errors)
+    assert bool((np.abs(gaps) < 3 * errors).all())
+    assert 0.55 < np.sqrt(np.mean(gaps**2)) / errors.mean() < 1.7
+
+
+def test_a_large_error_of_held_draws_is_warned_of():
+    """200 draws of the base: 40 rows move by over a nat, where dse would be nothing."""
+    x = torch.randn(40) / 2**0.5
+    t = (1.0 + 0.3 * torch.randn(2, 10)).clamp(0.3, 2.0)
+    held = base_importance(dist.Normal(0.0, 1.0), num_draws=200)
+    before = torch.get_rng_state()
+    with pytest.warns(UserWarning, match=r"compare no differences below \d.* raise num_draws"):
+        found = scores_of_tilted(x, t, lambda law, t: held(law))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert 0.5 < found.log_likelihood.attrs["elpd_mcse_logz"] < 5.0
+
+
+def test_an_error_of_held_draws_that_nobody_knows_is_warned_of():
+    """Three chains of an anchor are too few to be resampled."""
+    x, t = torch.randn(10), 1.0 + 0.1 * torch.rand(2, 10)
+    drawn = -0.5 * torch.randn(1, 3, 2000, 1).square()
+    held = Anchored(torch.ones(1, 1), drawn, log_normalizer=0.5 * math.log(2 * math.pi))
+    with pytest.warns(UserWarning, match=r"its size is unknown: a bootstrap resamples chains"):
+        found = scores_of_tilted(x, t, lambda law, t: held(t[..., None]))
+    assert math.isnan(found.log_likelihood.attrs["elpd_mcse_logz"])

@@ -363,6 +363,26 @@ def test_different_sets(a, b):
     assert not same_support(b, a)
 
 
+CIRCLES = {
+    "alone": dist.VonMises(0.0, 1.0),
+    "wrapped": dist.VonMises(torch.zeros(2), 1.0).to_event(1).mask(True),
+    "scaled": dist.TransformedDistribution(
+        dist.VonMises(0.0, 1.0), [dist.transforms.AffineTransform(0.0, 2.0)]
+    ),
+    "two": dist.SineBivariateVonMises(0.0, 0.0, 1.0, 1.0, 0.5),
+    "mixed": dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.VonMises(torch.zeros(2), 1.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CIRCLES)
+def test_a_periodic_base_is_refused(name):
+    """Its density goes on beyond the period that it draws from, and kernels would follow it."""
+    with pytest.raises(ValueError, match="is periodic, .*make its density a part of the energy"):
+        EnergyDistribution(lambda x: x.cos(), CIRCLES[name])
+
+
 def test_a_stated_support_may_confirm_the_base():
     d = EnergyDistribution(lambda x: x, base=dist.HalfNormal(1.0), support=C.positive)
     assert d.shares_support_with(dist.Gamma(1.0, 1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 from torch.func import grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_ebm.energies import check_energy_shape
+from pyro_ebm.energies import RowWise, check_energy_shape
+from pyro_ebm.energies.checks import energy_at
 from pyro_ebm.errors import EnergyShapeError
 
 
@@ -170,6 +172,54 @@ def test_an_energy_that_takes_no_other_batch_size_passes():
 
 def checked(energy):
     return lambda x: check_energy_shape(energy(x), x, 1, energy=energy)
+
+
+# Networks for one dim of rows fail elsewhere with torch's own words.
+
+ROWS_ONLY = {
+    "convolution": lambda: nn.Sequential(nn.Conv2d(2, 1, 3), nn.Flatten(0)),
+    "flatten": lambda: nn.Sequential(nn.Flatten(), nn.Linear(18, 1), nn.Flatten(0)),
+    "batch norm": lambda: nn.Sequential(
+        nn.BatchNorm2d(2), nn.Flatten(-3), nn.Linear(18, 1), nn.Flatten(-2)
+    ),
+    "dims from the left": lambda: lambda x: x.sum((1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("lead", [(5, 4), (1, 4), (5, 3, 4)], ids=str)
+@pytest.mark.parametrize("name", ROWS_ONLY)
+def test_networks_for_rows_are_told_of_row_wise(name, lead):
+    energy, x = ROWS_ONLY[name](), torch.randn(*lead, 2, 3, 3)
+    advice = (
+        r"inputs of shape \(rows,\) \+ \(2, 3, 3\) and failed on .*RowWise\(network, event_dim=3\)"
+    )
+    with pytest.raises(EnergyShapeError, match=advice) as caught:
+        energy_at(energy, x, 3)
+    assert isinstance(caught.value.__cause__, (RuntimeError, ValueError, IndexError))
+    assert energy_at(energy, x.flatten(0, -4), 3).shape == (math.prod(lead),)
+    if isinstance(energy, nn.Module):
+        assert energy_at(RowWise(energy, event_dim=3), x, 3).shape == lead
+
+
+def test_so_is_a_single_event():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(18, 1), nn.Flatten(0))
+    with pytest.raises(EnergyShapeError, match="RowWise"):
+        energy_at(network, torch.randn(2, 3, 3), 3)
+
+
+@pytest.mark.parametrize("rows", [(4,), (5, 4)], ids=str)
+def test_what_fails_on_rows_too_speaks_for_itself(rows):
+    calls = []
+
+    def broken(x):
+        calls.append(x.shape)
+        raise RuntimeError("of its own")
+
+    with pytest.raises(RuntimeError, match="^of its own$"):
+        energy_at(broken, torch.randn(*rows, 2), 1)
+    assert len(calls) == len(rows)  # rows are not tried twice
+    with pytest.raises(EnergyShapeError, match=r"Did you forget \.squeeze\(-1\)"):
+        energy_at(column, torch.randn(*rows, 2), 1)
 
 
 def traced(function, x):

@@ -25,7 +25,8 @@ from pyro_ebm.energies.graph_statistics import (
     dyads,
     ties_of,
 )
-from pyro_ebm.energies.random_graph import ExponentialRandomGraph, TieToggles
+from pyro_ebm.energies.graph_toggles import TieToggles
+from pyro_ebm.energies.random_graph import ExponentialRandomGraph
 from pyro_ebm.mcmc import MCMC, Exchange, Sweeps
 
 F64 = torch.float64

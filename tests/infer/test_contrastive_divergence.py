@@ -739,6 +739,21 @@ def test_kernels_that_do_not_fit():
         draw(mixed, torch.ones(3, 2))
 
 
+@pytest.mark.parametrize("kernel", [None, partial(MALA, step_size=0.1)])
+def test_rows_cut_off_at_bounds_of_their_own(kernel):
+    """A function may move them; bounds of columns are those of all rows."""
+    low = torch.linspace(0.0, 1.0, 3)
+    x = low + torch.rand(3)
+    rows = gaussian(1.0, support=constraints.greater_than(low))
+    with pytest.raises(NotImplementedError, match=r"shape \(3,\), .*use ScoreMatching or Energy"):
+        draw(rows, x, kernel=kernel)
+    assert draw(rows, x, transition=lambda p, x: x + 1.0).points.shape == (1, 3)
+    columns = EnergyDistribution(
+        lambda x: x.sum(-1), event_shape=(3,), support=constraints.greater_than(low)
+    )
+    assert draw(columns, x.expand(5, 3), kernel=kernel).points.shape == (1, 5, 3)
+
+
 def test_transitions_that_return_something_else():
     with pytest.raises(ValueError, match=r"transition must return events .*\(1, 3\)"):
         draw(transition=lambda p, x: x[:, :2])

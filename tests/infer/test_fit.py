@@ -16,9 +16,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
+from pyro.nn import PyroModule
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.errors import NonFiniteEnergyError
@@ -43,6 +45,11 @@ def no_guide(*args):
     return None
 
 
+def idle(*args):
+    """A guide without latents that gives ``fit`` a parameter to train."""
+    pyro.param("idle", torch.zeros(()))
+
+
 def new_net(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(2, 4), nn.Softplus(), nn.Linear(4, 1), nn.Flatten(-2))
@@ -59,6 +66,16 @@ def model_of(net):
 
 def flat(net):
     return torch.cat([p.detach().flatten() for p in net.parameters()]).clone()
+
+
+def test_further_training_makes_log_z_stale():
+    """By the optimizer that ``fit`` takes by itself, which is fused."""
+    net, data, objective = new_net(), torch.randn(9, 2), NCE()
+    fit(model_of(net), data, objective, num_steps=2, **QUIET)
+    log_z = objective.log_normalizer("x")
+    assert not log_z.is_stale
+    fit(model_of(net), data, objective, num_steps=1, **QUIET)
+    assert log_z.is_stale
 
 
 # --- three loops
@@ -168,6 +185,62 @@ def test_modules_are_trained_without_a_pyro_module_statement():
     assert "model.net.0.weight" in result.parameters
 
 
+def test_nothing_to_train_is_told():
+    """Frozen for sampling, and trained again: every step would be the same."""
+    net, data = new_net(), torch.randn(9, 2)
+    net.requires_grad_(False).eval()
+    with pytest.raises(ValueError, match="nothing to train.*network frozen"):
+        fit(model_of(net), data, ScoreMatching(), num_steps=3, **QUIET)
+    objective = NCE(c_update="closed_form")  # of an energy that is given
+    assert fit(model_of(net), data, objective, num_steps=3, **QUIET).parameters == {}
+    assert objective.num_steps_taken == 3
+
+
+def test_a_parameter_with_two_names_takes_one_step():
+    """Of a PyroModule whose parts are announced once more."""
+
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.net = PyroModule[nn.Linear](2, 1)
+            self.net.weight.data[:] = torch.tensor([[0.3, -0.2]])
+            self.net.bias.data.zero_()
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", EnergyDistribution(self.energy, base=BASE), obs=x)
+
+        def energy(self, x):
+            return 0.5 * self.net(x).square().squeeze(-1)
+
+    class Twice(Model):
+        def forward(self, x):
+            pyro.module("energy", self.net)
+            super().forward(x)
+
+    class Later(Model):
+        calls = 0
+
+        def forward(self, x):
+            super().forward(x)
+            self.calls += 1
+            if self.calls > 1:
+                pyro.module("energy", self.net)
+
+    weights, names = [], []
+    for make in (Model, Twice, Later):
+        pyro.clear_param_store()
+        options = {"optim": torch.optim.SGD, "lr": 0.1, "num_steps": 4, "seed": 0, **QUIET}
+        model = make()
+        result = fit(model, torch.ones(5, 2), ScoreMatching(), **options)
+        weights.append(flat(model))
+        names.append(list(result.parameters))
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], rtol=0, atol=1e-12)
+    own, announced = ["net.weight", "net.bias"], ["energy$$$weight", "energy$$$bias"]
+    assert names == [own, announced, own]
+
+
 def test_a_stock_elbo_is_taken_too():
     loc = torch.zeros((), requires_grad=True)
 
@@ -197,6 +270,7 @@ def hierarchy(seen):
             pyro.sample("y", dist.Normal(local, 0.5), obs=x)
 
     def guide(x):
+        idle()
         pyro.sample("top", dist.Delta(torch.tensor(0.7), log_density=torch.tensor(0.2)))
         with pyro.plate("data", len(x)):
             pyro.sample("local", dist.Delta(0.5 * x, log_density=torch.full_like(x, 0.1)))
@@ -246,7 +320,7 @@ def test_columns_of_data_stay_together():
             )
 
     x = torch.arange(12.0)
-    fit(model, (x, 3 * x), RankingNCE(), batch_size=4, num_steps=3, **QUIET)
+    fit(model, (x, 3 * x), RankingNCE(), guide=idle, batch_size=4, num_steps=3, **QUIET)
     assert all(torch.equal(3 * a, b) for a, b in seen)
 
 
@@ -261,7 +335,8 @@ def test_rows_in_a_python_loop_are_scaled():
 
     objective = RankingNCE()
     objective.per_datum = constant
-    result = fit(model, torch.randn(12), objective, batch_size=4, num_steps=1, **QUIET)
+    one_step = {"guide": idle, "batch_size": 4, "num_steps": 1}
+    result = fit(model, torch.randn(12), objective, **one_step, **QUIET)
     assert result.losses == [pytest.approx(1.0)]
 
 
@@ -311,7 +386,8 @@ def test_a_model_made_for_one_batch_size_is_taken_at_its_word():
 
     objective = RankingNCE()
     objective.per_datum = lambda p, x, contrast, log_z: torch.ones(x.shape)
-    result = fit(model, torch.randn(12), objective, batch_size=4, num_steps=1, **QUIET)
+    one_step = {"guide": idle, "batch_size": 4, "num_steps": 1}
+    result = fit(model, torch.randn(12), objective, **one_step, **QUIET)
     assert result.losses == [pytest.approx(1.0)]
 
 
@@ -338,7 +414,8 @@ def test_a_plate_that_has_the_batchs_size_by_chance():
 
     objective = RankingNCE()
     objective.per_datum = lambda p, x, contrast, log_z: torch.ones(x.shape)
-    result = fit(model, torch.randn(12, 4), objective, batch_size=4, num_steps=1, **QUIET)
+    one_step = {"guide": idle, "batch_size": 4, "num_steps": 1}
+    result = fit(model, torch.randn(12, 4), objective, **one_step, **QUIET)
     assert result.losses == [pytest.approx((12 * 4 + 2 * math.log(2 * math.pi)) / 12)]
 
 
@@ -350,7 +427,7 @@ def test_a_plate_that_subsamples_for_itself():
 
     objective = RankingNCE()
     objective.per_datum = lambda p, x, contrast, log_z: torch.ones(len(x))
-    result = fit(model, torch.randn(20), objective, num_steps=1, **QUIET)
+    result = fit(model, torch.randn(20), objective, guide=idle, num_steps=1, **QUIET)
     assert result.losses == [pytest.approx(1.0)]
 
 
@@ -361,7 +438,7 @@ def test_a_batch_that_nothing_scales_is_refused():
 
     with pytest.raises(ValueError, match="no site in a plate of that size"):
         fit(model, torch.randn(12), RankingNCE(), batch_size=4, num_steps=1, **QUIET)
-    fit(model, torch.randn(12), RankingNCE(), num_steps=1, **QUIET)
+    fit(model, torch.randn(12), RankingNCE(), guide=idle, num_steps=1, **QUIET)
 
 
 # --- checkpoints
@@ -421,6 +498,16 @@ def test_arrays_are_data_and_what_is_not_is_refused():
     run = partial(fit, model_of(new_net(0)), num_steps=2, **QUIET)
     with pytest.raises(TypeError, match="data must be a tensor or a sequence .* got dict"):
         run({"x": rows}, NCE())
+    part = Subset(TensorDataset(rows), range(9))
+    other = Subset(part, range(3))
+    for given, remedy in (
+        (TensorDataset(rows), "hand over dataset.tensors"),
+        (part, r"hand over \[t\[subset.indices\] for t in subset.dataset.tensors\]"),
+        (other, r"loss = objective\(model, guide\) on the batches"),
+        (DataLoader(part), r"loss = objective\(model, guide\) on the batches"),
+    ):
+        with pytest.raises(TypeError, match=f"got {type(given).__name__}: .*{remedy}"):
+            run(given, NCE())
     with pytest.raises(TypeError, match="validation must be a tensor .* got float"):
         run(rows, NCE(), validation=1.0)
     with pytest.raises(
@@ -586,10 +673,18 @@ def small_model(x):
             {"optim": partial(torch.optim.Adam, betas=(0.5, 0.9))},
             r"betas of optim = 'its default', and this one has \(0.5, 0.9\)",
         ),
+        (NCE(3), {"ema": 0.5}, "ema = 0.9, and this one has 0.5"),
+        (NCE(3), {"ema": None}, "ema = 0.9, and this one has 'its default'"),
+        (NCE(3), {"grad_clip": 2.0}, "grad_clip = 1.0, and this one has 2.0"),
+        (NCE(3), {"criterion": lambda: 1.0}, "criterion = 'as_good', and .* has '<lambda>'"),
     ],
 )
 def test_a_run_goes_on_as_it_began(tmp_path, objective, options, match):
+    def as_good():
+        return 0.0
+
     shared = {"lr": 0.01, "checkpoint": tmp_path / "fit.pt", **QUIET}
+    shared |= {"ema": 0.9, "grad_clip": 1.0, "criterion": as_good}
     data = torch.randn(9, 2)
     fit(small_model, data, NCE(3), num_steps=2, **shared)
     with pytest.raises(ValueError, match=match):
@@ -944,7 +1039,8 @@ def test_a_plate_of_the_batchs_size_by_chance_is_not_scaled():
     rows = []
     inner = objective.per_datum
     objective.per_datum = lambda *args: rows.append(inner(*args)) or rows[-1]
-    result = fit(with_features, data, objective, batch_size=4, num_steps=2, **QUIET)
+    two_steps = {"guide": idle, "batch_size": 4, "num_steps": 2}
+    result = fit(with_features, data, objective, **two_steps, **QUIET)
     features = -dist.Normal(0.0, 1.0).log_prob(torch.arange(4.0)).sum()
     for per_datum, loss in zip(rows, result.losses, strict=True):
         assert loss == pytest.approx(((3 * per_datum.sum() + features) / 12).item(), abs=1e-6)

@@ -1,5 +1,6 @@
 """Generalized posteriors against Gaussian closed forms and an exact posterior of a lattice."""
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -104,18 +105,21 @@ def test_posterior_is_the_gaussian_of_the_closed_form(calibration, weight):
 
 
 def test_constrained_latents_stay_in_their_support():
-    """A precision, moved in its logarithm, whatever the map."""
+    """A precision, moved in its logarithm, whatever the map; in single precision, unlike data."""
+    torch.set_default_dtype(torch.float32)
 
     def model(x):
-        a = pyro.sample("a", dist.Gamma(torch.tensor(2.0), 1.0))
+        a = pyro.sample("a", dist.Gamma(2.0, 1.0))
         with pyro.plate("data", len(x)):
             law = EnergyDistribution(lambda y: 0.5 * a * y**2, event_shape=())
             pyro.sample("x", law, obs=x)
 
-    x = torch.randn(8)
+    x = torch.randn(20, dtype=torch.float64)
     posterior = generalized_posterior(model, x, loss=ScoreMatching(), num_samples=50, num_chains=4)
     draws = posterior.record.draws["a"]
+    assert posterior.calibration == "sandwich"
     assert draws.shape == (4, 50)
+    assert draws.dtype == np.float32
     assert draws.min() > 0
 
 
@@ -128,6 +132,22 @@ def test_noise_is_drawn_once_for_all():
     )
     assert set(posterior.record.draws) == {"eta", "x_log_normalizer"}
     assert posterior.calibration == "sandwich"
+
+
+def test_a_loss_without_a_minimum_is_not_calibrated():
+    """All spins up: the width depends on how often the loss counts, which nothing says."""
+    posterior = generalized_posterior(
+        lattices,
+        torch.ones(1, 4, 4),
+        loss=PseudoLikelihood(),
+        num_samples=10,
+        warmup_steps=10,
+        num_chains=2,
+        num_simulations=20,
+    )
+    assert posterior.calibration == posterior.record.attrs["calibration"] == "unweighted"
+    assert not posterior.is_calibrated
+    assert "no minimizer" in posterior.remarks[0]
 
 
 def lattice_draws(x):

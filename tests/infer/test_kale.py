@@ -227,6 +227,21 @@ def test_a_log_z_of_every_row():
     torch.testing.assert_close(loss, by_hand, rtol=0, atol=1e-12)
 
 
+def test_rows_with_a_log_z_and_a_weight_each():
+    """Twice the weight is the row once more, with its own mass."""
+    x, y, c, energy = torch.randn(3), torch.randn(4, 3), torch.randn(3), torch.randn(3)
+    again = torch.tensor([0, 0, 1, 2])
+
+    def losses(rows):
+        p = EnergyDistribution(lambda x: energy[rows] * x**2, base=dist.Normal(torch.zeros(()), 1))
+        return KALE().per_datum(p, x[rows], Contrast(y[:, rows]), c[rows])
+
+    weights = torch.tensor([2.0, 1.0, 1.0])
+    torch.testing.assert_close(
+        weights @ losses(torch.arange(3)), losses(again).sum(), rtol=0, atol=1e-12
+    )
+
+
 # --- contrasts with a density: the self-normalized likelihood
 
 

@@ -2,11 +2,14 @@
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch.distributions import constraints
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer.generalized_bayes import generalized_posterior
 from pyro_ebm.infer.kernel_stein import KernelStein
 
 KERNELS = {
@@ -102,3 +105,44 @@ def test_what_is_refused():
     discrete = EnergyDistribution(lambda x: x, support=constraints.boolean)
     with pytest.raises(NotImplementedError, match="KernelStein differentiates"):
         KernelStein().row_losses(discrete, torch.ones(3))
+
+
+# --- one law for all rows
+
+CONTEXT = torch.linspace(-1.0, 1.0, 40)
+
+
+def regression(slope, x, **options):
+    law = EnergyDistribution(lambda x: 0.5 * (x - slope * CONTEXT) ** 2, event_shape=(), **options)
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", law, obs=x)
+
+
+def columns(slope, x, **options):
+    """Numbers made to vectors, whose columns have laws of their own."""
+    scale = 1 + slope * torch.arange(3.0)
+    law = EnergyDistribution(lambda x: 0.5 * scale * x**2, event_shape=(), **options)
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", law.expand([len(x), 3]).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize(("model", "shape"), [(regression, (40,)), (columns, (40, 3))])
+def test_rows_with_laws_of_their_own(model, shape):
+    x, says = torch.randn(shape), "'x' depends on row-wise .* KernelStein compares all rows as draw"
+
+    def step(slope, **options):
+        return KernelStein().differentiable_loss(
+            lambda x: model(slope, x, **options), lambda x: None, x
+        )
+
+    def bayes(x, **options):
+        model(pyro.sample("slope", dist.LogNormal(0.0, 1.0)), x, **options)
+
+    with pytest.raises(ValueError, match=says):
+        step(0.5)
+    with pytest.raises(ValueError, match=says):
+        step(0.0, conditional=True)
+    with pytest.raises(ValueError, match=says):
+        generalized_posterior(bayes, x, loss=KernelStein())
+    for told in ({"slope": 0.0}, {"slope": 0.5, "conditional": False}):
+        assert step(**told).isfinite()

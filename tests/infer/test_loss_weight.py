@@ -75,24 +75,65 @@ def test_a_log_likelihood_counts_once_and_coordinates_do_not_matter():
 def test_the_product_of_unit_and_weight_is_one_number(unit, weight, dtype):
     """In closed form; single precision leaves the minimum within a tenth of an sd."""
     x = torch.randn(60, DIM, dtype=dtype)
-    factor, why, remarks = found(loss_of(precision, ScoreMatching(), x * unit, unit, weight=weight))
+    loss = loss_of(precision, ScoreMatching(), x * unit, unit, weight=weight)
+    factor, why, remarks, is_own = found(loss)
     rel = 1e-6 if dtype == torch.float64 else 0.02
     assert factor * weight / unit**2 == pytest.approx(by_hand(x), rel=rel)
     assert why == "by the uncertainty of its own minimizer"
-    assert remarks == ()
+    assert (remarks, is_own) == ((), True)
 
 
 def test_the_minimum_of_a_tiny_loss_is_found_as_well():
-    """From one start, where what counts as near enough has to be small as the loss is."""
+    """What counts as near enough has to be small as the loss is."""
     x = torch.randn(60, DIM)
     loss = loss_of(precision, ScoreMatching(), x * 1e6, 1e6)
     wanted = (x.numel() / x.square().sum()).log()[None]
-    torch.testing.assert_close(loss.own_minimum(1).at, wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(loss.own_minimum().at, wanted, rtol=0, atol=1e-6)
+
+
+def location_and_scale(x, level):
+    """Score matching is (x - m)^2 / (2 s^4) - 1 / s^2; the prior of log s is N(level, 3)."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1e4))
+    s = pyro.sample("s", dist.LogNormal(level, 3.0))
+    law = EnergyDistribution(lambda y: 0.5 * ((y - mu) / s) ** 2, event_shape=())
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", law, obs=x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("centre", "unit"), [(0.0, 150.0), (500.0, 100.0)])
+def test_what_follows_from_a_minimum_far_below_the_start(centre, unit, dtype):
+    """Of all starts, s is at most some units, where the loss is 10^4 to 10^8 times larger.
+
+    Closed forms in r = (x - m) / s; the prior, ten off in log s with an sd of 3, moves it by a
+    fiftieth of an sd. Latents are in single precision.
+    """
+    x = centre + unit * torch.randn(2000, dtype=dtype)
+    torch.set_default_dtype(torch.float32)
+    model = partial(location_and_scale, level=-5.0)
+    m, s = x.mean(), x.std(correction=0)
+    r = (x - m) / s
+    spreads = torch.stack([s**2 * r.var(), (r**2).var() / 4]).float() / len(x)
+    weight = found(loss_of(model, ScoreMatching(), x)).factor
+    assert weight == pytest.approx(float(2 * s**2 / (r.var() + (r**2).var())), rel=0.02)
+    calibrated = calibration_of(loss_of(model, ScoreMatching(), x, weight=weight))
+    off = (calibrated.mode - torch.stack([m, s.log()]).float()) / spreads.sqrt()
+    assert off.abs().max() < 0.05
+    moved = calibrated.factor @ calibrated.hessian.inverse() @ calibrated.factor.T
+    torch.testing.assert_close(moved.diagonal(), spreads, rtol=0.02, atol=0)
+
+
+def test_a_minimum_that_only_the_prior_is_near_is_found():
+    """Thirty units of log s away from all uniform starts: Newton steps there have length 1 / 4."""
+    x = 1e13 * torch.randn(200)
+    fixed = poutine.condition(partial(location_and_scale, level=30.0), {"mu": torch.tensor(0.0)})
+    at = loss_of(fixed, ScoreMatching(), x).own_minimum().at
+    torch.testing.assert_close(at, 0.5 * x.square().mean().log()[None], rtol=1e-6, atol=0)
 
 
 def test_what_is_not_calibrated_keeps_its_weight():
     loss = loss_of(precision, ScoreMatching(), torch.randn(60, DIM))
-    assert found(loss, "none") == (1.0, "as weight says", ())
+    assert found(loss, "none") == (1.0, "as weight says", (), False)
 
 
 def test_parameters_of_a_hierarchy_do_not_count():
@@ -113,7 +154,7 @@ def test_parameters_of_a_hierarchy_do_not_count():
     loss = loss_of(model, ScoreMatching(), x)
     minimum = loss.own_minimum().at
     torch.testing.assert_close(minimum[0] + minimum[1:], x.mean(0), rtol=0, atol=1e-8)
-    factor, _, remarks = found(loss)
+    factor, _, remarks, _ = found(loss)
     variance = x.var(0, correction=0).mean() * 60 / 59  # J has the mean of 60 rows taken off
     assert factor == pytest.approx(float(1 / variance), rel=1e-6)
     assert "nothing of 1 of 4 directions" in remarks[0]
@@ -173,8 +214,8 @@ def test_a_loss_without_a_minimum_is_told():
     """All spins up: the pseudo-likelihood grows up to the end of the prior, and beyond."""
     loss = loss_of(lattices, PseudoLikelihood(), torch.ones(1, 4, 4))
     assert loss.own_minimum() is None
-    factor, _, remarks = found(loss, num_simulations=20)
-    assert factor == 1.0
+    factor, _, remarks, is_own = found(loss, num_simulations=20)
+    assert (factor, is_own) == (1.0, False)
     assert "has no minimizer within the latents' support" in remarks[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import cache
 
 import numpy as np
@@ -14,7 +15,13 @@ from pyro import poutine
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.nce import NCE
-from pyro_ebm.infer.nce_posterior import _seen, _spread_remarks, nce_posterior
+from pyro_ebm.infer.nce_posterior import (
+    _seen,
+    _Set,
+    _spread,
+    _spread_remarks,
+    nce_posterior,
+)
 
 NOISE = dist.Normal(torch.tensor(0.0, dtype=torch.float64), 1.5)
 QUICK = {"num_samples": 100, "warmup_steps": 100, "num_chains": 8}
@@ -172,14 +179,40 @@ def test_the_spread_between_noise_sets_is_reported():
     assert (posterior.calibration, posterior.is_calibrated) == ("asymptotic", True)
 
 
-def test_a_spread_that_is_most_of_the_width_is_named():
-    small, large = np.array([0.1, 0.2]), np.array([0.1, 0.7])
-    (seen,) = _spread_remarks({"a": (small, small), "b": (small, large)})
-    assert (
-        seen == "Between noise sets the mean of 'b' moves by 0.70 posterior sds: raise num_noise."
-    )
-    (seen,) = _spread_remarks({"a": (large, small)})
-    assert seen == "Between noise sets the mean of 'a' moves by 0.20 posterior sds."
+def sets_of(moves, length=200, stays=1):
+    """Noise sets of four chains of ``b``, ``(length, 2)``, whose second entry has moved by so much.
+
+    A chain stays ``stays`` draws at every place.
+    """
+    sets = []
+    for move in moves:
+        draws = torch.randn(4, length // stays, 2).repeat_interleave(stays, 1)
+        draws -= draws.mean((0, 1))
+        draws[..., 1] += move
+        small = torch.randn(4, length)
+        small -= small.mean()
+        named = {"a": small.numpy(), "b": draws.numpy()}
+        sets.append(_Set(named, {}, {}, (), 1.0, 0.0))
+    return sets
+
+
+@pytest.mark.parametrize(
+    ("move", "stays", "accuracy", "advice"),
+    [
+        (0.2, 1, 0.95, "."),
+        (0.7, 1, 0.6, ": raise num_noise."),
+        (0.7, 1, 0.95, ": take noise closer to the data."),
+        (0.7, 200, 0.6, ", most of it by chains that are too short: draw more."),
+    ],
+    ids=["little", "few", "far", "short"],
+)
+def test_a_spread_that_is_most_of_the_width_is_named_with_its_cause(move, stays, accuracy, advice):
+    """Two sets of 800 independent draws, or of chains that stay where they are."""
+    sets = sets_of([0.0, move * 2**0.5], stays=stays)
+    (seen,) = _spread_remarks(sets, _spread(sets), {"x": accuracy})
+    said = re.fullmatch("Between noise sets the mean of 'b' moves by (.*) posterior sds(.*)", seen)
+    assert float(said[1]) == pytest.approx(move, rel=0.5 if stays > 1 else 0.1)
+    assert said[2] == advice
 
 
 @pytest.mark.parametrize(("num", "is_told"), [(12, True), (20, False)])
@@ -386,6 +419,25 @@ def test_rows_with_a_log_z_each_are_refused():
     ):
         with pytest.raises(ValueError, match="depends on row-wise values other than x"):
             nce_posterior(refused, data, noise=NOISE, **SHORT)
+
+
+def test_columns_that_are_joined_late_are_told_what_to_do():
+    """Precisions of columns: rows where to_event joins them, one event in a sum."""
+
+    def columns(x, *, summed):
+        a = pyro.sample("a", dist.Gamma(2.0, 1.0).expand([2]).to_event(1))
+        if summed:
+            law = EnergyDistribution(lambda x: 0.5 * (a * x**2).sum(-1), event_shape=(2,))
+        else:
+            each = EnergyDistribution(lambda x: 0.5 * a * x**2, event_shape=())
+            law = each.expand([len(x), 2]).to_event(1)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", law, obs=x)
+
+    x, noise = torch.randn(20, 2), dist.Normal(torch.zeros(2), 1.5).to_event(1)
+    with pytest.raises(ValueError, match=r"differs from row to row .*with event_shape=\(2,\)"):
+        nce_posterior(columns, x, noise=noise, summed=False, **SHORT)
+    NCE(5, noise).freeze(columns, x, summed=True)
 
 
 def test_other_refusals():

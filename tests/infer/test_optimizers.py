@@ -28,6 +28,22 @@ def test_fused_updates_are_those_of_the_class(optim):
     torch.testing.assert_close(fused, plain, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "optim", [torch.optim.Adam, partial(torch.optim.SGD, fused=True), torch.optim.RMSprop]
+)
+def test_updates_are_versions(optim):
+    """Fused or not; of tensors that rest nothing is counted."""
+    weight, resting = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    optimizer = new_optimizer(optim, [{"params": [weight, resting]}], 0.1)
+    for _ in range(2):
+        before = weight._version
+        optimizer.zero_grad()
+        weight.square().sum().backward()
+        optimizer.step()
+        assert weight._version > before
+    assert resting._version == 0
+
+
 def test_a_partial_is_taken_as_it_is():
     _, optimizer = moved(lambda groups: new_optimizer(partial(torch.optim.Adam), groups, 0.5))
     assert not optimizer.defaults["fused"]

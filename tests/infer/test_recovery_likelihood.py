@@ -111,7 +111,8 @@ def test_chains_end_in_the_conditional():
     p, near = EnergyDistribution(lambda x: 0.25 * x**4 - x**2, event_shape=()), torch.tensor(1.5)
     objective = RecoveryLikelihood(0.8, 40)
     start = near.expand(NUM)
-    draws = objective._chains(objective.conditional(objective.space(p), start), start)
+    conditional = objective.conditional(objective.space(p), start)
+    draws = objective._chains(conditional, start, torch.full((1, 1), 0.64))
     grid = torch.linspace(-6.0, 6.0, 4001)
     log_p = -(0.25 * grid**4 - grid**2) - (grid - near) ** 2 / (2 * 0.64)
     weights = torch.softmax(log_p, 0)
@@ -126,12 +127,35 @@ def test_exact_draws_stay_exact():
     p, near = law(3.0, 1), torch.randn(1, NUM, 1)
     conditional = objective.conditional(objective.space(p), near)
     start = exactly(3.0, 0.5)(None, near)
-    ends = objective._chains(conditional, start)
+    ends = objective._chains(conditional, start, torch.full((1, 1), 0.25))
     variance = 1 / (3.0 + 4.0)
     residual = ends - near * variance * 4.0
     assert abs(z_score(residual.flatten(), 0.0)) < 4
     assert abs(z_score(residual.square().flatten(), variance)) < 4
     assert (ends != start).double().mean() > 0.5
+
+
+def test_columns_of_different_width():
+    """Widths 1 and 1/20, noise as wide as the wider one: negatives have the data's second moments.
+
+    Standard errors are .014 of a moment; steps as long along both columns are off by .3.
+    """
+    torch.manual_seed(8)
+    width = torch.tensor([1.0, 0.05])
+    x = width * torch.randn(NUM, 2)
+    p = law(1 / width**2, 2)
+    contrast = RecoveryLikelihood(1.0, 30).draw(p.expand([NUM]), x, None)
+    for values in ((contrast.points[0].square() - x.square()) / width**2).unbind(-1):
+        assert values.std() / math.sqrt(NUM) < 0.015
+        assert abs(z_score(values, 0.0)) < 4
+
+
+def test_columns_that_do_not_vary():
+    """Of precision 1 and noise .5: a negative's second moment is .2 + .8^2 / 4, its start's .25."""
+    torch.manual_seed(9)
+    x = torch.tensor([1.0, 0.0]) * torch.randn(NUM, 2)
+    contrast = RecoveryLikelihood(0.5, 20).draw(law(1.0, 2).expand([NUM]), x, None)
+    assert abs(z_score(contrast.points[0, :, 1].square(), 0.36)) < 4
 
 
 # --- limits

@@ -11,7 +11,7 @@ from torch import nn
 from pyro_ebm import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.energies import RowWise
 from pyro_ebm.infer import DonskerVaradhan, RankingNCE, fit
-from pyro_ebm.infer.run_modules import noting_calls
+from pyro_ebm.ops.module_calls import noting_calls
 
 BASE = dist.Normal(torch.zeros(2, dtype=torch.float64), 2.0).to_event(1)
 QUIET = {"disable_progbar": True}

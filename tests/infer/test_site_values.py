@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import NUTS, SVI
+from torch import nn
 from torch.distributions import constraints
 
 from pyro_ebm.distributions import EnergyDistribution
@@ -16,8 +21,10 @@ from pyro_ebm.infer.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.infer.denoising import DenoisingScoreMatching
 from pyro_ebm.infer.energy_discrepancy import EnergyDiscrepancy
 from pyro_ebm.infer.fit import fit
+from pyro_ebm.infer.generalized_bayes import generalized_posterior
 from pyro_ebm.infer.kale import KALE
 from pyro_ebm.infer.kernel_stein import KernelStein
+from pyro_ebm.infer.mmd import MMD
 from pyro_ebm.infer.nce import NCE, RankingNCE
 from pyro_ebm.infer.per_site import PerSite
 from pyro_ebm.infer.persistent import PersistentContrastiveDivergence
@@ -25,6 +32,7 @@ from pyro_ebm.infer.pseudo_likelihood import PseudoLikelihood
 from pyro_ebm.infer.score_matching import ScoreMatching
 from pyro_ebm.infer.sliced import SlicedScoreMatching
 from pyro_ebm.infer.telescoping import BridgeEnergy, TelescopingNCE
+from pyro_ebm.poutine.surrogate import surrogate
 
 STANDARD = dist.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
 OBJECTIVES = {
@@ -167,6 +175,45 @@ def test_under_fit():
         fit(MODEL, x, NCE(), **options)
 
 
+# --- dtypes of the data
+
+
+def network_model(dtype):
+    """With a base of the network's dtype, and a network that takes no other."""
+    network = nn.Sequential(nn.Linear(2, 3), nn.Softplus(), nn.Linear(3, 1), nn.Flatten(-2))
+    network.to(dtype)
+    base = dist.Normal(torch.zeros(2, dtype=dtype), 1.0).to_event(1)
+
+    def model(x):
+        pyro.module("network", network)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", EnergyDistribution(network, base=base), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_data_in_the_digits_of_numpy(name):
+    """Arrays are double precision, networks usually single."""
+    for has, takes in itertools.permutations((torch.float32, torch.float64)):
+        remedy = rf"x.to\({takes}\), or network.to\({has}\)"
+        message = f"EBM site 'x': the data are {has} and the energy takes {takes}: call {remedy}"
+        objective, data = OBJECTIVES[name](), np.zeros((4, 2), str(has)[6:])
+        with pytest.raises(TypeError, match=message):
+            fit(network_model(takes), data, objective, num_steps=1, disable_progbar=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_integers_are_to_become_what_the_network_takes(dtype):
+    with pytest.raises(ValueError, match=f"got torch.int64: call x.to\\({dtype}\\) if the data"):
+        NCE().differentiable_loss(network_model(dtype), no_guide, torch.ones(4, 2).long())
+
+
+def test_what_fails_in_every_dtype_says_why_itself():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        NCE().differentiable_loss(model_of(nn.Linear(3, 1)), no_guide, torch.randn(4))
+
+
 # --- shapes of energies
 
 
@@ -237,3 +284,58 @@ def test_data_on_the_border_have_no_coordinates(make):
     with pytest.raises(ValueError, match=message):
         make().differentiable_loss(model, no_guide, torch.cat([x[:18], torch.zeros(2)]))
     assert NCE().differentiable_loss(model, no_guide, torch.cat([x, torch.zeros(2)])).isfinite()
+
+
+# --- supports that are inferred
+
+
+def cut_off(upper):
+    """Rows below a bound that moves as ``upper()`` says, in a support made of other ones."""
+
+    def model(x):
+        low, high = constraints.greater_than(0.0), constraints.interval(0.0, upper())
+        law = EnergyDistribution(
+            lambda x: x.sum(-1), event_shape=(2,), support=constraints.cat([low, high], -1, [1, 1])
+        )
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", law, obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize("name", ["cd", "score matching", "ed", "per site"])
+def test_bounds_that_are_learned(name):
+    """No datum is lost by a wider support, and none lies in it: log Z alone would tell."""
+    model, x = cut_off(lambda: pyro.param("hi", torch.tensor(3.0))), torch.rand(8, 2) + 0.1
+    with pytest.raises(ValueError, match="the support of EBM site 'x' depends on what is inferred"):
+        SVI(model, no_guide, pyro.optim.Adam({}), OBJECTIVES[name]()).step(x)
+    held = cut_off(lambda: pyro.param("hi", torch.tensor(3.0)).detach())
+    assert OBJECTIVES[name]().differentiable_loss(held, no_guide, x).isfinite()
+
+
+def test_bounds_that_are_latents():
+    """By MCMC, where a loss without noise is scored by tensor operations alone, and frozen."""
+
+    def bounded(x):
+        return cut_off(lambda: pyro.sample("hi", dist.Uniform(2.0, 6.0)))(x)
+
+    x = torch.rand(8, 2) + 0.1
+    for run in (
+        lambda: NUTS(surrogate(bounded, ScoreMatching())).setup(1, x),
+        lambda: generalized_posterior(bounded, x, loss=ScoreMatching()),
+        lambda: SlicedScoreMatching().freeze(bounded, x),
+    ):
+        with pytest.raises(ValueError, match="'x' depends on what is inferred, and .*: detach its"):
+            run()
+
+
+def test_a_law_that_draws_may_learn_its_bounds():
+    """MMD compares draws with data, and KALE's second player may be the base."""
+
+    def model(x):
+        base = dist.Uniform(0.0, pyro.param("hi", torch.tensor(3.0)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", EnergyDistribution(lambda x: 0.5 * x**2, base=base), obs=x)
+
+    for objective in (MMD(), KALE(schedule=(1, 1))):
+        assert objective.differentiable_loss(model, no_guide, torch.rand(8)).isfinite()

@@ -177,7 +177,7 @@ def test_gradients_go_to_one_player(game, penalty):
 def test_flags_are_never_toggled(game):
     objective = KALE(schedule=(1, 1))
     seen = []
-    inner = objective._loss
+    inner = objective.site_loss
 
     def watched(*args):
         seen.append([p.requires_grad for ps in game.players.values() for p in ps])
@@ -185,7 +185,7 @@ def test_flags_are_never_toggled(game):
         seen.append([p.requires_grad for ps in game.players.values() for p in ps])
         return loss
 
-    objective._loss = watched
+    objective.site_loss = watched
     for _ in range(2):
         objective.loss_and_grads(game.model, game.guide, game.data)
     assert all(all(flags) for flags in seen)

@@ -12,8 +12,9 @@ import torch
 from pyro.infer import NUTS
 
 import pyro_ebm as ebm
+from pyro_ebm.chains import diagnose
 from pyro_ebm.energies import GaussianEnergy, MLPEnergy
-from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.errors import ApproximateSampleWarning, NonFiniteEnergyError
 from pyro_ebm.mcmc import HMC, MALA, MCMC, ULA, ChEESHMC, RandomWalk
 from pyro_ebm.mcmc.adaptation import window_ends
 from pyro_ebm.mcmc.captured import CapturedPotential
@@ -319,3 +320,23 @@ def test_bad_input(case):
     make, kind, text = BAD[case]
     with pytest.raises(kind, match=text):
         make()
+
+
+# --- a density that is NaN
+
+
+def cut_off(beyond):
+    def model():
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        pyro.factor("edge", torch.where(m < 1.0, 0.0, beyond))
+
+    return model
+
+
+def test_a_posterior_that_ends_where_the_density_is_nan_is_doubted():
+    """A normal cut off at one sd. By minus infinity it is cut off on purpose."""
+    with pytest.warns(ApproximateSampleWarning, match="the posterior may be cut off"):
+        mcmc = run(HMC(cut_off(math.nan)), num_samples=50, warmup_steps=50, num_chains=8)
+    assert "the posterior may be cut off" in "".join(diagnose(mcmc).warnings)
+    on_purpose = run(HMC(cut_off(-math.inf)), num_samples=50, warmup_steps=50, num_chains=8)
+    assert on_purpose.doubts() == []

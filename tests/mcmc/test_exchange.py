@@ -17,6 +17,7 @@ from pyro_ebm.mcmc import (
     GroupedExchange,
     SurrogateExchange,
     Sweeps,
+    auxiliary,
 )
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.metropolis import MetropolisKernel
@@ -318,6 +319,20 @@ def test_one_draw_for_all_rows_is_refused():
         run(Exchange(model), torch.randn(5), num_chains=4, num_samples=2, warmup_steps=2)
 
 
+def test_draws_that_do_not_couple_are_given_up(monkeypatch):
+    """And the next draws outside of exchange have all the time that they had."""
+
+    def model(x):
+        coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
+        law = EnergyDistribution(Ising(coupling, (13, 13), periodic=False))
+        pyro.sample("x", law, obs=x)
+
+    monkeypatch.setattr(auxiliary, "PATIENCE", 2)
+    with pytest.raises(RuntimeError, match=r"within 2 sweeps, .* exchange auxiliary=Sweeps\(\)"):
+        run(Exchange(model), torch.ones(13, 13), num_chains=4, num_samples=2, warmup_steps=2)
+    assert Ising(0.2, (13, 13), periodic=False).sample().shape == (13, 13)
+
+
 # --- what is refused
 
 
@@ -337,6 +352,11 @@ def known(x):
     pyro.sample("x", EnergyDistribution(GaussianEnergy(0.0, scale)), obs=x)
 
 
+def without_a_plate(x):
+    coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
+    pyro.sample("x", EnergyDistribution(Lattice(coupling, (4, 4))), obs=x)
+
+
 def latent(x):
     coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
     pyro.sample("x", EnergyDistribution(Lattice(coupling, (4, 4))))
@@ -344,8 +364,14 @@ def latent(x):
 
 X = torch.tensor(0.3)
 BAD = {
-    "scaled": (scaled_model, torch.ones(4, 4), ValueError, "without subsampling"),
+    "scaled": (scaled_model, torch.ones(4, 4), ValueError, "exchange needs all .* subsamples away"),
     "no family": (plain_energy, X, TypeError, "derive the energy from ExponentialFamily"),
+    "rows": (
+        without_a_plate,
+        torch.ones(3, 4, 4),
+        ValueError,
+        r"'x': data of shape \(3, 4, 4\) for one law of event shape \(4, 4\): .* pyro.plate",
+    ),
     "known": (known, X, ValueError, "no observed EBM site without log Z: HMC or NUTS"),
     "latent": (latent, X, TypeError, "site 'x' lives on"),
 }

@@ -237,6 +237,20 @@ def test_what_can_be_detected_is():
     assert f"off by {found.detectable:.0%}" in found.sentence
 
 
+def test_chains_that_have_not_met_are_blamed_before_their_sampler():
+    """Two halves of the chains a standard deviation apart, beside chains that are too wide."""
+    draws = exact_draws((60, 10))
+    draws[:30] += 0.6
+    draws[30:] -= 0.6
+    found = judged(draws, num_auxiliary=2)
+    assert found.r_hat > 1.1
+    assert "do not trust these draws: the chains have not met, R-hat is" in found.sentence
+    found = judged(exact_draws((60, 10), 1.4), num_auxiliary=2)
+    assert found.r_hat < 1.1
+    assert "Use an exact sampler of the energy" in found.sentence
+    assert judged(exact_draws((60, 3)), num_auxiliary=2).r_hat == 1.0
+
+
 def test_draws_of_one_chain_are_cut_into_stretches():
     found = judged(exact_draws((1, 403)), num_auxiliary=4)
     assert found.num_draws == 400

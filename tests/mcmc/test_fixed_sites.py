@@ -202,5 +202,5 @@ def test_scales_that_move_or_are_not_one_are_refused():
 
     with pytest.raises(ValueError, match=r"mask or scale depends|scaled by 0.5"):
         run(Exchange(lambda x: change_point(x, scale=moves)), DATA)
-    with pytest.raises(ValueError, match=r"'x' is scaled by 3.0"):
+    with pytest.raises(ValueError, match=r"'x' is scaled by 3: exchange"):
         run(Exchange(lambda x: change_point(x, scale=lambda at: 3.0)), DATA)

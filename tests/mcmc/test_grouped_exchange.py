@@ -54,6 +54,16 @@ def non_centred(x):
             pyro.sample("x", EnergyDistribution(Precision(precision)), obs=x)
 
 
+def in_a_loop(x):
+    """The same law again, in turns with sites of their own; its plate is looped over twice."""
+    rate = rate_of(x.new_ones(()))
+    groups = pyro.plate("groups", x.shape[1])
+    precisions = [pyro.sample(f"precision_{g}", dist.Gamma(3.0, rate)) for g in groups]
+    for g in groups:
+        with pyro.plate(f"rows_{g}", len(x)):
+            pyro.sample(f"x_{g}", EnergyDistribution(Precision(precisions[g])), obs=x[:, g])
+
+
 def by_quadrature(x):
     """Mean and sd of the rate and of every precision: given the rate, all are conjugate."""
     rate = torch.linspace(1e-3, 12.0, 20_001)[:, None]
@@ -84,11 +94,16 @@ def check(draws, mean, sd):
         assert float((error / unit).max()) < 0.05
 
 
-@pytest.mark.parametrize("model", [centred, non_centred])
+SLOW_LOOP = pytest.param(in_a_loop, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("model", [centred, non_centred, SLOW_LOOP])
 def test_groups_and_what_they_share(model, x):
     mcmc = run(GroupedExchange(model, "groups"), x)
     draws = mcmc.get_samples()
-    own = draws["precision"] if model is centred else draws["unit"] / draws["rate"][..., None]
+    if model is in_a_loop:
+        draws["precision"] = torch.stack([draws[f"precision_{g}"] for g in range(GROUPS)], -1)
+    own = draws["unit"] / draws["rate"][..., None] if "unit" in draws else draws["precision"]
     mean, sd = by_quadrature(x)
     check(torch.cat([draws["rate"][..., None], own], -1), mean, sd)
     rates = mcmc.diagnostics()
@@ -153,7 +168,7 @@ def two_plates(x):
         pyro.sample("x", EnergyDistribution(Precision(precision)), obs=x)
 
 
-@pytest.mark.parametrize("model", [centred, non_centred, vectors, two_plates])
+@pytest.mark.parametrize("model", [centred, non_centred, in_a_loop, vectors, two_plates])
 def test_a_term_is_what_its_group_changes_u_by(model, x):
     target = exchange_target(model, (x,), {})
     groups = GroupTerms(target, "groups")
@@ -177,6 +192,9 @@ def test_sums_over_all_but_the_groups():
     events = GroupTerms(exchange_target(vectors, (x,), {}), "groups")
     terms = torch.randn(3, GROUPS, 3)
     torch.testing.assert_close(events.sums_of("v", terms), terms.sum(-1))
+    turns = GroupTerms(exchange_target(in_a_loop, (x,), {}), "groups")
+    sums = turns.sums_of("x_3", torch.ones(3, ROWS))
+    torch.testing.assert_close(sums, ROWS * torch.eye(GROUPS)[3].expand(3, -1))
 
 
 def test_a_state_goes_on_as_it_was(x):
@@ -252,10 +270,11 @@ def every_second(x):
         pyro.sample("x", law, obs=x[0, :4])
 
 
-def loop(x):
-    for g in pyro.plate("groups", x.shape[1]):
-        precision = pyro.sample(f"precision_{g}", dist.Gamma(x.new_tensor(3.0), 2.0))
-        pyro.sample(f"x_{g}", EnergyDistribution(Precision(precision)), obs=x[0, g])
+def uneven_loop(x):
+    for g in pyro.plate("groups", 2):
+        law = dist.Gamma(x.new_tensor(3.0), 2.0).expand([g + 1]).to_event(1)
+        precision = pyro.sample(f"precision_{g}", law)
+        pyro.sample(f"x_{g}", EnergyDistribution(Precision(precision.sum())), obs=x[0, g])
 
 
 def nothing_inside(x):
@@ -269,7 +288,7 @@ BAD = {
     "an energy outside": (energy_outside, "stands outside of plate 'groups'"),
     "neighbours": (neighbours, "not independent given the rest"),
     "every second": (every_second, "not independent given the rest"),
-    "a loop": (loop, "is a loop: write it as a context"),
+    "a loop": (uneven_loop, r"the turns of the loop 'groups' hold .* different sizes, \[1, 2\]"),
     "no latent": (nothing_inside, "holds no latent"),
 }
 

@@ -97,6 +97,20 @@ def test_noise_in_an_energy():
     run(HMC(law))
 
 
+@pytest.mark.parametrize(
+    "sampler", [lambda law: run(HMC(law)), lambda law: SMC(law).run()], ids=["hmc", "smc"]
+)
+def test_chains_that_see_each_other(sampler):
+    """Batch statistics of 32 chains: a law of all chains together, of which none has a part."""
+    net = torch.nn.Sequential(
+        torch.nn.Linear(2, 8), torch.nn.BatchNorm1d(8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+    )
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+    with pytest.raises(ValueError, match="changes with the positions of others"):
+        sampler(EnergyDistribution(lambda x: net(x).squeeze(-1), base))
+    run(HMC(EnergyDistribution(lambda x: net.eval()(x).squeeze(-1), base)))
+
+
 @pytest.mark.parametrize("kernel", [ULA, KineticLangevin])
 def test_unadjusted_chains_that_run_off(kernel):
     law = EnergyDistribution(lambda x: x**4, event_shape=())

@@ -3,17 +3,19 @@
 import json
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from families import Precision, log_z_of_precision
 
 from pyro_ebm.chains import Record, summary, to_arviz
+from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Ising
-from pyro_ebm.normalizers import anchored
+from pyro_ebm.normalizers import anchored, base_importance
 from pyro_ebm.normalizers.anchor_error import _quantile, _thinned, mcse_logz
 
 # Posteriors are summed over grids that go on where the anchors say nothing.
-pytestmark = pytest.mark.filterwarnings("ignore:log Z was asked at parameters")
+pytestmark = pytest.mark.filterwarnings("ignore:log Z was asked")
 
 SHAPE = (3, 3)
 
@@ -128,6 +130,26 @@ def test_an_error_that_is_too_large_is_doubted():
     error = mcse_logz(draws, log_z, lambda d: d["k"][:, None], 200)
     assert "reweighting leaves" in error.doubts[0]
     assert "reweighting leaves" in error.attached_to(draws).attrs["mcse_logz_doubts"]
+
+
+def test_a_posterior_that_is_cut_off_is_doubted():
+    """One that ends an sd above its mean; one far from there, and a narrow one near it, do not."""
+    base = dist.Normal(0.0, 1.0)
+    log_z = base_importance(base, num_draws=1000).by(
+        lambda t: EnergyDistribution(
+            lambda x: 0.5 * t[..., 0] * x**2, base=base, batch_shape=t.shape[:-1]
+        ),
+        1,
+    )
+    grid = torch.linspace(100.0, 3000.0, 300)
+    edge = float(grid[log_z(grid[:, None]).isfinite()].max())
+    seen = []
+    for mean, sd in ((0.9, 0.1), (0.4, 0.05), (0.75, 0.005)):
+        t = edge * (mean + sd * torch.randn(300))
+        kept = t[log_z(t[:, None]).isfinite()][:200]
+        error = mcse_logz({"t": kept[None]}, log_z, lambda d: d["t"][:, None], 5)
+        seen.append(["the posterior is cut off there" in doubt for doubt in error.doubts])
+    assert seen == [[True], [], []]
 
 
 def test_a_weighted_quantile():

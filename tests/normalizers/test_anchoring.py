@@ -12,6 +12,7 @@ from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.normalizers import anchored, anchoring
 from pyro_ebm.normalizers.anchor_error import mcse_logz
 from pyro_ebm.normalizers.anchoring import _Cloud, _places, _Rough, _spread, anchored_to
+from pyro_ebm.normalizers.displacement import LARGEST_DISPLACEMENT, draws_wanted
 
 # Posteriors are summed over grids that go on where the anchors say nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:log Z was asked at parameters")
@@ -163,6 +164,35 @@ def test_groups_are_covered_together():
         sd = float((exact * (k - mean).square()).sum().sqrt())
         seen = (k * total - 10 * log_z(k[:, None])).nan_to_num(-torch.inf).softmax(0)
         assert abs(float((seen * k).sum()) - mean) < 0.4 * sd
+
+
+def test_draws_are_added_until_the_rule_is_met(monkeypatch):
+    """A first guess of a quarter of the draws, under the posterior that is known in closed form."""
+    num, a = 800, 2.0 + 800 / 2
+    rows = dist.Gamma(a, torch.tensor(a / 3.0)).sample((1000, 1))
+    cloud = _Cloud(rows, torch.tensor([[1.0 / 18]]))  # x^2 / 2 at a precision of 3
+    monkeypatch.setattr(anchoring._Loop, "search", lambda *_: cloud)
+    monkeypatch.setattr(anchoring._Loop, "posterior", lambda *_, **__: cloud)
+    monkeypatch.setattr(anchoring, "draws_wanted", lambda p, n: draws_wanted(p, n) / 4)
+    made = []
+
+    def kept(*args, **options):
+        made.append(anchored(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(anchoring, "anchored", kept)
+    log_z = anchored_to(
+        precision,
+        family=Precision(1.0),
+        natural=natural,
+        first=torch.tensor([3.0]),
+        num_observations=num,
+    )
+    off = [float(z.displacement(_places(cloud), num).max()) for z in made]
+    assert made[-1] is log_z
+    assert off[-1] <= LARGEST_DISPLACEMENT < off[0]
+    first, second = (z.statistics[..., 0].numel() for z in made[:2])
+    assert second >= 1.5 * first * (off[0] / LARGEST_DISPLACEMENT) ** 2
 
 
 # --- its parts

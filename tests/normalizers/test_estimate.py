@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 
 import pyro.distributions as dist
 import pytest
@@ -12,6 +13,7 @@ from pyro_ebm import EnergyDistribution, LogNormalizer
 from pyro_ebm.energies import Ising
 from pyro_ebm.normalizers import estimate_log_normalizer
 from pyro_ebm.normalizers.estimate import METHODS, agreed
+from pyro_ebm.normalizers.quadrature import UnresolvedError
 from pyro_ebm.ops.constraints import spins
 
 F64 = torch.float64
@@ -52,6 +54,27 @@ def test_a_way_can_be_named(method):
         return
     estimate = estimate_log_normalizer(law, method)
     assert abs(float(estimate.value) - log_z) < 5 * float(estimate.stderr) + 1e-8
+
+
+def kinked(batch_shape=()):
+    """A tilt of two standard normals whose slope jumps, and its log Z."""
+    base = dist.Normal(torch.zeros(2), 1.0).to_event(1).expand(batch_shape)
+    tail = float(torch.special.log_ndtr(torch.tensor(-3.0, dtype=F64)))
+    return EnergyDistribution(lambda x: 3.0 * x.abs().sum(-1), base), 2 * (math.log(2) + 4.5 + tail)
+
+
+def test_draws_stand_in_for_a_grid_that_is_too_coarse(monkeypatch):
+    monkeypatch.setattr(sys.modules["pyro_ebm.normalizers.quadrature"], "MOST_NODES", 2**14)
+    law, log_z = kinked()
+    found = estimate_log_normalizer(law)
+    assert re.search("ais.*bridge|bridge.*ais", found.method)
+    assert found.method.endswith(", for a grid does not resolve the density")
+    assert found.is_trusted
+    assert abs(float(found.value) - log_z) < 5 * float(found.stderr) < 0.05
+    with pytest.raises(UnresolvedError, match="still moves with 16384 nodes: the density is too"):
+        estimate_log_normalizer(law, "quadrature")
+    with pytest.raises(UnresolvedError):  # chains are of one law
+        estimate_log_normalizer(kinked((2,))[0])
 
 
 def test_disagreement_is_a_doubt():

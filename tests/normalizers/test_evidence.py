@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import config_enumerate
 
 from pyro_ebm import EnergyDistribution, energy_factor
 from pyro_ebm.energies import Ising
@@ -103,6 +104,68 @@ def test_from_the_prior(method):
     assert seen.is_trusted
     assert seen.start == "prior"
     assert abs(float(seen.value) - evidence_of_precision(x)) < 5 * float(seen.stderr) < 0.3
+
+
+SIGNS = torch.tensor([-1.2, -0.8, 1.5, 2.0, 1.1])
+
+
+def two_signs(y):
+    """A mixture of two normals, whose signs are enumerated."""
+    w = pyro.sample("w", dist.Beta(torch.tensor(2.0), 2.0))
+    with pyro.plate("n", len(y)):
+        sign = pyro.sample("sign", dist.Bernoulli(w))
+        pyro.sample("y", dist.Normal(2 * sign - 1, 1.0), obs=y)
+
+
+def on_a_grid(log_p, low, high):
+    """Draws of a density on an interval, and the log of its integral, by the midpoint rule."""
+    step = (high - low) / 20_000
+    at = low + step * (torch.arange(20_000) + 0.5)
+    values = log_p(at)
+    chosen = at[torch.multinomial(values.softmax(0), 4000, replacement=True)]
+    return chosen.reshape(20, 200), float(values.logsumexp(0)) + math.log(step)
+
+
+def log_p_of_two_signs(w):
+    up, down = (dist.Normal(mean, 1.0).log_prob(SIGNS[:, None]) for mean in (1.0, -1.0))
+    rows = torch.logaddexp(w.log() + up, torch.log1p(-w) + down)
+    return rows.sum(0) + dist.Beta(2.0, 2.0).log_prob(w)
+
+
+@pytest.mark.parametrize("enumerate_", [None, "parallel"])
+def test_discrete_latents_are_enumerated(enumerate_):
+    draws, exact = on_a_grid(log_p_of_two_signs, 0.0, 1.0)
+    model = config_enumerate(two_signs, enumerate_) if enumerate_ else two_signs
+    seen = evidence(model, SIGNS, posterior={"w": draws})
+    assert abs(float(seen.value) - exact) < 5 * float(seen.stderr) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["stepping_stones", "thermodynamic"])
+def test_discrete_latents_are_enumerated_from_the_prior(method):
+    exact = on_a_grid(log_p_of_two_signs, 0.0, 1.0)[1]
+    seen = evidence(two_signs, SIGNS, method=method)
+    assert abs(float(seen.value) - exact) < 5 * float(seen.stderr) < 0.1
+
+
+ANGLES = torch.tensor([2.6, 2.9, 3.1, -3.1, -2.8])
+OF_ANGLES = dist.VonMises(torch.tensor(0.0), 0.5)
+
+
+def angles_on_one_period(y):
+    mean = pyro.sample("mean", dist.Uniform(torch.tensor(0.0), 2 * math.pi))
+    pyro.factor("prior", OF_ANGLES.log_prob(mean) + math.log(2 * math.pi))
+    with pyro.plate("n", len(y)):
+        pyro.sample("y", dist.VonMises(mean, 4.0), obs=y)
+
+
+def test_a_periodic_prior_on_one_period():
+    def log_p(mean):
+        return OF_ANGLES.log_prob(mean) + dist.VonMises(mean, 4.0).log_prob(ANGLES[:, None]).sum(0)
+
+    draws, exact = on_a_grid(log_p, 0.0, 2 * math.pi)
+    seen = evidence(angles_on_one_period, ANGLES, posterior={"mean": draws})
+    assert abs(float(seen.value) - exact) < 5 * float(seen.stderr) < 0.02
 
 
 def test_one_lattice():
@@ -214,6 +277,11 @@ def improper(x):
     pyro.sample("x", dist.Normal(theta, 1.0), obs=x[0])
 
 
+def periodic(x):
+    mean = pyro.sample("mean", OF_ANGLES.expand([2]).to_event(1))
+    pyro.sample("x", dist.VonMises(mean, 4.0).to_event(1), obs=x[:2])
+
+
 def part_of(x):
     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
     with pyro.plate("n", len(x), subsample_size=2) as i:
@@ -238,6 +306,7 @@ BAD = {
     "constant": (constant, MissingNormalizerError, "off by it even if it is constant"),
     "factor": (with_factor, MissingNormalizerError, "energy_factor 'near' has no log Z"),
     "improper": (improper, ValueError, "site 'theta' has an improper prior"),
+    "periodic": (periodic, ValueError, r"'mean' has a periodic prior, .*from Uniform\(a, a \+"),
     "subsampled": (part_of, ValueError, "plate 'n' is subsampled"),
     "draws": (precision, ValueError, "the posterior has no draws of theta, got"),
 }

@@ -84,17 +84,20 @@ def test_a_mode_too_narrow_for_the_nodes_is_told_by_the_change():
     assert float(found.stderr) > max(1.0, abs(float(found.value) - exact))
 
 
-def test_no_error_passes_for_a_place_between_the_nodes():
+@pytest.mark.parametrize(("num_nodes", "widest"), [(4, 0.9), (32, 0.3)])
+def test_no_error_passes_for_a_place_between_the_nodes(num_nodes, widest):
     """Modes of 100 widths at 300 places: the change from 24 nodes alone lets 4 nats pass.
 
-    It passes zero where a mode comes to lie as badly between 32 nodes as between 24.
+    It passes zero where a mode comes to lie as badly between 32 nodes as between 24. Of 4 nodes,
+    that from 3 alone lets a third of a nat pass.
     """
-    place, width = torch.linspace(0.0, 6.0, 300)[:, None], torch.logspace(-1.7, 0.3, 100)
+    place, width = torch.linspace(0.0, 6.0, 300)[:, None], torch.logspace(-1.7, widest, 100)
     exact = -0.5 * torch.log1p(width**-2) - 0.5 * place**2 / (1 + width**2)
     base = dist.Normal(torch.zeros(300, 100), 1.0)
-    found = gauss_hermite(EnergyDistribution(lambda x: 0.5 * ((x - place) / width) ** 2, base))
+    law = EnergyDistribution(lambda x: 0.5 * ((x - place) / width) ** 2, base)
+    found = gauss_hermite(law, num_nodes=num_nodes)
     passed = found.stderr <= LARGEST_ERROR
-    assert 0.2 < float(passed.double().mean()) < 0.5
+    assert 0.1 < float(passed.double().mean()) < 0.5
     assert float((found.value - exact).abs()[passed].max()) < 3 * LARGEST_ERROR
 
 

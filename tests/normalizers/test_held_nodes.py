@@ -10,6 +10,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 
 from pyro_ebm import EnergyDistribution
+from pyro_ebm.errors import ApproximateSampleWarning
 from pyro_ebm.mcmc import MCMC as Chains
 from pyro_ebm.mcmc import RandomWalk
 from pyro_ebm.normalizers import find_box, gauss_hermite, quadrature
@@ -114,7 +115,8 @@ def test_chains_side_by_side_are_cut_off_too(rule):
     kernel = RandomWalk(lambda x: model(x, log_z), step_size=1.0, adapt_step_size=False)
     chains = Chains(kernel, 20, 20, num_chains=4, disable_progbar=True)
     at = {"t": torch.full((4,), 0.3).log()}
-    chains.run(data(), initial_params=at)
+    with pytest.warns(ApproximateSampleWarning, match="the density is NaN at .* may be cut off"):
+        chains.run(data(), initial_params=at)
     t = chains.get_samples()["t"].flatten()
     exact = -0.5 * torch.log1p(BASE**2 * t)
     off = torch.stack([log_z(made(each)).value for each in t]) - exact
@@ -152,3 +154,10 @@ def test_a_law_that_asks_gets_nan_and_others_a_remark(rule):
     near = made(torch.tensor(0.15))
     seen = near.with_log_normalizer(lambda: log_z(near)).log_normalizer_value()
     torch.testing.assert_close(seen, log_z(near).value, rtol=0, atol=0)
+
+
+def test_no_mass_at_the_nodes_is_said():
+    law = EnergyDistribution(
+        lambda x: torch.where(x > 30.0, 0.0, math.inf), dist.Normal(torch.zeros(()), 1.0)
+    )
+    assert "there is no mass at its nodes: use more nodes" in str(gauss_hermite(law))

@@ -106,6 +106,16 @@ def test_a_base_that_is_not_gaussian():
         assert abs(float(seen.value) + math.log(2.0)) < 5 * float(seen.stderr) < 0.1
 
 
+def test_chains_that_never_move_are_told():
+    """From a Cauchy's far draws x^4 is too steep for the step that suits the others."""
+    base = dist.StudentT(torch.tensor(1.0), torch.tensor(0.0), torch.tensor(1.0))
+    law = EnergyDistribution(lambda x: x**4, base)
+    run = tempered(law, num_rungs=4, num_chains=40, num_samples=20, warmup_steps=20)
+    assert 0 < run.num_stuck < 20
+    for estimate in ESTIMATORS:
+        assert any("of 40 chains never moved" in doubt for doubt in estimate(law, run).doubts)
+
+
 def test_a_wall_is_seen_by_stepping_stones_only():
     """Half of the base has no mass: log Z = -log 2 less that of the tilt, which is none."""
 

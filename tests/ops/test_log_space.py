@@ -42,6 +42,9 @@ def test_effective_sample_size():
     w = log_weights.exp()
     want = w.sum() ** 2 / w.square().sum()
     torch.testing.assert_close(effective_sample_size(log_weights - 500.0), want)
+    rows = torch.stack([log_weights, torch.zeros(40)])
+    by_row = effective_sample_size(rows, dim=1)
+    torch.testing.assert_close(by_row, torch.stack([want, torch.tensor(40.0)]))
 
 
 @pytest.mark.parametrize("ratio", [0.1, 1.0, 25.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
@@ -403,7 +404,23 @@ def test_energy_that_is_not_finite():
     def model():
         pyro.sample("x", EnergyDistribution(torch.log, event_shape=()), obs=torch.tensor(-1.0))
 
-    with pytest.raises(NonFiniteEnergyError, match="site 'x' is not finite in 1 of 1 rows"):
+    with pytest.raises(NonFiniteEnergyError, match="energy of site 'x' is not finite in 1 of 1"):
+        check_model(model)
+
+
+@pytest.mark.parametrize(("scale", "what"), [(1.0, "log Z of site 'x' is"), (math.nan, "energy")])
+def test_log_z_that_is_not_finite_is_named(scale, what):
+    """Where the energy is not either, that is the cause."""
+
+    def model():
+        theta = pyro.sample("theta", dist.Gamma(2.0, 1.0))
+        law = EnergyDistribution(
+            lambda x: scale * theta * x**2, event_shape=(), log_normalizer=lambda: math.nan * theta
+        )
+        with pyro.plate("n", len(X)):
+            pyro.sample("x", law, obs=X)
+
+    with pytest.raises(NonFiniteEnergyError, match=f"check_model: (the )?{what}"):
         check_model(model)
 
 

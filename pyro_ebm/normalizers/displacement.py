@@ -1,0 +1,65 @@
+r"""How far the error of a held log Z may displace a posterior, and the draws that takes.
+
+Of p parameters given n observations, a log Z made of S effective draws displaces the posterior by
+about :math:`\sqrt{pn / S}` of its standard deviations.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.ops.arguments import whole
+
+LEAST_SHARE = 0.05
+"""The share of effective draws below which log Z is not told."""
+
+LARGEST_DISPLACEMENT = 0.3
+"""Posterior standard deviations by which the error of log Z may displace a mean."""
+
+
+def displacement(num_parameters: int, num_observations: int, size: Tensor) -> Tensor:
+    r"""Returns :math:`\sqrt{pn / S}`, of the shape of ``size``.
+
+    Args:
+        num_parameters: p.
+        num_observations: n, how often Z enters the likelihood.
+        size: S, effective numbers of draws.
+
+    Example:
+        >>> displacement(2, 50, torch.tensor(400.0))
+        tensor(0.5000)
+    """
+    number = whole("num_observations", num_observations, least=1)
+    number *= whole("num_parameters", num_parameters, least=1)
+    return torch.sqrt(number / size)
+
+
+def draws_wanted(num_parameters: int, num_observations: int) -> float:
+    """Returns the effective draws that displace by :data:`LARGEST_DISPLACEMENT`."""
+    return num_parameters * num_observations / LARGEST_DISPLACEMENT**2
+
+
+def times_as_many(off: float) -> float:
+    """Returns by how many times there are too few draws, at a displacement of ``off``."""
+    return (off / LARGEST_DISPLACEMENT) ** 2
+
+
+def refuse(off: float, what: str, instead: str = "") -> None:
+    """Raises where a displacement is too large.
+
+    Args:
+        off: The displacement.
+        what: The draws, as the sentence begins.
+        instead: What else may be done, as the sentence ends.
+
+    Raises:
+        ValueError: If ``off`` is beyond :data:`LARGEST_DISPLACEMENT`.
+    """
+    if off > LARGEST_DISPLACEMENT:
+        raise ValueError(
+            f"{what} displace the posterior by about {off:.2g} of its standard deviations: use "
+            f"{math.ceil(times_as_many(off))} times as many{instead}"
+        )
