@@ -21,6 +21,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
 from pyro_ebm.errors import ConditionalEnergyError, SurrogateWarning
 from pyro_ebm.infer.contrast import rows_of
+from pyro_ebm.ops.same_values import same_values
 from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.paired_runs import unvalidated
 
@@ -41,9 +42,7 @@ def depends_on_rows(p: EnergyDistribution, x: Tensor) -> bool:
     for dim in range(rows):
         if x.shape[dim] > 1:
             moved = p.unnormalized_log_prob(x.roll(1, dim))
-            if not torch.allclose(
-                moved, value.roll(1, dim - rows), rtol=1e-3, atol=1e-4, equal_nan=True
-            ):
+            if not same_values(moved, value.roll(1, dim - rows)):
                 return not _is_random(p, x)
     return False
 

@@ -16,6 +16,7 @@ from pyro_ebm.distributions import EnergyDistribution, PushforwardDistribution
 from pyro_ebm.distributions.layers import innermost
 from pyro_ebm.infer.contrast import contrast_law
 from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.ops.same_values import same_values
 
 
 @torch.no_grad()
@@ -55,8 +56,6 @@ def _functions(law: Any) -> list[Callable[[Tensor], Tensor]]:
 def _knows_rows(function: Callable[[Tensor], Tensor], z: Tensor, dim: int) -> bool:
     """Whether values at latents of other rows are not those of the other rows, but for chance."""
     value = function(z)
-    return not _close(function(z.roll(1, dim)), value.roll(1, dim)) and _close(function(z), value)
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True)
+    if same_values(function(z.roll(1, dim)), value.roll(1, dim)):
+        return False
+    return same_values(function(z), value)

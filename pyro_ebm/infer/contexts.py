@@ -22,6 +22,7 @@ from pyro_ebm.infer.conditional import (
     warn_unchecked,
 )
 from pyro_ebm.ops.powers_of_two import is_power_of_two
+from pyro_ebm.ops.same_values import same_values
 from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.paired_runs import unvalidated
 
@@ -128,17 +129,13 @@ def check_shared_arguments(
             sites = [run.get_trace(*at.args, **at.kwargs).nodes[name] for at in (now, before)]
             laws: Any = (p, *(unwrap(site["fn"]) for site in sites))
             one, again, other = (_at_one_event(law, event) for law in laws)
-            if not _agree(one, again):
+            if not same_values(one, again):
                 raise ValueError("two runs on the same arguments differ: dropout?")
     except Exception as error:  # models may do anything with their arguments
         warn_unchecked(name, f"whether the energy depends on {what}, could not be checked", error)
         return
-    if not _agree(one, other):
+    if not same_values(one, other):
         refuse(name, p, who, f" ({what})")
-
-
-def _agree(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def _at_one_event(law: Any, event: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from pyro_ebm.infer.objective import Objective
 from pyro_ebm.infer.unconstrained import check_interior
 from pyro_ebm.infer.waymarks import Waymarks, equal_steps
 from pyro_ebm.ops.arguments import whole
+from pyro_ebm.ops.same_values import same_values
 from pyro_ebm.ops.spaces import bijection
 
 
@@ -228,7 +229,7 @@ class TelescopingNCE(Objective):
                 f"the energy of EBM site {name!r} has {len(bridges)} bridges, TelescopingNCE("
                 f"num_bridges={self.num_bridges}) needs {self.num_bridges}"
             )
-        if not torch.allclose(bridges.sum(0), energy, rtol=1e-3, atol=1e-4, equal_nan=True):
+        if not same_values(bridges.sum(0), energy):
             raise ValueError(
                 f"the energy of EBM site {name!r} is not the sum of its bridges, so that what is "
                 "learned would not be the model: let forward(x) return self.bridges(x).sum(0)"

@@ -33,46 +33,39 @@ def new_net():
     return nn.Sequential(nn.Linear(2, 4), nn.Softplus(), nn.Linear(4, 1), nn.Flatten(-2))
 
 
-def plain_model():
+def model_of(law_of):
+    """Returns a model whose network has a law, and its networks."""
     torch.manual_seed(0)
     net = new_net()
 
     def model(x):
         pyro.module("net", net)
         with pyro.plate("data", len(x)):
-            pyro.sample("x", EnergyDistribution(net, base=BASE, conditional=False), obs=x)
+            pyro.sample("x", law_of(net), obs=x)
 
     return model, (net,)
+
+
+def plain_model():
+    return model_of(lambda net: EnergyDistribution(net, base=BASE, conditional=False))
 
 
 def checked_model():
     """A base made before the fit keeps its own validation, and is copied by ``expand``."""
-    torch.manual_seed(0)
-    net = new_net()
     base = dist.Normal(torch.zeros((), dtype=torch.float64), 1.5).expand([2]).to_event(1)
-
-    def model(x):
-        pyro.module("net", net)
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", EnergyDistribution(net, base=base), obs=x)
-
-    return model, (net,)
+    return model_of(lambda net: EnergyDistribution(net, base=base))
 
 
 def confined_model():
     """Without a base chains start as wide as the data are, of all batches so far."""
-    torch.manual_seed(0)
-    net = new_net()
 
-    def model(x):
-        pyro.module("net", net)
-        with pyro.plate("data", len(x)):
-            ebm = EnergyDistribution(
-                lambda y: net(y) + y.square().sum(-1), event_shape=(2,), conditional=False
-            )
-            pyro.sample("x", ebm, obs=x)
+    def law_of(net):
+        def energy(y):
+            return net(y) + y.square().sum(-1)
 
-    return model, (net,)
+        return EnergyDistribution(energy, event_shape=(2,), conditional=False)
+
+    return model_of(law_of)
 
 
 FAMILIES = {
