@@ -73,7 +73,7 @@ from pyro_ebm.infer.site_perturbations import BernoulliFlips, MaskedSite
 
 SUPPORT = constraints.independent(constraints.boolean, 1)
 BATCH = 128
-MOST_STATES = 4096
+MAX_STATES = 4096
 CHUNK = 2**17
 
 # --- laws in the plane
@@ -268,7 +268,7 @@ def objectives(coded: Coded, negatives: int) -> dict[str, tuple[Callable[[], Any
         "ED, masked bit": (partial(ed, MaskedSite()), True),
     }
     num = 2 * coded.bits
-    if 2**num > MOST_STATES:
+    if 2**num > MAX_STATES:
         return flips
     device = coded.places.device
     states = coded.to_bits(torch.arange(2**num, device=device))
@@ -433,7 +433,7 @@ def discrepancy(ours: Tensor, states: Tensor, coded: Coded) -> float:
 
 def heading(name: str, coded: Coded, args: argparse.Namespace) -> str:
     """Returns the entropy of the data, and what checks it and log Z."""
-    if 4**coded.bits <= MOST_STATES:
+    if 4**coded.bits <= MAX_STATES:
         states = torch.arange(4**coded.bits, device=coded.places.device)
         p = coded.log_prob(states).exp()
         entropy = -float(torch.special.xlogy(p, p).sum())
@@ -460,7 +460,7 @@ def table(name: str, args: argparse.Namespace) -> list[dict[str, str]]:
         for seed in range(args.seed_from, args.seed_from + args.seeds):
             energy, seconds = learn(objective, coded, seed, args)
             pyro.set_rng_seed(10_000 + seed)
-            is_exact = 4**coded.bits <= MOST_STATES
+            is_exact = 4**coded.bits <= MAX_STATES
             found = (
                 judged_exactly(energy, coded) if is_exact else judged_by_draws(energy, coded, args)
             )

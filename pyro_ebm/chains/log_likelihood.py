@@ -40,7 +40,7 @@ from pyro_ebm.ops.rng import rng_preserved
 
 __all__ = ["PointwiseLogLikelihood", "pointwise_log_likelihood"]
 
-LARGEST_MCSE_LOG_Z = 0.5
+MAX_MCSE_LOG_Z = 0.5
 """Nats of error in an elpd that pass without a word: differences below 4 tell little anyway."""
 
 _CHUNK = 500
@@ -81,7 +81,7 @@ def pointwise_log_likelihood(
             site is scaled or holds a single observation.
 
     Warns:
-        UserWarning: If log Z is made of draws and adds more than :data:`LARGEST_MCSE_LOG_Z` to the
+        UserWarning: If log Z is made of draws and adds more than :data:`MAX_MCSE_LOG_Z` to the
             error of the sum, or nobody knows how much.
     """
     with asked() as functions:  # in the model itself
@@ -233,7 +233,7 @@ def _mcse_log_z(
         why = "resampled draws do not reach all of the posterior"
     except ValueError as problem:
         error, why = float("nan"), str(problem)
-    if not error <= LARGEST_MCSE_LOG_Z:
+    if not error <= MAX_MCSE_LOG_Z:
         warnings.warn(_said_of(error, why), stacklevel=5)
     return error
 

@@ -40,7 +40,7 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 
 MIN_RESAMPLED_ROWS = 10
 CHUNK_ROWS = 1024
-MOST_POINTS_FOR_MEDIAN = 2000
+MAX_POINTS_FOR_MEDIAN = 2000
 
 
 class MMDInterval(NamedTuple):
@@ -80,7 +80,7 @@ def median_distance(x: Tensor) -> Tensor:
         >>> median_distance(torch.tensor([0.0, 1.0, 3.0]))
         tensor(2.)
     """
-    distance = kernels.median_distance(_rows("x", x)[:MOST_POINTS_FOR_MEDIAN])
+    distance = kernels.median_distance(_rows("x", x)[:MAX_POINTS_FOR_MEDIAN])
     if not distance > 0:
         raise ValueError(
             f"the median distance between rows must be positive, got {float(distance)}: more than "

@@ -25,7 +25,7 @@ from pyro_ebm.distributions.guard_schedule import FIRST_CALLS
 from pyro_ebm.ops.rng import rng_preserved
 
 REPEATED = 2
-MOST_USES = 256
+MAX_USES = 256
 
 
 class _Evaluation(NamedTuple):
@@ -89,7 +89,7 @@ def _is_plain(value: Tensor) -> bool:
 
 def _evaluations(function: Callable[[], Any], site: str | None, x: Tensor) -> list[_Evaluation]:
     """What was seen of a function at these data before."""
-    if len(_seen) > MOST_USES:
+    if len(_seen) > MAX_USES:
         _seen.clear()
     numbers = [v for v in _parts(function) if isinstance(v, (int, float, str))]
     inner = function.func if isinstance(function, partial) else function

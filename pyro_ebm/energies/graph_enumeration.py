@@ -20,9 +20,9 @@ from pyro_ebm.energies.graph_dyads import adjacency_of
 from pyro_ebm.energies.graph_statistics import GraphStatistic
 from pyro_ebm.energies.graph_terms import one_each
 
-__all__ = ["MOST_DYADS", "AllGraphs", "enumerated"]
+__all__ = ["MAX_DYADS", "AllGraphs", "enumerated"]
 
-MOST_DYADS = 15
+MAX_DYADS = 15
 """Dyads of graphs that are enumerated: 2^15 graphs, six nodes."""
 
 

@@ -22,8 +22,8 @@ from pyro_ebm.ops.kaufman import torus_log_normalizer
 from pyro_ebm.ops.swendsen_wang import swendsen_wang
 from pyro_ebm.ops.transfer_matrix import TransferMatrix
 
-_LARGEST_STRIP = 12  # rows that a transfer matrix takes: 2^12 states of a column
-_LARGEST_TORUS = 8  # where it takes 4^8
+_MAX_STRIP = 12  # rows that a transfer matrix takes: 2^12 states of a column
+_MAX_TORUS = 8  # where it takes 4^8
 
 
 class Ising(ExponentialFamily):
@@ -98,7 +98,7 @@ class Ising(ExponentialFamily):
 
     @property
     def _is_narrow(self) -> bool:
-        return min(self.event_shape) <= (_LARGEST_TORUS if self.periodic else _LARGEST_STRIP)
+        return min(self.event_shape) <= (_MAX_TORUS if self.periodic else _MAX_STRIP)
 
     def log_normalizer(self) -> Tensor:
         """Returns log Z in nats, differentiable in coupling and field.

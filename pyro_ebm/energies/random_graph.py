@@ -30,7 +30,7 @@ from torch.distributions import constraints
 from pyro_ebm.energies.closed_form import check_event_shape
 from pyro_ebm.energies.exponential_family import ExponentialFamily
 from pyro_ebm.energies.graph_blocks import Counts
-from pyro_ebm.energies.graph_enumeration import MOST_DYADS, AllGraphs, enumerated
+from pyro_ebm.energies.graph_enumeration import MAX_DYADS, AllGraphs, enumerated
 from pyro_ebm.energies.graph_statistics import (
     Dependence,
     DyadStatistic,
@@ -45,7 +45,7 @@ from pyro_ebm.ops.constraints import event_support
 
 __all__ = ["ExponentialRandomGraph"]
 
-_MOST_CELLS = 2**16  # of adjacency matrices, above which whole numbers are counted in bits
+_MAX_CELLS = 2**16  # of adjacency matrices, above which whole numbers are counted in bits
 
 
 class ExponentialRandomGraph(ExponentialFamily):
@@ -104,7 +104,7 @@ class ExponentialRandomGraph(ExponentialFamily):
         """
         if not x.is_floating_point():
             dtype, size = torch.get_default_dtype(), x.shape[:-1].numel() * self.num_nodes**2
-            if size > _MOST_CELLS and all(term.counts_in_bits for term in self.terms):
+            if size > _MAX_CELLS and all(term.counts_in_bits for term in self.terms):
                 return self._counted(x).to(dtype)
             x = x.to(dtype)
         adjacency = adjacency_of(x, self.num_nodes)
@@ -141,12 +141,12 @@ class ExponentialRandomGraph(ExponentialFamily):
     @property
     def is_tractable(self) -> bool:  # type: ignore[override]
         """Whether log Z is known: dyads are independent, or graphs few."""
-        return self._has_independent_dyads or self.event_shape[0] <= MOST_DYADS
+        return self._has_independent_dyads or self.event_shape[0] <= MAX_DYADS
 
     @property
     def is_sampleable(self) -> bool:  # type: ignore[override]
         """Whether draws are exact, which goes with log Z."""
-        return self._has_independent_dyads or self.event_shape[0] <= MOST_DYADS
+        return self._has_independent_dyads or self.event_shape[0] <= MAX_DYADS
 
     @property
     def _has_independent_dyads(self) -> bool:
@@ -186,7 +186,7 @@ class ExponentialRandomGraph(ExponentialFamily):
         return self.theta.double() @ worths(self.terms, self.num_nodes, self.theta.device)
 
     def _all_graphs(self) -> AllGraphs:
-        if self.event_shape[0] > MOST_DYADS:
+        if self.event_shape[0] > MAX_DYADS:
             raise NotImplementedError(
                 f"graphs are enumerated up to 6 nodes, got {self.num_nodes} with dyads that depend "
                 "on each other: estimate log Z by pyro_ebm.normalizers, and move graphs by sweep()"

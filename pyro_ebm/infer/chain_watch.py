@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pyro_ebm.infer.degenerate import SETTLED
 from pyro_ebm.ops.powers_of_two import is_power_of_two
 
-LEAST_ACCEPTANCE = 0.1
-LEAST_MOVE = 0.02
+MIN_ACCEPTANCE = 0.1
+MIN_MOVE = 0.02
 GROWTH = 1.5  # of the gap from window to window that counts as running away
 WIDE_GAP = 100.0  # in nats; narrower gaps count if they are wide beside the data's own spread
 SPREADS = 10.0
@@ -97,7 +97,7 @@ class ChainWatch:
 
 def _on_acceptance(means: dict[str, float], window: int) -> str | None:
     rate = means.get("acceptance", 1.0)
-    if rate >= LEAST_ACCEPTANCE:
+    if rate >= MIN_ACCEPTANCE:
         return None
     return (
         f"over the last {window} steps the kernel accepted {rate:.2%} of its proposals: chains "
@@ -108,7 +108,7 @@ def _on_acceptance(means: dict[str, float], window: int) -> str | None:
 
 def _on_moves(means: dict[str, float], window: int) -> str | None:
     moved = means.get("moved", 1.0)
-    if moved >= LEAST_MOVE or means.get("acceptance", 1.0) < LEAST_ACCEPTANCE:
+    if moved >= MIN_MOVE or means.get("acceptance", 1.0) < MIN_ACCEPTANCE:
         return None
     return (
         f"over the last {window} steps chains moved by {moved:.2%} of the data's standard "

@@ -42,7 +42,7 @@ from pyro_ebm.ops.constraints import base_measure
 from pyro_ebm.ops.spaces import bijection
 
 CLOSE = 0.75  # of log 2: below it an estimate's variance is near its least, in any dimension
-FEWEST_ROWS_PER_COORDINATE = 4
+MIN_ROWS_PER_COORDINATE = 4
 SCALES = 2.0 ** torch.arange(-12.0, 5.0)
 
 
@@ -238,7 +238,7 @@ def _whitened(rows: Tensor, values: Tensor) -> Tensor:
     """Returns ``values`` in units of the rows' covariance, or of its diagonal with few rows."""
     num, dim = rows.shape
     factor, failed = torch.linalg.cholesky_ex(torch.cov(rows.T).reshape(dim, dim))
-    if failed or num < FEWEST_ROWS_PER_COORDINATE * dim:
+    if failed or num < MIN_ROWS_PER_COORDINATE * dim:
         return values / rows.std(0)
     return torch.linalg.solve_triangular(factor, values.T, upper=False).T
 

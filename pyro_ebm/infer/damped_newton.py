@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MOST_STEPS = 50
-MOST_HALVINGS = 30
+MAX_STEPS = 50
+MAX_HALVINGS = 30
 
 Value = Callable[[Tensor], Tensor]
 
@@ -32,7 +32,7 @@ def damped_newton(value: Value, q: Tensor, tolerance: Value, *, flat: float = 0.
         >>> damped_newton(lambda q: (q - 3.0).square().sum(), torch.zeros(1), near_enough)
         tensor([3.])
     """
-    for _ in range(MOST_STEPS):
+    for _ in range(MAX_STEPS):
         hessian, gradient = derivatives(value, q)
         scales = scales_of(hessian)
         values, vectors = torch.linalg.eigh(hessian / (scales[:, None] * scales))
@@ -71,5 +71,5 @@ def symmetric(matrix: Tensor) -> Tensor:
 def _descended(value: Value, q: Tensor, step: Tensor) -> Tensor:
     """The first of ever shorter steps that lowers the value; none that is too short."""
     here = value(q)
-    shorter = (q + 0.5**k * step for k in range(MOST_HALVINGS))
+    shorter = (q + 0.5**k * step for k in range(MAX_HALVINGS))
     return next((at for at in shorter if bool(value(at) < here)), q)

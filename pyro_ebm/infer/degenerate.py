@@ -17,10 +17,10 @@ from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.evaluation import Evaluation
 from pyro_ebm.infer.separation import Separation
 
-MOST_OUTSIDE = 0.1  # share of data beyond all noise that still counts as covered
-FEWEST_TO_COVER = 100  # draws that show how far the noise reaches
+MAX_OUTSIDE = 0.1  # share of data beyond all noise that still counts as covered
+MIN_TO_COVER = 100  # draws that show how far the noise reaches
 SETTLED = 128  # in the first steps every comparison may be degenerate
-FEWEST_BASE_DRAWS = 32
+MIN_BASE_DRAWS = 32
 
 
 class Compares(Protocol):
@@ -99,7 +99,7 @@ def _draws_suffice(
     """Warns if the log of a mean of few weights stands for log Z; of one weight, at once."""
     num = evaluation.num_weights
     is_parameter = objective.learns_log_normalizer and objective.learns_by_gradient
-    few = num < (FEWEST_BASE_DRAWS if is_settled else 2)
+    few = num < (MIN_BASE_DRAWS if is_settled else 2)
     if "weight_ess" in evaluation.notes and few and not is_parameter:
         count = f"1 {draws.name[:-1]} a step is" if num == 1 else f"{num} {draws.name} a step are"
         warnings.warn(
@@ -120,11 +120,11 @@ def _noise_covers_data(name: str, evaluation: Evaluation, who: str) -> None:
     if evaluation.noise is None or get_proxy_mode() is not None:
         return
     on_data, on_draws = evaluation.noise()
-    if on_draws.numel() < FEWEST_TO_COVER:
+    if on_draws.numel() < MIN_TO_COVER:
         return
     data = evaluation.rows(on_data, on_data.dim())
     outside = float((data < on_draws.amin()).double().mean())
-    if outside > MOST_OUTSIDE:
+    if outside > MAX_OUTSIDE:
         warnings.warn(
             f"{who} at EBM site {name!r}: the noise does not cover the data: {outside:.0%} of them "
             "are less likely under it than all of its draws, so that the energy may come out in "

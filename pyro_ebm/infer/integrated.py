@@ -30,7 +30,7 @@ from pyro_ebm.normalizers.laws import shared_law
 from pyro_ebm.normalizers.quadrature import Box, on_box
 from pyro_ebm.poutine.surrogate import SiteScorer
 
-LARGEST_ERROR = 1e-2  # nats of a log likelihood, over all rows
+MAX_ERROR = 1e-2  # nats of a log likelihood, over all rows
 BEYOND = 1e4  # nats: log Z is raised by them where its error is too large
 
 

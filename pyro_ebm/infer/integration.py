@@ -24,7 +24,7 @@ from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.gaussian_base import is_gaussian
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.infer.data_structure import SiteStructure
-from pyro_ebm.infer.integrated import LARGEST_ERROR, Integrated, OnBase, OnBox, Rule
+from pyro_ebm.infer.integrated import MAX_ERROR, Integrated, OnBase, OnBox, Rule
 from pyro_ebm.infer.witnesses import witnesses_of
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.exchange_target import UnnormalizedSites
@@ -39,10 +39,10 @@ from pyro_ebm.poutine import surrogate
 _NUM_STARTS = 10  # from the prior, and as many about the origin of the unconstrained space
 _WORSE = 30.0  # nats below the best start at which one is left out
 _PILOT_DRAWS, _PILOT_STEPS, _PILOT_CHAINS = 10, 60, 32
-_MOST_ROUNDS = 8
+_MAX_ROUNDS = 8
 _BEYOND = 1.5  # how far out of the draws' centre the rule must hold, relative to them
 _SAFETY = 0.1  # of the error that is let pass: what boxes are made for
-_MOST_BOXES = 12  # of positions that one box is put around
+_MAX_BOXES = 12  # of positions that one box is put around
 _STEPS_BETWEEN = 12  # on the way from the middle draw to one further out
 _FIRST_QUARTER = 4  # of the nodes along a dim
 
@@ -131,7 +131,7 @@ class Search:
         self.data = {name: _data_of(site) for name, site in self.sites.items()}
         self._boxes: dict[tuple[str, tuple[float, ...]], Box | None] = {}
         self.error = {
-            name: max(LARGEST_ERROR / max(site.num_rows, 1), 64 * torch.finfo(site.value.dtype).eps)
+            name: max(MAX_ERROR / max(site.num_rows, 1), 64 * torch.finfo(site.value.dtype).eps)
             for name, site in self.sites.items()
         }
 
@@ -147,12 +147,12 @@ class Search:
         if found is None:  # too far apart for one box
             q = q[:1]
             found = self._objective(q)
-        for _ in range(_MOST_ROUNDS):
+        for _ in range(_MAX_ROUNDS):
             if found is None:
                 return None
             before = Integrals(found, q, self)
             q = self._drawn(before)
-            gaps = before.gaps_among(q)[:_MOST_BOXES]
+            gaps = before.gaps_among(q)[:_MAX_BOXES]
             found = self._objective(torch.cat([_spread(_stretched(q)), gaps]))
             found = found or self._objective(torch.cat([_spread(q), gaps]))
             last = Integrals(found or before.objective, q, self)
@@ -294,7 +294,7 @@ def _spread(q: Tensor) -> Tensor:
     scaled = (q - q.mean(0)) / q.std(0).clamp_min(tiny)
     chosen = [int(scaled.norm(dim=1).argmin())]
     distance = torch.full_like(scaled[:, 0], torch.inf)
-    for _ in range(min(_MOST_BOXES, len(q)) - 1):
+    for _ in range(min(_MAX_BOXES, len(q)) - 1):
         distance = torch.minimum(distance, (scaled - scaled[chosen[-1]]).norm(dim=1))
         chosen.append(int(distance.argmax()))
     return q[chosen]

@@ -42,7 +42,7 @@ from pyro_ebm.ops.stein_kernel import stein_kernel
 
 KernelName = Literal["imq", "rbf"]
 
-MOST_FOR_MEDIAN = 300  # rows whose distances set the length scale
+MAX_FOR_MEDIAN = 300  # rows whose distances set the length scale
 
 
 class KernelStein(DeterministicObjective):
@@ -127,5 +127,5 @@ class KernelStein(DeterministicObjective):
 
 def _typical_distance(u: Tensor, counts: Tensor) -> Tensor:
     """The median distance of two rows that count; 1 where all rows are the same."""
-    median = median_distance(u[:MOST_FOR_MEDIAN], counts[:MOST_FOR_MEDIAN])
+    median = median_distance(u[:MAX_FOR_MEDIAN], counts[:MAX_FOR_MEDIAN])
     return torch.where(median > 0, median, 1.0)

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import unvalidated
 from pyro_ebm.infer import trace_checks
-from pyro_ebm.infer.damped_newton import MOST_STEPS, damped_newton, derivatives, scales_of
+from pyro_ebm.infer.damped_newton import MAX_STEPS, damped_newton, derivatives, scales_of
 from pyro_ebm.infer.independent_units import units_of
 from pyro_ebm.infer.prior_runs import NUM_DRAWS, prior_runs
 from pyro_ebm.mcmc.model_target import ModelTarget
@@ -32,7 +32,7 @@ from pyro_ebm.poutine.surrogate import (
 )
 from pyro_ebm.poutine.whole_data import WHEN_FROZEN, check_site_whole
 
-MOST_NUMBERS = 2**24  # of neighbouring events at once, over simulated data sets
+MAX_NUMBERS = 2**24  # of neighbouring events at once, over simulated data sets
 
 
 class Minimum(NamedTuple):
@@ -145,7 +145,7 @@ class ModelLoss:
         """
         largest = max(value[0].numel() for value in data.values())
         gradient = torch.func.grad(lambda at, values: self.rows(at, values).sum())
-        chunk = max(1, MOST_NUMBERS // (8 * largest**2))
+        chunk = max(1, MAX_NUMBERS // (8 * largest**2))
         over_data = torch.vmap(gradient, in_dims=(None, 0), chunk_size=chunk)
         return over_data(q, dict(data)).detach().double()
 
@@ -165,7 +165,7 @@ class ModelLoss:
         if mode is not None:
             return mode
         raise ValueError(
-            f"{self.target!r}: no posterior mode was found in {MOST_STEPS} Newton steps on "
+            f"{self.target!r}: no posterior mode was found in {MAX_STEPS} Newton steps on "
             "the unconstrained space, and calibration is about the mode. Is a parameter pushed to "
             "its boundary, a prior improper, or a scale shared by latents that could all be equal "
             "(give it a prior that excludes 0)? calibration='none' leaves it out"

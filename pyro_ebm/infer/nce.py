@@ -40,7 +40,7 @@ from pyro_ebm.ops.log_space import bennett
 
 CUpdate = Literal["gradient", "closed_form"]
 
-FEWEST_UNDECIDED = 10  # comparisons of a batch: the root varies by a third of a nat
+MIN_UNDECIDED = 10  # comparisons of a batch: the root varies by a third of a nat
 
 
 class NCE(NoiseContrast):
@@ -154,7 +154,7 @@ class NCE(NoiseContrast):
         super().judge(site, notes, trains=trains)
         step = int(self.num_steps_taken)
         is_due = trains and self.is_checked_now(site) and step >= SETTLED
-        if is_due and float(notes.get("undecided", FEWEST_UNDECIDED)) < FEWEST_UNDECIDED:
+        if is_due and float(notes.get("undecided", MIN_UNDECIDED)) < MIN_UNDECIDED:
             warnings.warn(
                 f'{type(self).__name__}(c_update="closed_form") at EBM site {site!r}, step {step}: '
                 f"Bennett's equation of a batch rests on {float(notes['undecided']):.1f} "

@@ -67,11 +67,11 @@ from pyro_ebm.poutine.whole_data import check_ebms_unscaled, check_whole
 
 Arrays = dict[str, NDArray[Any]]
 
-LARGEST_DIM = 10
-LARGEST_ACCURACY = 0.9
-LARGEST_NOISE_SPREAD = 0.5  # of a posterior sd; with ten noise draws it is a quarter
+MAX_DIM = 10
+MAX_ACCURACY = 0.9
+MAX_NOISE_SPREAD = 0.5  # of a posterior sd; with ten noise draws it is a quarter
 ENOUGH_ROWS = 10  # for each coordinate; the width is right as rows grow in number
-LARGEST_RHAT = 1.05  # of short chains: R-hat itself errs by a hundredth
+MAX_RHAT = 1.05  # of short chains: R-hat itself errs by a hundredth
 
 
 class _Site(NamedTuple):
@@ -357,19 +357,19 @@ def _remarks(sets: Sequence[_Set], accuracy: Mapping[str, float]) -> list[str]:
         found.append("One noise set says nothing of what the noise does: give num_sets >= 5.")
     for name, value in accuracy.items():
         dim = sets[0].sites[name].dim
-        if value >= LARGEST_ACCURACY:
+        if value >= MAX_ACCURACY:
             found.append(
                 f"The noise of site {name!r} is told from the data in {value:.0%} of cases, so "
                 "that few draws say anything: take noise closer to the data."
             )
-        if dim > LARGEST_DIM:
+        if dim > MAX_DIM:
             found.append(
-                f"Site {name!r} has {dim} coordinates: beyond {LARGEST_DIM} the posterior is much "
+                f"Site {name!r} has {dim} coordinates: beyond {MAX_DIM} the posterior is much "
                 "wider than by Bayes' rule."
             )
     found += _on_few_rows(sets[0])
     rhat = max(one.rhat for one in sets)
-    if not rhat < LARGEST_RHAT:
+    if not rhat < MAX_RHAT:
         found.append(f"Chains under one noise set disagree (R-hat {rhat:.2f}): draw more.")
     return found
 
@@ -399,11 +399,11 @@ def _spread_remarks(
         for entry, value in enumerate(relative)
     )
     text = f"Between noise sets the mean of {name!r} moves by {largest:.2f} posterior sds"
-    if largest <= LARGEST_NOISE_SPREAD:
+    if largest <= MAX_NOISE_SPREAD:
         return [f"{text}."]
     if _monte_carlo_error(sets, name, entry) ** 2 > 0.5 * largest**2:
         return [f"{text}, most of it by chains that are too short: draw more."]
-    if max(accuracy.values()) >= LARGEST_ACCURACY:
+    if max(accuracy.values()) >= MAX_ACCURACY:
         return [f"{text}: take noise closer to the data."]
     return [f"{text}: raise num_noise."]
 

@@ -19,7 +19,7 @@ from pyro_ebm.ops.ladders import Ladder, ladder_of
 
 __all__ = ["changes_of_potential", "others", "previous_and_next", "shifts"]
 
-MOST_NUMBERS = 2**24  # in one call of the energy: 128 MiB of doubles
+MAX_NUMBERS = 2**24  # in one call of the energy: 128 MiB of doubles
 ELSEWHERE = (
     "ScoreMatching on continuous supports, and on tables with columns of both kinds "
     "DiscreteEnergyDiscrepancy(MixedColumns(...)) or NCE"
@@ -125,7 +125,7 @@ def changes_of_potential(p: EnergyDistribution, x: Tensor, changed: Tensor) -> T
     """
     lead = changed.shape[: changed.dim() - x.dim()]
     points = torch.cat([x.unsqueeze(0), changed.flatten(0, len(lead) - 1)])
-    size = max(1, MOST_NUMBERS // max(1, x.numel()))
+    size = max(1, MAX_NUMBERS // max(1, x.numel()))
     potential = torch.cat([p.potential(part) for part in points.split(size)])
     return (potential[1:] - potential[:1]).reshape(lead + potential.shape[1:])
 

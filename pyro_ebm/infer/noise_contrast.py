@@ -38,7 +38,7 @@ from pyro_ebm.ops.arguments import one_of
 from pyro_ebm.ops.log_space import effective_sample_size
 
 Refit = Literal["data", "model"]
-FEWEST_WEIGHTS = 10  # effective draws per entry of the fitted moments
+MIN_WEIGHTS = 10  # effective draws per entry of the fitted moments
 
 
 class NoiseContrast(Objective):
@@ -141,7 +141,7 @@ class NoiseContrast(Objective):
         log_weights = (p.unnormalized_log_prob(points) - q.log_prob(points)).flatten()
         rows = points.reshape(len(log_weights), -1)
         dim = rows.shape[1]
-        if effective_sample_size(log_weights) < FEWEST_WEIGHTS * (1 + dim):
+        if effective_sample_size(log_weights) < MIN_WEIGHTS * (1 + dim):
             warnings.warn(
                 f"{type(self).__name__}(refit_to='model') keeps its noise at step "
                 f"{self.num_steps_taken}: its draws are worth too few of the model's to fit "

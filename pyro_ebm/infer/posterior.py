@@ -24,13 +24,13 @@ from pyro_ebm.errors import ConditionalEnergyError
 from pyro_ebm.infer.data_structure import DataStructure, SiteStructure, data_structure
 from pyro_ebm.infer.posterior_remarks import mixing_remarks, structure_of
 from pyro_ebm.infer.posterior_result import Posterior
-from pyro_ebm.infer.posterior_ways import MOST_TERMS, WAYS, Run
+from pyro_ebm.infer.posterior_ways import MAX_TERMS, WAYS, Run
 from pyro_ebm.infer.properness import check_proper
 from pyro_ebm.normalizers.held_nodes import MAX_DIM
 
-MOST_NODES = 2**15  # of an integral for log Z that is taken unasked
-MOST_DIM = 2  # of such an integral: in three dims chains take hours
-MOST_DIMS = 10  # of an event that noise is told from
+MAX_NODES = 2**15  # of an integral for log Z that is taken unasked
+MAX_UNASKED_DIM = 2  # of such an integral: in three dims chains take hours
+MAX_NOISE_DIM = 10  # of an event that noise is told from
 _CHECKED = ("nce", "generalized")  # ways that look for improper energies themselves
 
 
@@ -91,7 +91,7 @@ def posterior(
         raise ValueError(f"method must be 'auto' or one of {sorted(WAYS)}, got {method!r}")
     name = route_of(structure) if method == "auto" else method
     doubts = () if name in _CHECKED else check_proper(model, args, kwargs)
-    limits = (MOST_NODES, MOST_DIM) if method == "auto" else (MOST_TERMS, MAX_DIM)
+    limits = (MAX_NODES, MAX_UNASKED_DIM) if method == "auto" else (MAX_TERMS, MAX_DIM)
     integrals = run.integrals(structure, *limits) if name == "exact" else None
     if method == "auto" and integrals is None and structure.is_integral:
         name = route_of(structure, can_integrate=False)
@@ -121,7 +121,7 @@ def route_of(structure: DataStructure, *, can_integrate: bool = True) -> str:
     """
     sites = structure.sites
     summed = [s for s in sites if not (can_integrate and s.can_be_integrated)]
-    if sum(site.num_terms for site in summed) <= MOST_TERMS:
+    if sum(site.num_terms for site in summed) <= MAX_TERMS:
         return "exact"
     if all(site.can_be_exchanged for site in sites):
         return "exchange"
@@ -129,5 +129,5 @@ def route_of(structure: DataStructure, *, can_integrate: bool = True) -> str:
 
 
 def _is_for_noise(site: SiteStructure) -> bool:
-    few = site.is_continuous and site.law.event_shape.numel() <= MOST_DIMS
+    few = site.is_continuous and site.law.event_shape.numel() <= MAX_NOISE_DIM
     return few and site.has_noise and site.kind == "independent rows"

@@ -13,8 +13,8 @@ from pyro_ebm.infer.integration import Integrals
 from pyro_ebm.infer.posterior_result import Posterior
 from pyro_ebm.mcmc import MCMC
 
-LARGEST_RHAT = 1.05  # of many short chains: about sqrt(1 + 1 / effective draws of a chain)
-LEAST_ESS = 400
+MAX_RHAT = 1.05  # of many short chains: about sqrt(1 + 1 / effective draws of a chain)
+MIN_ESS = 400
 
 
 def structure_of(site: SiteStructure) -> str:
@@ -99,14 +99,14 @@ def mixing_remarks(found: Posterior) -> tuple[str, ...]:
         )
     worst, least = table["r_hat"].idxmax(), table["ess_bulk"].idxmin()
     remarks = []
-    if table["r_hat"][worst] > LARGEST_RHAT:
+    if table["r_hat"][worst] > MAX_RHAT:
         remarks.append(
             f"the chains are too short: R-hat of {worst} is {table['r_hat'][worst]:.3f}, and "
-            f"should be under {LARGEST_RHAT}; use more warmup_steps and num_samples."
+            f"should be under {MAX_RHAT}; use more warmup_steps and num_samples."
         )
-    if table["ess_bulk"][least] < LEAST_ESS:
+    if table["ess_bulk"][least] < MIN_ESS:
         remarks.append(
             f"the draws of {least} are worth {table['ess_bulk'][least]:.0f} independent ones; "
-            f"{LEAST_ESS} are the least for intervals."
+            f"{MIN_ESS} are the least for intervals."
         )
     return tuple(remarks)

@@ -32,7 +32,7 @@ from pyro_ebm.ops.ladders import ladder_of
 from pyro_ebm.poutine import surrogate
 from pyro_ebm.poutine.whole_data import check_ebms_unscaled
 
-MOST_TERMS = 2**18  # energies in the sums for log Z of one draw
+MAX_TERMS = 2**18  # energies in the sums for log Z of one draw
 FEW_DRAWS = 200  # to be judged by auxiliary draws of many sweeps, which take long
 _KNOWN = "log Z of every EBM site is known: use method='exact'"
 
@@ -69,7 +69,7 @@ class Run:
     def integrals(self, structure: DataStructure, nodes: int, dim: int) -> Integrals | None:
         """Returns nodes for log Z of the continuous sites, if there are both."""
         rest = [s for s in structure.sites if not s.can_be_integrated]
-        if not structure.is_integral or any(s.num_terms > MOST_TERMS for s in rest):
+        if not structure.is_integral or any(s.num_terms > MAX_TERMS for s in rest):
             return None
         call = (self.model, self.args, self.kwargs)
         return integrals_of(*call, structure.sites, max_nodes=nodes, max_dim=dim)
@@ -82,7 +82,7 @@ def _exact(run: Run, structure: DataStructure) -> Posterior:
         reasons: tuple[str, ...] = ("log Z of every EBM site is known at every draw.",)
         return Posterior(run.by(HMC(run.model)).record, "exact log Z", reasons)
     _check_summable(structure, run)
-    objective = Enumerated(MOST_TERMS) if run.nodes is None else run.nodes.objective
+    objective = Enumerated(MAX_TERMS) if run.nodes is None else run.nodes.objective
     mcmc = run.by(HMC(surrogate(run.model, objective)))
     reasons = tuple(how_summed(site, run.nodes) for site in structure.sites)
     remarks = off_the_nodes(mcmc, run.nodes)
@@ -91,16 +91,16 @@ def _exact(run: Run, structure: DataStructure) -> Posterior:
 
 def _check_summable(structure: DataStructure, run: Run) -> None:
     for site in structure.sites:
-        if site.num_terms > MOST_TERMS and not site.can_be_integrated:
+        if site.num_terms > MAX_TERMS and not site.can_be_integrated:
             raise ValueError(
                 f"method 'exact' sums log Z over states, and site {site.name!r} would take "
-                f"{site.num_terms:.3g} terms at every draw, more than {MOST_TERMS}: use 'auto', or "
+                f"{site.num_terms:.3g} terms at every draw, more than {MAX_TERMS}: use 'auto', or "
                 "give the distribution a log_normalizer"
             )
     if structure.is_integral and run.nodes is None:
         names = [site.name for site in structure.sites if site.can_be_integrated]
         raise ValueError(
-            f"method 'exact' integrates log Z of {names} by fixed nodes, and no {MOST_TERMS} hold "
+            f"method 'exact' integrates log Z of {names} by fixed nodes, and no {MAX_TERMS} hold "
             "wherever the posterior is (heavy tails, or scales that differ too much): use 'auto', "
             "or give the distribution a log_normalizer"
         )

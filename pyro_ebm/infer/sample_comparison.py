@@ -24,7 +24,7 @@ from pyro_ebm.infer.contrast import Contrast, contrast_law, rows_of
 from pyro_ebm.infer.objective import Objective
 from pyro_ebm.ops.kernels import MULTIPLES, GaussianKernel, RadialKernel, median_distance
 
-MOST_FOR_MEDIAN = 1000
+MAX_FOR_MEDIAN = 1000
 
 
 class SampleComparison(Objective):
@@ -141,7 +141,7 @@ def _count(p: EnergyDistribution, x: Tensor) -> int:
 
 
 def _fitted_lengths(data: Tensor, who: str) -> tuple[float, ...]:
-    rows = data.detach()[:MOST_FOR_MEDIAN]
+    rows = data.detach()[:MAX_FOR_MEDIAN]
     median = float(median_distance(rows)) if len(rows) > 1 else 0.0
     if not median > 0:
         raise ValueError(

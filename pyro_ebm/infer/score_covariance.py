@@ -31,9 +31,9 @@ from pyro_ebm.infer.loss_of_model import ModelLoss, law_of
 
 Choice = Literal["auto", "sandwich", "simulation", "none"]
 
-FEWEST_ROWS = 2  # per coordinate, for a covariance of full rank
+MIN_ROWS = 2  # per coordinate, for a covariance of full rank
 ENOUGH_ROWS = 10
-FEWEST_SIMULATIONS = 10
+MIN_SIMULATIONS = 10
 
 
 def covariance_of_sum(gradients: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def chosen(choice: Choice, units: Units | None, dim: int) -> tuple[str, str]:
 
 def _by_number(choice: Choice, num_rows: int, dim: int) -> tuple[str, str]:
     """The kind of calibration that so many independent units allow for, and why."""
-    least = FEWEST_ROWS if choice == "sandwich" else ENOUGH_ROWS
+    least = MIN_ROWS if choice == "sandwich" else ENOUGH_ROWS
     enough = num_rows >= least * dim
     if choice == "sandwich" and num_rows == 1:
         raise ValueError(
@@ -85,7 +85,7 @@ def _by_number(choice: Choice, num_rows: int, dim: int) -> tuple[str, str]:
         )
     if choice == "sandwich" and not enough:
         raise ValueError(
-            f"calibration='sandwich' needs at least {FEWEST_ROWS} rows for each of {dim} "
+            f"calibration='sandwich' needs at least {MIN_ROWS} rows for each of {dim} "
             f"unconstrained coordinates, got {num_rows} rows: use calibration='simulation'"
         )
     if not enough:
@@ -134,9 +134,9 @@ def from_rows(loss: ModelLoss, mode: Tensor) -> tuple[Tensor, tuple[str, ...]]:
     touched = (gradients != 0).sum(0)
     touched = touched[touched > 0]  # parameters of a hierarchy move no row
     fewest = int(touched.min()) if len(touched) else 0
-    if fewest < FEWEST_ROWS:
+    if fewest < MIN_ROWS:
         raise ValueError(
-            f"a coordinate of the latents moves the loss of fewer than {FEWEST_ROWS} rows, of "
+            f"a coordinate of the latents moves the loss of fewer than {MIN_ROWS} rows, of "
             "which there is no covariance: for latents of single rows use calibration='simulation'"
         )
     remarks: tuple[str, ...] = ()
@@ -151,9 +151,9 @@ def from_rows(loss: ModelLoss, mode: Tensor) -> tuple[Tensor, tuple[str, ...]]:
 
 def check_simulations(num_simulations: int, dim: int) -> None:
     """Raises ``ValueError`` if there are too few simulations for as many coordinates."""
-    if num_simulations < FEWEST_SIMULATIONS * dim:
+    if num_simulations < MIN_SIMULATIONS * dim:
         raise ValueError(
-            f"num_simulations must be at least {FEWEST_SIMULATIONS} for each of {dim} coordinates, "
+            f"num_simulations must be at least {MIN_SIMULATIONS} for each of {dim} coordinates, "
             f"got {num_simulations}"
         )
 

@@ -1,7 +1,7 @@
 """Whether data and contrast are told apart without error, judged on enough rows.
 
 One batch may be a handful of rows, of which all are told right every now and then. So the newest
-steps are looked at together, as many as make ``FEWEST_ROWS``: where one row in 30 is told wrong,
+steps are looked at together, as many as make ``MIN_ROWS``: where one row in 30 is told wrong,
 100 rows in a row are told right in one case of 30.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-FEWEST_ROWS = 100
+MIN_ROWS = 100
 
 
 @dataclass
@@ -51,12 +51,12 @@ class Separation:
             return
         self.steps.append((num_rows, found))
         self.num_rows += num_rows
-        while self.num_rows - self.steps[0][0] >= FEWEST_ROWS:
+        while self.num_rows - self.steps[0][0] >= MIN_ROWS:
             self.num_rows -= self.steps.popleft()[0]
 
     def is_complete(self) -> bool:
         """Whether one of the comparisons had no error in the newest rows, and they are enough."""
-        if self.num_rows < FEWEST_ROWS:
+        if self.num_rows < MIN_ROWS:
             return False
         accuracies = torch.stack([torch.stack(values) for _, values in self.steps])
         return bool((accuracies == 1.0).all(0).any())

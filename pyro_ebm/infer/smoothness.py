@@ -25,7 +25,7 @@ from pyro_ebm.infer.unconstrained import Unconstrained, check_interior
 
 __all__ = ["has_jumps", "refuse_jumps"]
 
-FEWEST = 1e-3  # of the ways: fewer pass so near to a point where only the direction changes
+MIN_SHARE = 1e-3  # of the ways: fewer pass so near to a point where only the direction changes
 ASIDE = 0.1  # standard deviations between a row and where its way begins
 PERSISTENT = 0.25  # of what was left since halfway through the bisection
 
@@ -67,7 +67,8 @@ def has_jumps(space: Unconstrained, u: Tensor) -> bool:
         return space.over_event(score * along), second[0]
 
     found = _bisected(slope, u.new_zeros(space.rows(u)))
-    return float(found.double().mean()) > FEWEST and torch.allclose(space.score(u), space.score(u))
+    bends = float(found.double().mean()) > MIN_SHARE
+    return bends and torch.allclose(space.score(u), space.score(u))
 
 
 class _Stretch(NamedTuple):

@@ -20,7 +20,7 @@ from pyro_ebm.ops.spaces import bijection
 
 __all__ = ["Unconstrained", "check_interior"]
 
-MOST_NUMBERS = 2**24  # second derivatives in one pass: 128 MiB of doubles
+MAX_NUMBERS = 2**24  # second derivatives in one pass: 128 MiB of doubles
 
 
 def check_interior(name: str, p: EnergyDistribution, u: Tensor, who: str) -> None:
@@ -130,7 +130,7 @@ class Unconstrained:
 
         if len(directions) == 1:  # vmap over one costs as much as a backward pass
             return score, second(directions[0]).unsqueeze(0)
-        size = max(1, MOST_NUMBERS // max(1, u.numel()))
+        size = max(1, MAX_NUMBERS // max(1, u.numel()))
         return score, torch.vmap(second, chunk_size=size)(directions)
 
     def rows(self, u: Tensor) -> torch.Size:

@@ -3,7 +3,7 @@ r"""Data as witnesses of mass that nodes for log Z do not see.
 The error of a rule is told by its own nodes, and a narrow mode between them moves no coarser rule
 either: log Z is too low by all of its mass, and nothing says so. Where a posterior is wanted data
 lie in the modes that matter. A datum witnesses mass that was missed if its log density exceeds that
-at all nodes around it by more than :data:`LARGEST_STEP`, unless it is negligible to Z. A rule that
+at all nodes around it by more than :data:`MAX_STEP`, unless it is negligible to Z. A rule that
 resolves its integrand passes: with steps of 1.3 standard deviations, where the trapezoidal rule has
 an error of :math:`10^{-5}`, a Gaussian falls by no more than 0.2 nats in each dim.
 
@@ -24,8 +24,8 @@ from pyro_ebm.normalizers.quadrature import Box
 from pyro_ebm.ops.log_space import NEGLIGIBLE
 from pyro_ebm.ops.spaces import UnconstrainedSpace
 
-LARGEST_STEP = 1.0  # nats from a datum down to the highest of the nodes around it
-_MOST_DATA = 256  # of one law
+MAX_STEP = 1.0  # nats from a datum down to the highest of the nodes around it
+_MAX_DATA = 256  # of one law
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -82,7 +82,7 @@ def unseen(log_density: LogDensity, u: Tensor, cells: Cells, log_z: Tensor) -> T
     around = log_density(corners.flatten(0, 1)).detach()
     around = around.reshape(corners.shape[:1] + here.shape).amax(0)
     matters = here + cells.log_mass > log_z.detach() - NEGLIGIBLE
-    return matters & (here - around > LARGEST_STEP)
+    return matters & (here - around > MAX_STEP)
 
 
 class OnCoordinates:
@@ -118,7 +118,7 @@ def witnesses_of(x: Tensor, counts: Tensor, *, event_dims: int, is_shared: bool)
         return None
     if is_shared:
         rows = rows[good]
-        rows = rows[:: -(-len(rows) // _MOST_DATA)]
+        rows = rows[:: -(-len(rows) // _MAX_DATA)]
         return rows.reshape((-1,) + (1,) * counts.dim() + event)
     rows = torch.where(good.reshape((-1,) + (1,) * len(event)), rows, rows[good][0])
     return rows.reshape((-1,) + counts.shape + event)

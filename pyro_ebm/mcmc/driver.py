@@ -32,7 +32,7 @@ from pyro_ebm.ops.rng import rng_preserved
 
 _NUM_PROBES = 500
 _STRETCH = 1.25  # of draws, to look beyond them
-_LEAST_NAN_SHARE = 0.01
+_MIN_NAN_SHARE = 0.01
 
 
 class MCMC:
@@ -235,7 +235,7 @@ class MCMC:
         except torch.linalg.LinAlgError:  # no density out there either, and no NaN to tell of
             return []
         share = float(torch.stack(far).isnan().double().mean())
-        if share < _LEAST_NAN_SHARE:
+        if share < _MIN_NAN_SHARE:
             return []
         return [
             f"the density is NaN at {share:.0%} of the draws once they are {_STRETCH:g} times as "

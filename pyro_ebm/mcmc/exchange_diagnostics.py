@@ -58,7 +58,7 @@ __all__ = ["ExchangeDiagnostics", "exchange_diagnostics"]
 LEVEL = 0.01
 """How often each of the two speaks up against exact draws."""
 
-LARGEST_RHAT = 1.1  # beyond which chains are too short to be judged by anything else
+MAX_RHAT = 1.1  # beyond which chains are too short to be judged by anything else
 MIN_BLOCKS = 40
 NUM_SIGNS = 4000
 LONG_SWEEPS = 200
@@ -78,7 +78,7 @@ class ExchangeDiagnostics:
             would show nine times in ten, about.
         num_draws: Posterior draws that were looked at.
         auxiliary: How the auxiliary draws were made.
-        r_hat: The largest R-hat of the run; above :data:`LARGEST_RHAT` its chains are to be blamed
+        r_hat: The largest R-hat of the run; above :data:`MAX_RHAT` its chains are to be blamed
             before its sampler.
     """
 
@@ -99,7 +99,7 @@ class ExchangeDiagnostics:
     @property
     def sentence(self) -> str:
         """The verdict."""
-        if not self.trusted and self.r_hat > LARGEST_RHAT:
+        if not self.trusted and self.r_hat > MAX_RHAT:
             return (
                 f"do not trust these draws: the chains have not met, R-hat is {self.r_hat:.3g}, "
                 "whatever their sampler. Use more warmup_steps and num_samples, and judge it then"

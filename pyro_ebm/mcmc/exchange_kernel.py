@@ -31,7 +31,7 @@ from pyro_ebm.mcmc.target import Values
 from pyro_ebm.mcmc.tuned_kernel import TunedKernel
 from pyro_ebm.ops.arguments import whole
 
-LEAST_DRAWS = 2.0
+MIN_DRAWS = 2.0
 """Effective draws of a pool below which one outweighs all others, and says nothing of log Z."""
 
 MAX_BEYOND = 0.01
@@ -164,11 +164,11 @@ class ExchangeKernel(TunedKernel):
         A chain that starts there may come back.
         """
         draws = self._drawn_by.effective_draws(template.with_natural(new))
-        if draws is None or not bool((draws < LEAST_DRAWS).any()):
+        if draws is None or not bool((draws < MIN_DRAWS).any()):
             return torch.zeros(new.shape[:-1], dtype=torch.bool, device=new.device)
         before = self._drawn_by.effective_draws(template.with_natural(old))
         assert before is not None
-        return (draws < LEAST_DRAWS) & (draws < before)
+        return (draws < MIN_DRAWS) & (draws < before)
 
     def reach(self, target: ExchangeTarget, naturals: Values) -> Info:
         """Returns how many draws of a pool stand behind those for proposals; empty without a pool.
@@ -192,7 +192,7 @@ class ExchangeKernel(TunedKernel):
         """Returns a sentence if the posterior is cut off where a pool ends."""
         if "effective_draws" not in stats:
             return []
-        beyond = float((stats["effective_draws"] < LEAST_DRAWS).double().mean())
+        beyond = float((stats["effective_draws"] < MIN_DRAWS).double().mean())
         if beyond <= MAX_BEYOND:
             return []
         return [

@@ -27,16 +27,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_ebm.chains.record import Record, as_record, to_numpy
-from pyro_ebm.normalizers.displacement import LEAST_SHARE
+from pyro_ebm.normalizers.displacement import MIN_SHARE
 from pyro_ebm.ops.arguments import probability, whole
 
-LEAST_ESS = 100.0
+MIN_ESS = 100.0
 """Effective draws of a reweighted posterior below which its shift is understated."""
 
 _FURTHER = 1.4
 """From a median to the 1 % quantile, in steps to the 5 % quantile: that of a Gaussian."""
 
-LEAST_ESS_SHARE = 0.1
+MIN_ESS_SHARE = 0.1
 """The same as a share of the draws: about one and a half posterior standard deviations off."""
 
 Naturals = Callable[[dict[str, Tensor]], Tensor]
@@ -81,16 +81,16 @@ class AnchorError:
     def doubts(self) -> tuple[str, ...]:
         """Reasons not to trust the errors, a sentence each; empty if there is none."""
         found, ess = [], float(np.median(self.ess))
-        if ess < max(LEAST_ESS, LEAST_ESS_SHARE * self.num_draws):
+        if ess < max(MIN_ESS, MIN_ESS_SHARE * self.num_draws):
             found.append(
                 f"reweighting leaves {ess:.0f} effective draws of {self.num_draws}: log Z is too "
                 "uncertain for its error to be told, and it is understated; use more draws of the "
                 "anchors, or anchors nearer to the posterior"
             )
-        if self.least_share < LEAST_SHARE:
+        if self.least_share < MIN_SHARE:
             found.append(
                 f"the posterior reaches where {self.least_share:.1%} of what log Z is made of "
-                f"would count, and log Z is NaN below {LEAST_SHARE:.0%}: the posterior is cut off "
+                f"would count, and log Z is NaN below {MIN_SHARE:.0%}: the posterior is cut off "
                 "there, which is in no error; use anchors or a base nearer to it"
             )
         return tuple(found)

@@ -13,7 +13,7 @@ likelihood.
 **How far it holds.** The effective number S of draws at :math:`\eta`, of the weights above, falls
 away from the anchors. With n observations of the law, the error of :math:`\log \hat Z` displaces
 the posterior by about :math:`\sqrt{p n / S}` of its standard deviations. Where the effective share
-is below :data:`~.displacement.LEAST_SHARE` the function is NaN, and a kernel rejects what would
+is below :data:`~.displacement.MIN_SHARE` the function is NaN, and a kernel rejects what would
 lead there.
 
 References:
@@ -29,12 +29,12 @@ from torch import Tensor
 
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.normalizers.beyond import Beyond
-from pyro_ebm.normalizers.chain_size import LEAST_CHAINS, effective_size
-from pyro_ebm.normalizers.displacement import LEAST_SHARE, displacement, refuse
+from pyro_ebm.normalizers.chain_size import MIN_CHAINS, effective_size
+from pyro_ebm.normalizers.displacement import MIN_SHARE, displacement, refuse
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.held_draws import HeldDraws
 
-LEAST_SHARED = 5.0
+MIN_SHARED = 5.0
 """Effective draws that link the anchors, as the curvature counts them."""
 
 _NEWTON_STEPS = 100
@@ -135,7 +135,7 @@ class Anchored(HeldDraws):
 
     def _check_overlap(self, curvature: Tensor) -> None:
         """Raises where hardly any draw of one group of anchors could be one of the others."""
-        if len(curvature) > 1 and float(torch.linalg.eigvalsh(curvature)[1]) < LEAST_SHARED:
+        if len(curvature) > 1 and float(torch.linalg.eigvalsh(curvature)[1]) < MIN_SHARED:
             raise ValueError(
                 "the anchors do not overlap: put some between them, or take more draws of each"
             )
@@ -146,7 +146,7 @@ class Anchored(HeldDraws):
         """Returns log Z in nats, ``(...)`` for natural parameters ``(..., p)``."""
         log_weights = self._log_weights(natural)
         value = torch.logsumexp(log_weights, -1)
-        held = self._size(log_weights.detach()) >= LEAST_SHARE * self._counts.min()
+        held = self._size(log_weights.detach()) >= MIN_SHARE * self._counts.min()
         return self._beyond.told(value, held).to(natural.dtype)
 
     def _log_weights(self, natural: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class Anchored(HeldDraws):
 
         Raises:
             ValueError: If a posterior would be displaced by more than
-                :data:`~.displacement.LARGEST_DISPLACEMENT` of its standard deviations.
+                :data:`~.displacement.MAX_DISPLACEMENT` of its standard deviations.
         """
         typical = float(self.displacement(natural, num_observations).median())
         draws = f"{float(self._counts.sum()):.0f} effective draws of the anchors"
@@ -215,10 +215,10 @@ class Anchored(HeldDraws):
         Raises:
             ValueError: If there are too few chains to be resampled: the error would come out small.
         """
-        if self.statistics.shape[1] < LEAST_CHAINS:
+        if self.statistics.shape[1] < MIN_CHAINS:
             raise ValueError(
                 f"a bootstrap resamples chains, and there are {self.statistics.shape[1]} at each "
-                f"anchor: draw by at least {LEAST_CHAINS} (independent draws are chains of one)"
+                f"anchor: draw by at least {MIN_CHAINS} (independent draws are chains of one)"
             )
         num_anchors, num_chains = self.statistics.shape[:2]
         which = torch.randint(num_chains, (num_replicates, num_anchors, num_chains))

@@ -34,7 +34,7 @@ from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.normalizers.anchor_error import Naturals
 from pyro_ebm.normalizers.anchored import Anchored, anchored
-from pyro_ebm.normalizers.displacement import LARGEST_DISPLACEMENT, draws_wanted, times_as_many
+from pyro_ebm.normalizers.displacement import MAX_DISPLACEMENT, draws_wanted, times_as_many
 from pyro_ebm.ops.arguments import whole
 
 REACH = 1.5
@@ -106,11 +106,11 @@ def anchored_to(
         cloud = loop.posterior(log_z, cloud.covariance, held=log_z(cloud.rows).isfinite())
         places = _places(cloud)
         worst = float(log_z.displacement(places, num_observations).max())
-        if worst <= LARGEST_DISPLACEMENT and bool(log_z(places).isfinite().all()):
+        if worst <= MAX_DISPLACEMENT and bool(log_z(places).isfinite().all()):
             return log_z
         wanted = _MARGIN * per_anchor * len(anchors) * max(1.0, times_as_many(worst))
     raise RuntimeError(
-        f"the rule sqrt(p n / S) <= {LARGEST_DISPLACEMENT} asks for {wanted:.0f} draws of "
+        f"the rule sqrt(p n / S) <= {MAX_DISPLACEMENT} asks for {wanted:.0f} draws of "
         f"{type(family).__name__} where the posterior is, and max_draws is {max_draws}: allow for "
         "more, or use mcmc.Exchange"
     )

@@ -12,7 +12,7 @@ may have parameters of its own: weights are :math:`e^{-U_\theta(z_s)} / p_0(z_s)
 that was drawn from below.
 
 **How far it holds.** For weak tilts: the effective number of draws S' falls as the law leaves its
-base, exponentially in its dims. Where it is below a share of :data:`~.displacement.LEAST_SHARE` the
+base, exponentially in its dims. Where it is below a share of :data:`~.displacement.MIN_SHARE` the
 function is NaN, and a kernel rejects what would lead there. With n observations and p parameters
 the error of :math:`\log \hat Z` displaces a posterior by about :math:`\sqrt{pn / S'}` of its
 standard deviations. A mode that no draw has come near is missed without a sign.
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.normalizers.beyond import Beyond
-from pyro_ebm.normalizers.displacement import LEAST_SHARE, displacement, refuse
+from pyro_ebm.normalizers.displacement import MIN_SHARE, displacement, refuse
 from pyro_ebm.normalizers.importance import from_weights
 from pyro_ebm.normalizers.laws import check_dims, law_of, normalized_on, single
 from pyro_ebm.ops.arguments import whole
@@ -85,7 +85,7 @@ class BaseImportance(HeldDraws):
         """
         log_weights = self.log_weights(law)
         value = torch.logsumexp(log_weights, 0) - math.log(self.num_draws)
-        held = effective_sample_size(log_weights.detach()) >= LEAST_SHARE * self.num_draws
+        held = effective_sample_size(log_weights.detach()) >= MIN_SHARE * self.num_draws
         return self._beyond.told(value, held).to(self.draws.dtype)
 
     def log_weights(self, law: EnergyDistribution) -> Tensor:
@@ -144,11 +144,11 @@ class BaseImportance(HeldDraws):
         Raises:
             ValueError: If the weights have too heavy a tail or too few of them count, or a
                 posterior would be displaced by more than
-                :data:`~.displacement.LARGEST_DISPLACEMENT` of its standard deviations.
+                :data:`~.displacement.MAX_DISPLACEMENT` of its standard deviations.
         """
         found = self.log_normalizer(law)
         size = float(self.effective_size(law))
-        if found.doubts or size < LEAST_SHARE * self.num_draws:
+        if found.doubts or size < MIN_SHARE * self.num_draws:
             raise ValueError(
                 f"the base is too far from the law for log Z by its draws: {found}. Use anchored "
                 "draws of an exponential family, exchange, or a base nearer to the law"

@@ -41,7 +41,7 @@ from pyro_ebm.ops.spaces import UnconstrainedSpace
 
 _ASIDE = 2.0  # nats: far enough to see another ratio of densities, near enough for light weights
 _FAR = 5.0  # standard errors
-_LEAST_ERROR = 1e-4  # nats: below are roundings of energies
+_MIN_ERROR = 1e-4  # nats: below are roundings of energies
 
 
 def bridge(dist: EnergyDistribution, draws: Tensor) -> LogNormalizer:
@@ -155,7 +155,7 @@ def _remarks(data: Tensor, noise: Tensor, value: Tensor) -> tuple[str, ...]:
     (low, low_noise), (high, high_noise) = parts
     gap, of_draws, of_noise = float(logs[1] - logs[0]), high - low, high_noise - low_noise
     error = float(of_draws.var() / size_of_mean(of_draws) + of_noise.var() / len(of_noise)) ** 0.5
-    if not abs(gap) > _FAR * max(error, _LEAST_ERROR):
+    if not abs(gap) > _FAR * max(error, _MIN_ERROR):
         return ()
     return (
         f"bridges to both sides of this one differ by {abs(gap):.3f}, {abs(gap) / error:.0f} of "

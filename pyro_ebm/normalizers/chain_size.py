@@ -1,6 +1,6 @@
 r"""How many independent draws the draws of chains are worth for their mean.
 
-Autocorrelations within a chain need some length to be seen: for fewer than :data:`LEAST_LENGTH`
+Autocorrelations within a chain need some length to be seen: for fewer than :data:`MIN_LENGTH`
 draws of each their sum is biased, below four even meaningless. Short chains are therefore compared
 with each other,
 
@@ -12,10 +12,10 @@ from __future__ import annotations
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
-LEAST_LENGTH = 20
+MIN_LENGTH = 20
 """Draws of a chain below which its autocorrelations say nothing."""
 
-LEAST_CHAINS = 20
+MIN_CHAINS = 20
 """Chains below which neither their spread nor resampling them is a measure of an error."""
 
 
@@ -43,7 +43,7 @@ def effective_size(draws: Tensor) -> float:
         return float("nan")
     if length == 1:
         return float(num_chains)
-    if length >= LEAST_LENGTH or num_chains == 1:
+    if length >= MIN_LENGTH or num_chains == 1:
         size = float(effective_sample_size(draws.double(), chain_dim=0, sample_dim=1))
     else:
         size = num_chains * float(total / draws.double().mean(1).var())

@@ -25,7 +25,7 @@ from pyro_ebm.normalizers.laws import check_inside
 from pyro_ebm.ops.constraints import plain
 from pyro_ebm.ops.nan_energies import NaNCount
 
-LEAST_DRAWS = 8
+MIN_DRAWS = 8
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,9 @@ def _checked(law: EnergyDistribution, draws: Tensor) -> Tensor:
         raise ValueError(
             f"draws must be (chains, draws) + {tuple(law.event_shape)}, got {tuple(draws.shape)}"
         )
-    if draws.shape[1] < 2 or draws.shape[:2].numel() < LEAST_DRAWS:
+    if draws.shape[1] < 2 or draws.shape[:2].numel() < MIN_DRAWS:
         raise ValueError(
             f"draws of shape {tuple(draws.shape[:2])} are too few: half of each chain makes the "
-            f"proposal, so give two or more of each, and {LEAST_DRAWS} together"
+            f"proposal, so give two or more of each, and {MIN_DRAWS} together"
         )
     return check_inside(law, draws)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pyro_ebm.ops.arguments import whole
 
-LEAST_SHARE = 0.05
+MIN_SHARE = 0.05
 """The share of effective draws below which log Z is not told."""
 
-LARGEST_DISPLACEMENT = 0.3
+MAX_DISPLACEMENT = 0.3
 """Posterior standard deviations by which the error of log Z may displace a mean."""
 
 
@@ -38,13 +38,13 @@ def displacement(num_parameters: int, num_observations: int, size: Tensor) -> Te
 
 
 def draws_wanted(num_parameters: int, num_observations: int) -> float:
-    """Returns the effective draws that displace by :data:`LARGEST_DISPLACEMENT`."""
-    return num_parameters * num_observations / LARGEST_DISPLACEMENT**2
+    """Returns the effective draws that displace by :data:`MAX_DISPLACEMENT`."""
+    return num_parameters * num_observations / MAX_DISPLACEMENT**2
 
 
 def times_as_many(off: float) -> float:
     """Returns by how many times there are too few draws, at a displacement of ``off``."""
-    return (off / LARGEST_DISPLACEMENT) ** 2
+    return (off / MAX_DISPLACEMENT) ** 2
 
 
 def refuse(off: float, what: str, instead: str = "") -> None:
@@ -56,9 +56,9 @@ def refuse(off: float, what: str, instead: str = "") -> None:
         instead: What else may be done, as the sentence ends.
 
     Raises:
-        ValueError: If ``off`` is beyond :data:`LARGEST_DISPLACEMENT`.
+        ValueError: If ``off`` is beyond :data:`MAX_DISPLACEMENT`.
     """
-    if off > LARGEST_DISPLACEMENT:
+    if off > MAX_DISPLACEMENT:
         raise ValueError(
             f"{what} displace the posterior by about {off:.2g} of its standard deviations: use "
             f"{math.ceil(times_as_many(off))} times as many{instead}"

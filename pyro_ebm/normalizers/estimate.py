@@ -41,7 +41,7 @@ METHODS: dict[str, Callable[[EnergyDistribution], LogNormalizer]] = {
     "thermodynamic": thermodynamic,
     "stepping_stones": stepping_stones,
 }
-_MOST_STATES = 2**20
+_MAX_STATES = 2**20
 _THROUGH_CHAINS = " through chains"
 _AGREE = 3.0  # standard errors of the difference
 
@@ -90,7 +90,7 @@ def estimate_log_normalizer(
 def _by_the_best_way(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer:
     law = law_of(dist)
     states = States.finite(law)
-    if law.is_exact_energy or (states is not None and states.number <= _MOST_STATES):
+    if law.is_exact_energy or (states is not None and states.number <= _MAX_STATES):
         return exact(dist)
     if is_discrete(law):
         return _of_states(dist, draws)

@@ -33,7 +33,7 @@ from pyro_ebm.normalizers.held_nodes import MAX_DIM, HeldNodes
 from pyro_ebm.normalizers.laws import check_dims, law_of, parameters_behind, shared_law
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 
-MOST_NODES = 150  # in a dim; the outer weights of more are below the smallest double
+MAX_NODES = 150  # in a dim; the outer weights of more are below the smallest double
 _NODES = HeldNodes(
     "gauss_hermite",
     "of a law that is too narrow or too far off for the nodes of its base",
@@ -52,7 +52,7 @@ def gauss_hermite(dist: EnergyDistribution, *, num_nodes: int = 32) -> LogNormal
     Returns:
         ``LogNormalizer`` of the batch shape, in nats; ``stderr`` is the larger change from fewer
         nodes, and no standard error. In a model log Z is NaN where that is above
-        :data:`~.held_nodes.LARGEST_ERROR`.
+        :data:`~.held_nodes.MAX_ERROR`.
 
     Raises:
         ValueError: If the base is not Gaussian, there are more than three dimensions,
@@ -65,7 +65,7 @@ def gauss_hermite(dist: EnergyDistribution, *, num_nodes: int = 32) -> LogNormal
         >>> gauss_hermite(law).value  # -log(2) / 2
         tensor(-0.3466, dtype=torch.float64)
     """
-    if not 4 <= num_nodes <= MOST_NODES or num_nodes != int(num_nodes):
+    if not 4 <= num_nodes <= MAX_NODES or num_nodes != int(num_nodes):
         raise ValueError(f"num_nodes must be a whole number from 4 to 150, got {num_nodes!r}")
     law = law_of(dist)
     base = _base_of(law, dist)

@@ -29,8 +29,8 @@ SCALE_UNKNOWN = 1e4  # beyond this, in any units of one's own, lies nothing that
 _NUM_RAYS = 32
 _UNBOUNDED = (constraints.real, constraints.positive, constraints.nonnegative)
 _FAR = (1e2, 1e3, 1e4)  # times the scale of the data
-_MOST_DIMS, _MOST_PAIRED = 16, 8  # dims of ridges along coordinates, and along pairs of them
-_MOST_NUMBERS = 2**23  # in tubes of all rows at once; more are not looked at
+_MAX_DIM, _MAX_PAIRED = 16, 8  # dims of ridges along coordinates, and along pairs of them
+_MAX_NUMBERS = 2**23  # in tubes of all rows at once; more are not looked at
 _NUM_OFFSETS = 2  # places in a tube
 
 
@@ -108,11 +108,11 @@ class _Far:
 
     def tube_is_flat(self) -> bool:
         """Whether it falls off too slowly in a tube along one of the likely ridges."""
-        if not 1 < self.dim <= _MOST_DIMS:
+        if not 1 < self.dim <= _MAX_DIM:
             return False
         rays = [self._of_rows(_likely_ridges(self.dim, is_signed=self.is_signed))]
         number = _NUM_OFFSETS * len(rays[0]) * self.law.batch_shape.numel() * self.dim
-        if number > _MOST_NUMBERS:
+        if number > _MAX_NUMBERS:
             return False
         rays += [self._without_gradient()] if self.is_signed else []
         rows = torch.broadcast_shapes(*(r.shape[1:] for r in rays))
@@ -158,7 +158,7 @@ def _likely_ridges(dim: int, *, is_signed: bool) -> Tensor:
     """Unit vectors along coordinates, and along sums and differences of two of them."""
     axes = torch.eye(dim)
     found = [axes]
-    if dim <= _MOST_PAIRED:
+    if dim <= _MAX_PAIRED:
         one, other = torch.triu_indices(dim, dim, 1)
         found += [axes[one] + axes[other]] + [axes[one] - axes[other]] * is_signed
     along = torch.nn.functional.normalize(torch.cat(found))

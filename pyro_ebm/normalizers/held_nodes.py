@@ -21,7 +21,7 @@ from pyro_ebm.ops.log_normalizer import LogNormalizer
 MAX_DIM = 3
 """Dims of a grid of nodes."""
 
-LARGEST_ERROR = 1e-3
+MAX_ERROR = 1e-3
 """Nats of error above which a sum is no log Z: a hundred rows see it a hundred times, a tenth of a
 nat, which moves a posterior by about a tenth of its standard deviation at most."""
 
@@ -48,14 +48,14 @@ class HeldNodes:
     def log_normalizer(
         self, value: Tensor, error: Tensor, parameters: tuple[Tensor, ...]
     ) -> LogNormalizer:
-        """Returns a sum with its error, NaN in a model where that is above :data:`LARGEST_ERROR`.
+        """Returns a sum with its error, NaN in a model where that is above :data:`MAX_ERROR`.
 
         Args:
             value: The sum, log Z in nats, of the batch shape.
             error: About how far it may be off, of that shape, without a graph.
             parameters: What it depends on.
         """
-        held = error <= LARGEST_ERROR
+        held = error <= MAX_ERROR
         try:
             holds, is_looked_at = bool(held.all()), not am_i_wrapped()
         except RuntimeError:  # vmap, or a graph under way

@@ -29,7 +29,7 @@ from pyro_ebm.ops.log_space import NEGLIGIBLE
 NUM_SCATTERED = 512
 _NUM_STEPS = 50
 _LONGER, _SHORTER = 1.6, 0.4
-_MOST_PEAKS = 40
+_MAX_PEAKS = 40
 _NEAR = 2.0  # widths around a peak within which others are the same one
 _EXPONENTS = torch.arange(-34.0, 50.0)  # of two: distances that are tried for a width
 _FALL = 0.5
@@ -82,7 +82,7 @@ def find_peaks(log_density: LogDensity, starts: Tensor) -> Peaks:
     kept: list[int] = []
     widths: list[Tensor] = []
     left = height > -torch.inf
-    while bool(left.any()) and len(kept) < _MOST_PEAKS:
+    while bool(left.any()) and len(kept) < _MAX_PEAKS:
         best = int(torch.where(left, height, -torch.inf).argmax())
         width = _width(log_density, at[best], height[best])
         left = left & ((at - at[best]).abs() > _NEAR * width).any(1)

@@ -43,10 +43,10 @@ from pyro_ebm.ops.nan_energies import NaNCount
 from pyro_ebm.ops.spaces import UnconstrainedSpace
 
 FIRST_NODES = 33  # along every dim; halving a step of n nodes makes 2 n - 1
-MOST_NODES = 2**22
-_NUM_STARTS, _MOST_DRAWS = 64, 4096
+MAX_NODES = 2**22
+_NUM_STARTS, _MAX_DRAWS = 64, 4096
 _GROWTH, _MAX_GROWTHS = 1.5, 60
-_LEAST_ROUNDINGS = 2.0  # of a place, as wide as a mode there must be
+_MIN_ROUNDINGS = 2.0  # of a place, as wide as a mode there must be
 # Waves in so many steps from which on the largest size counts: of half a wave a step alone, those
 # that come to lie on each other may cancel. With these a kink at a node is told as it is.
 _PERIOD, _HALF, _QUARTER = 22, 9, 5
@@ -113,7 +113,7 @@ def quadrature(
     Returns:
         ``LogNormalizer`` of the distribution's batch shape; its ``stderr`` is the last change, in a
         box what :func:`on_box` says, and no standard error. In a model log Z in a box is NaN where
-        that is above :data:`~.held_nodes.LARGEST_ERROR`.
+        that is above :data:`~.held_nodes.MAX_ERROR`.
 
     Raises:
         NotImplementedError: If the support is not continuous.
@@ -139,7 +139,7 @@ def quadrature(
     value, seen = integrand.counted_sum(box)
     while True:
         box = box.refined()
-        if box.num_nodes**integrand.dim > MOST_NODES:
+        if box.num_nodes**integrand.dim > MAX_NODES:
             raise _unresolved(integrand, box, peaks, seen)
         old = value.detach()
         value, seen = integrand.counted_sum(box)
@@ -153,7 +153,7 @@ def quadrature(
 
 def _rounded(peaks: Peaks) -> tuple[str, ...]:
     """What to say of peaks that are hardly wider than the roundings of where they are."""
-    least = _LEAST_ROUNDINGS * torch.finfo(peaks.at.dtype).eps * peaks.at.abs()
+    least = _MIN_ROUNDINGS * torch.finfo(peaks.at.dtype).eps * peaks.at.abs()
     if bool((peaks.width >= least).all()):
         return ()
     return (
@@ -176,7 +176,7 @@ def _unresolved(integrand: _Integrand, box: Box, peaks: Peaks, seen: NaNCount) -
         )
     else:
         why = f"the density is too rough for quadrature in {box.low.dtype}: use an estimate"
-    return UnresolvedError(f"{integrand.law!r}: log Z still moves with {MOST_NODES} nodes: {why}")
+    return UnresolvedError(f"{integrand.law!r}: log Z still moves with {MAX_NODES} nodes: {why}")
 
 
 def on_box(dist: EnergyDistribution, box: Box) -> tuple[Tensor, Tensor]:
@@ -254,7 +254,7 @@ def find_box(
 
     From the peaks that are found it is grown face by face until the density on each face, relative
     to the highest one seen, is below the rounding of a double. Its nodes are as near to each other
-    as the narrowest peak is wide, as far as :data:`MOST_NODES` allow.
+    as the narrowest peak is wide, as far as :data:`MAX_NODES` allow.
 
     Args:
         dist: The distribution.
@@ -300,7 +300,7 @@ def _resolving(box: Box, peaks: Peaks) -> Box:
     """The box with nodes no further from each other than any peak is wide, if so many may be."""
     narrowest = peaks.width.amin(0)
     while bool(((box.high - box.low) / (box.num_nodes - 1) > narrowest).any()):
-        if box.refined().num_nodes ** len(box.low) > MOST_NODES:
+        if box.refined().num_nodes ** len(box.low) > MAX_NODES:
             return box
         box = box.refined()
     return box
@@ -350,7 +350,7 @@ class _Integrand:
         starts = [own, scattered(own)]
         if draws is not None:
             u = self._positions(draws).to(own)
-            starts.append(u[:: -(-len(u) // _MOST_DRAWS)])
+            starts.append(u[:: -(-len(u) // _MAX_DRAWS)])
             starts.append(scattered(u))
         found = find_peaks(self._highest, torch.cat(starts))
         if len(found.at) == 0:

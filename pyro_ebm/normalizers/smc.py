@@ -28,7 +28,7 @@ from pyro_ebm.ops.nan_energies import NaNCount
 SPREAD = 1.0
 """Nats between runs above which their mean rests on one or two of them."""
 
-LEAST_RUNS = 10
+MIN_RUNS = 10
 """Runs whose spread tells an error: 95 per cent intervals from 2, 3 and 5 cover 70, 81 and 88."""
 
 
@@ -100,7 +100,7 @@ def _from_runs(
     """The mean of Z over independent runs, whose spread is the error."""
     num_runs, spread = len(values), float(values.std())
     share = float(effective_sample_size(values)) / num_runs
-    few = f"{num_runs} runs do not tell an error: use {LEAST_RUNS} or more (num_runs=)"
+    few = f"{num_runs} runs do not tell an error: use {MIN_RUNS} or more (num_runs=)"
     wide = f"the runs differ by {spread:.2g} nats: use more particles or moves"
     return LogNormalizer(
         log_mean_exp(values),
@@ -110,7 +110,7 @@ def _from_runs(
         start=start,
         remarks=(
             *seen.remarks,
-            *((few,) if num_runs < LEAST_RUNS else ()),
+            *((few,) if num_runs < MIN_RUNS else ()),
             *((wide,) if spread > SPREAD else ()),
         ),
         parameters=parameters_at(law),

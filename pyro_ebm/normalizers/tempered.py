@@ -29,7 +29,7 @@ from pyro_ebm.mcmc import HMC, MCMC, ParallelTempering
 from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.ais import NUM_PILOTS, Path, finer
-from pyro_ebm.normalizers.chain_size import LEAST_CHAINS
+from pyro_ebm.normalizers.chain_size import MIN_CHAINS
 from pyro_ebm.normalizers.discrete_path import DiscretePath, energies_at_rungs, is_discrete
 from pyro_ebm.normalizers.discrete_smc import pilot_ladder
 from pyro_ebm.normalizers.laws import KernelMaker, based, single
@@ -78,9 +78,9 @@ class TemperedRun:
                 "a tempered run needs a ladder that rises from 0 to 1 and energies (rungs, chains, "
                 f"draws), got {ladder.tolist()} and {shape}"
             )
-        if shape[1] < LEAST_CHAINS:
+        if shape[1] < MIN_CHAINS:
             raise ValueError(
-                f"{shape[1]} chains are too few to tell an error from: use {LEAST_CHAINS} or more"
+                f"{shape[1]} chains are too few to tell an error from: use {MIN_CHAINS} or more"
             )
         if bool((self.energies.isnan() | (self.energies == -torch.inf)).any()):
             raise NonFiniteEnergyError("an energy of a tempered run is NaN or minus infinity")
@@ -116,7 +116,7 @@ def tempered(
     """
     law = single(dist, "tempering")
     whole("num_rungs", num_rungs, least=2)
-    whole("num_chains", num_chains, least=LEAST_CHAINS)
+    whole("num_chains", num_chains, least=MIN_CHAINS)
     whole("num_samples", num_samples, least=4)
     if is_discrete(law):
         if kernel is not None:

@@ -43,8 +43,8 @@ from pyro_ebm.ops.kernels import KernelFunction, RadialKernel
 __all__ = ["DualProblem", "DualSolution", "KernelKALEResult", "kernel_kale", "solve_dual"]
 
 SUFFICIENT = 0.1  # share of the predicted decrease that a step must reach
-SHORTEST_STEP = 1e-9
-LARGEST_EXPONENT = 700.0
+MIN_STEP = 1e-9
+MAX_EXPONENT = 700.0
 ROUNDING = 1e-15
 
 
@@ -233,9 +233,9 @@ def _line_search(
     problem: DualProblem, a: Tensor, direction: Tensor, decrease: Tensor
 ) -> Tensor | None:
     start, size = problem.value(a), 1.0
-    while size > SHORTEST_STEP:
+    while size > MIN_STEP:
         moved = a + size * direction
-        if moved.max() < LARGEST_EXPONENT:  # beyond, the weights overflow
+        if moved.max() < MAX_EXPONENT:  # beyond, the weights overflow
             value = problem.value(moved)
             # Near the solution the decrease is below the rounding of the two values.
             if value <= start - SUFFICIENT * size * decrease + ROUNDING * (1.0 + start):

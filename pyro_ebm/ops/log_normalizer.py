@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST_ESS = 100
+MIN_ESS = 100
 """Effective draws below which no interval is given: standard errors are too small there."""
 
 
@@ -85,8 +85,8 @@ class LogNormalizer:
     def doubts(self) -> tuple[str, ...]:
         """Reasons not to trust value and error bar, a sentence each; empty if there is none."""
         found = list(self.remarks)
-        if self.ess is not None and self.ess < LEAST_ESS:
-            found.append(f"effective sample size {self.ess:.0f} < {LEAST_ESS}")
+        if self.ess is not None and self.ess < MIN_ESS:
+            found.append(f"effective sample size {self.ess:.0f} < {MIN_ESS}")
         if self.khat is not None and not self.khat < self._largest_khat():
             found.append(
                 f"Pareto tail index {self.khat:.2f} > {self._largest_khat():.2f}: the weights have "

@@ -33,12 +33,12 @@ from torch import Tensor
 
 __all__ = ["ParetoTail", "pareto_khat", "pareto_tail"]
 
-_LEAST_TAIL = 5
-_LEAST_FITTED = 40  # of 200 weights; of fewer the fit is mostly its prior
+_MIN_TAIL = 5
+_MIN_FITTED = 40  # of 200 weights; of fewer the fit is mostly its prior
 _PRIOR = 10  # weights that the prior of the shape, at 1/2, is worth
-_HARMLESS, _LARGEST = 0.3, 0.7  # between them k is raised by up to _RAISED standard errors
+_HARMLESS, _HARMFUL = 0.3, 0.7  # between them k is raised by up to _RAISED standard errors
 _RAISED = 2.0
-_MOST = 0.75  # up to which k is raised: beyond, errors grow without covering more
+_MAX_SHAPE = 0.75  # up to which k is raised: beyond, errors grow without covering more
 
 
 class ParetoTail(NamedTuple):
@@ -85,14 +85,14 @@ def pareto_tail(log_weights: Tensor) -> ParetoTail:
     log_weights = log_weights.double()
     num = len(log_weights)
     size = math.ceil(min(0.2 * num, 3.0 * math.sqrt(num)))
-    if size < _LEAST_TAIL:
+    if size < _MIN_TAIL:
         return ParetoTail(math.inf, 0.0)
     weights = (log_weights - log_weights.max()).sort().values.exp()
     body, excess = weights[:-size], weights[-size:] - weights[-size - 1]
     if not float(excess[-1]) > 0:
         return ParetoTail(-math.inf, 0.0)
     khat, scale = _shape_of(excess)
-    if khat <= 0 or size < _LEAST_FITTED:
+    if khat <= 0 or size < _MIN_FITTED:
         return ParetoTail(khat, 0.0)
     return ParetoTail(khat, _error(body, size, khat, scale) / float(weights.mean()))
 
@@ -100,13 +100,13 @@ def pareto_tail(log_weights: Tensor) -> ParetoTail:
 def _error(body: Tensor, size: int, khat: float, scale: float) -> float:
     """The standard error of a mean of which the tail counts as its fit."""
     num = len(body) + size
-    share, k = size / num, min(khat, _MOST)
+    share, k = size / num, min(khat, _MAX_SHAPE)
     mean = float(body[-1]) + scale / (1.0 - k)
     spread = (1.0 - share) * float(body.var()) + share * (1.0 - share) * (
         mean - float(body.mean())
     ) ** 2
-    more = _RAISED * min(max(k - _HARMLESS, 0.0) / (_LARGEST - _HARMLESS), 1.0)
-    k = min(k + more * (1.0 + k) / math.sqrt(size + _PRIOR), _MOST)
+    more = _RAISED * min(max(k - _HARMLESS, 0.0) / (_HARMFUL - _HARMLESS), 1.0)
+    k = min(k + more * (1.0 + k) / math.sqrt(size + _PRIOR), _MAX_SHAPE)
     rest = 1.0 - k
     of_tail = (1.0 + k) / rest**4 - 2.0 / rest**3 + 2.0 / rest**2
     return math.sqrt(spread / num + share**2 * (1.0 + k) * scale**2 * of_tail / size)

@@ -48,7 +48,7 @@ __all__ = ["LogSeries", "log_series", "proven_log_series"]
 LogTerm = Callable[[Tensor], Tensor]
 
 TOLERANCE = 1e-12  # of what is left out, relative to the sum
-MOST_TERMS = 2**13
+MAX_TERMS = 2**13
 _CUT = 5.5  # where the fade ends, in units of h
 _CUT_OFF = 0.5 * math.erfc(_CUT)
 _FINE = 27.0  # integers summed one by one for each integer of a cell
@@ -201,7 +201,7 @@ def proven_log_series(
         tensor(12.5331, dtype=torch.float64)
     """
     found = log_series(log_term, first, last, curvature=curvature, num_terms=num_terms)
-    while num_terms < MOST_TERMS and _would_gain(found, last - first, num_terms):
+    while num_terms < MAX_TERMS and _would_gain(found, last - first, num_terms):
         num_terms = 4 * num_terms
         found = log_series(log_term, first, last, curvature=curvature, num_terms=num_terms)
     return torch.where(_is_proven(found), found.value, torch.nan)

@@ -30,7 +30,7 @@ from pyro_ebm.ops.spaces import UnconstrainedSpace
 
 __all__ = ["Block", "blocks_of"]
 
-MOST_GIBBS_VALUES = 256
+MAX_GIBBS_VALUES = 256
 """Coordinates with more values move by a walk: a Gibbs step would need as many energies."""
 
 
@@ -114,7 +114,7 @@ def _kernel(support: Constraint, event_shape: torch.Size, num_warmup: int) -> Ke
     if isinstance(plain(support), type(sphere)):
         return SphereWalk(event_shape)
     values = site_values(support, event_shape)
-    if values is not None and len(values) <= MOST_GIBBS_VALUES:
+    if values is not None and len(values) <= MAX_GIBBS_VALUES:
         return GibbsSweep(values, event_shape)
     if is_integer(support):
         return IntegerWalk(plain(support), event_shape)

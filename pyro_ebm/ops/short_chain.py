@@ -30,9 +30,9 @@ __all__ = ["ShortChainResult", "short_chain"]
 MIN_STEPS = 8
 """R-hat needs four draws per chain from the second half of the steps."""
 
-MOST_DIAGNOSED_CHAINS = 32
-MOST_DIAGNOSED_NUMBERS = 4_000_000
-FEWEST_DIAGNOSED_DRAWS = 20
+MAX_DIAGNOSED_CHAINS = 32
+MAX_DIAGNOSED_NUMBERS = 4_000_000
+MIN_DIAGNOSED_DRAWS = 20
 """R-hat sees so many chains, with draws thinned, that its cost stays below the sampler's."""
 
 
@@ -135,7 +135,7 @@ class _Chains:
         """Returns the coordinates and, last, the potential: ``(chains, *batch, D + 1)``."""
         last = self.blocks[-1].kernel.potential(self.points[-1])
         parts = [point.position for point in self.points] + [last[..., None]]
-        return torch.cat([part[:MOST_DIAGNOSED_CHAINS].to(last.dtype) for part in parts], -1)
+        return torch.cat([part[:MAX_DIAGNOSED_CHAINS].to(last.dtype) for part in parts], -1)
 
     def freeze(self) -> None:
         """Ends the adaptation of every kernel."""
@@ -184,8 +184,8 @@ def _worst_rhat(draws: Tensor) -> float:
 
 
 def _stride(numbers: int, num_draws: int) -> int:
-    wanted = ceil(numbers * num_draws / MOST_DIAGNOSED_NUMBERS)
-    return max(1, min(wanted, num_draws // FEWEST_DIAGNOSED_DRAWS))
+    wanted = ceil(numbers * num_draws / MAX_DIAGNOSED_NUMBERS)
+    return max(1, min(wanted, num_draws // MIN_DIAGNOSED_DRAWS))
 
 
 def _checked(potential: Potential, event_dim: int) -> Potential:

@@ -33,7 +33,7 @@ from pyro_ebm.ops.spaces import UnconstrainedSpace
 
 __all__ = ["Langevin", "log_accept", "propose", "proposal_log_prob"]
 
-LARGEST_DRIFT = 2.0
+MAX_DRIFT = 2.0
 """Bound on the drift of a coordinate, in standard deviations of the proposal's noise."""
 
 MIN_CHAINS_FOR_VARIANCE = 16
@@ -44,7 +44,7 @@ def _drifted(point: Point, step_size: Tensor, variance: Tensor) -> Tensor:
     if point.gradient is None:
         raise ValueError("a Langevin step needs the gradient at the point it starts from, got None")
     scale = step_size[..., None] * variance.sqrt()
-    drift = (-0.5 * scale * point.gradient).clamp(-LARGEST_DRIFT, LARGEST_DRIFT)
+    drift = (-0.5 * scale * point.gradient).clamp(-MAX_DRIFT, MAX_DRIFT)
     return point.position + scale * drift
 
 

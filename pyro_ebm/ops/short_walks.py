@@ -17,10 +17,10 @@ from pyro_ebm.ops.short_kernel import FlatKernel, Point, Potential, metropolis
 
 __all__ = ["IntegerWalk", "SphereWalk"]
 
-WIDEST_JUMP = 1e6
+MAX_JUMP = 1e6
 """Cap on the mean jump of an integer walk; a flat target would make it grow without end."""
 
-WIDEST_TURN = 100.0
+MAX_TURN = 100.0
 """Cap on the sphere's step size; beyond it proposals are uniform on the sphere anyway."""
 
 
@@ -94,7 +94,7 @@ class IntegerWalk(_TunedWalk):
 
     def _new_tuner(self, point: Point) -> DualAveraging:
         scale = torch.ones_like(point.position[:1], dtype=point.target.dtype)
-        return DualAveraging(scale, target=0.44, largest=WIDEST_JUMP)
+        return DualAveraging(scale, target=0.44, largest=MAX_JUMP)
 
 
 class SphereWalk(_TunedWalk):
@@ -132,4 +132,4 @@ class SphereWalk(_TunedWalk):
 
     def _new_tuner(self, point: Point) -> DualAveraging:
         step_size = torch.full_like(point.target[:1], self.event_shape[-1] ** -0.5)
-        return DualAveraging(step_size, target=0.4, largest=WIDEST_TURN)
+        return DualAveraging(step_size, target=0.4, largest=MAX_TURN)

@@ -18,7 +18,7 @@ from pyro_ebm.testing.uniformity import num_bins
 
 _GRID = 1000
 _HALVINGS = 25
-_LARGEST_RATIO, _LARGEST_BIAS = 20.0, 10.0
+_MAX_RATIO, _MAX_BIAS = 20.0, 10.0
 
 
 class Detectable(NamedTuple):
@@ -106,9 +106,9 @@ def smallest_detectable(
     def power_of(**error: float) -> float:
         return detection_probability(num_simulations, num_draws, level, **error)
 
-    wide = _first(lambda k: power_of(sd_ratio=1.0 + k), power, _LARGEST_RATIO)
+    wide = _first(lambda k: power_of(sd_ratio=1.0 + k), power, _MAX_RATIO)
     narrow = _first(lambda k: power_of(sd_ratio=1.0 - k), power, 0.999)
-    bias = _first(lambda k: power_of(bias=k), power, _LARGEST_BIAS)
+    bias = _first(lambda k: power_of(bias=k), power, _MAX_BIAS)
     return Detectable(1.0 + wide, max(1.0 - narrow, 0.0), bias)
 
 

@@ -36,7 +36,7 @@ from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.detection import detectable
 from pyro_ebm.testing.simulation_based_calibration import KernelOf
 from pyro_ebm.testing.simulator import OfOne, Simulator, evaluated, scalars
-from pyro_ebm.testing.statistics import LEAST_MOVED, THRESHOLD
+from pyro_ebm.testing.statistics import MIN_MOVED, THRESHOLD
 
 _SHIFT = 0.5 / math.sqrt(math.pi)  # of the mean of u, per sd of a Gaussian
 _WIDTH = 0.25 / (math.pi * math.sqrt(0.75))  # of the mean of (u - 1/2)^2, per share of its sd
@@ -103,7 +103,7 @@ class GewekeResult:
         if bad:
             head = f"{self.kernel} does not keep the joint law of parameters and data"
             raise AssertionError("\n".join([head, *bad]))
-        if self.share_moved < LEAST_MOVED:
+        if self.share_moved < MIN_MOVED:
             raise AssertionError(
                 f"{self.kernel} moved in {self.share_moved:.1%} of its steps: nothing was tested, "
                 "use a smaller step size"

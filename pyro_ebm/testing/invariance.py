@@ -15,7 +15,7 @@ from pyro_ebm.mcmc.captured import CapturedPotential
 from pyro_ebm.mcmc.distribution_target import DistributionTarget
 from pyro_ebm.mcmc.kernel import Kernel
 from pyro_ebm.testing.problems import Problem
-from pyro_ebm.testing.statistics import LEAST_MOVED, assert_mean_close
+from pyro_ebm.testing.statistics import MIN_MOVED, assert_mean_close
 
 
 def assert_invariant(
@@ -52,7 +52,7 @@ def assert_invariant(
     for _ in range(num_steps):
         state, _ = kernel.step(potential, state)
     share = float((state.position != q).any(1).double().mean())
-    if share < LEAST_MOVED:
+    if share < MIN_MOVED:
         raise AssertionError(
             f"{type(kernel).__name__} moved {share:.1%} of the chains on {problem.name}: nothing "
             "was tested, use a smaller step size"

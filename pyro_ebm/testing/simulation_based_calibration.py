@@ -42,7 +42,7 @@ KernelOf = Callable[[EachChain], Kernel]
 LOG_LIKELIHOOD = "log likelihood"
 _PILOT = 100  # steps that the thinning is found from
 _CORRELATED = 0.05  # what two draws may be
-_FEWEST = 8  # draws, to say how correlated they are
+_MIN_DRAWS = 8  # draws, to say how correlated they are
 _FEW = 0.7  # of the draws, that correlation leaves
 
 
@@ -251,7 +251,7 @@ def _lag(draws: Values) -> int:
 def _effective(draws: Values) -> float:
     """To how many independent draws those of a chain are worth, as an AR(1)."""
     size = next(iter(draws.values())).shape[1]
-    if size < _FEWEST:
+    if size < _MIN_DRAWS:
         return float(size)
     lag_one = min(float(_correlations(draws)[0]), 1.0)
     return max(1.0, size * (1.0 - lag_one) / (1.0 + lag_one))

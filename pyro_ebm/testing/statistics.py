@@ -14,7 +14,7 @@ from torch import Tensor
 
 THRESHOLD = 5.0
 
-LEAST_MOVED = 0.05
+MIN_MOVED = 0.05
 """The share of steps or chains that must have moved for anything to have been tested."""
 
 

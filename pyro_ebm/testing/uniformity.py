@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor
 
-_MOST_BINS = 16
-_FEWEST_PER_BIN = 5
+_MAX_BINS = 16
+_MIN_PER_BIN = 5
 _TINY = 1e-5  # below it a bound of the p-value does
 
 Floats = NDArray[np.float64]
@@ -72,7 +72,7 @@ def num_bins(num_draws: int, num_ranks: int) -> int:
         >>> num_bins(63, 1000), num_bins(99, 1000), num_bins(63, 30)
         (16, 10, 4)
     """
-    most = min(_MOST_BINS, num_ranks // _FEWEST_PER_BIN)
+    most = min(_MAX_BINS, num_ranks // _MIN_PER_BIN)
     return max((k for k in range(2, most + 1) if (num_draws + 1) % k == 0), default=1)
 
 

@@ -104,7 +104,7 @@ def test_cells_of_many_integers_give_the_same(mode, dispersion):
     nu = numbers(dispersion)[0]
     log_rate = nu * math.log(mode)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyro_ebm.ops.series.MOST_TERMS", 512)
+        patch.setattr("pyro_ebm.ops.series.MAX_TERMS", 512)
         coarse = derivatives(log_rate, nu)
     fine = derivatives(log_rate, nu, num_terms=50_000)
     for got, want, digits in zip(coarse, fine, (1e-14, 1e-12, 1e-8), strict=True):

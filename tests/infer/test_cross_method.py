@@ -144,7 +144,7 @@ OBJECTIVES = {
         by_chains_that_go_on,
     ),
 }
-LARGEST_ERROR = {"kernel stein": 0.2, "cd-1, langevin": 0.08}
+MAX_ERROR = {"kernel stein": 0.2, "cd-1, langevin": 0.08}
 
 
 def estimate(make, solve, x):
@@ -162,7 +162,7 @@ def test_estimate_is_the_truth(name, estimates):
     """Within four standard errors, none of which exceeds 0.03 but where few rows are used."""
     theta, influence = estimates[name]
     assert largest_z(theta - TRUTH, influence) < 4
-    assert influence.std(0).max() / math.sqrt(NUM_ROWS) < LARGEST_ERROR.get(name, 0.03)
+    assert influence.std(0).max() / math.sqrt(NUM_ROWS) < MAX_ERROR.get(name, 0.03)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

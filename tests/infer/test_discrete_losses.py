@@ -178,7 +178,7 @@ def test_neighbours_in_chunks_change_nothing(monkeypatch):
     x = Ising(0.4, (4, 4)).sample((3,))
     p = EnergyDistribution(Ising(0.4, (4, 4)))
     whole = PseudoLikelihood().row_losses(p, x)
-    monkeypatch.setattr(neighbours, "MOST_NUMBERS", 100)
+    monkeypatch.setattr(neighbours, "MAX_NUMBERS", 100)
     torch.testing.assert_close(PseudoLikelihood().row_losses(p, x), whole, rtol=0, atol=1e-12)
 
 

@@ -12,7 +12,7 @@ from pyro_ebm.energies import ExponentialRandomGraph
 from pyro_ebm.energies.graph_statistics import Edges, Stars, Triangles
 from pyro_ebm.errors import ApproximateSampleWarning
 from pyro_ebm.mcmc import MCMC, Exchange, GroupedExchange, SurrogateExchange
-from pyro_ebm.mcmc.exchange_kernel import LEAST_DRAWS
+from pyro_ebm.mcmc.exchange_kernel import MIN_DRAWS
 from pyro_ebm.mcmc.resampled import Resampled
 
 F64 = torch.float64
@@ -177,8 +177,8 @@ def test_chains_do_not_leave_for_where_a_pool_does_not_reach(kind):
         mcmc = reached(NO_TIES, **KINDS[kind])
     auxiliary = Resampled(POOL, torch.zeros(1, dtype=F64))
     at_draws = Hidden(mcmc.get_samples()["theta"].reshape(-1, 1), 4, [Edges()])
-    assert float(auxiliary.effective_draws(at_draws).min()) >= LEAST_DRAWS
-    assert float(mcmc.diagnostics()["effective_draws"].min()) < LEAST_DRAWS  # of proposals
+    assert float(auxiliary.effective_draws(at_draws).min()) >= MIN_DRAWS
+    assert float(mcmc.diagnostics()["effective_draws"].min()) < MIN_DRAWS  # of proposals
     found = diagnose(mcmc)
     assert any("nearer to the posterior" in text for text in found.warnings)
     assert any("auxiliary draws are of one pool" in text for text in found.notes)
@@ -201,7 +201,7 @@ def test_groups_are_held_back_too():
             initial_params={"theta": torch.zeros(32, 2, dtype=F64)},
         )
     at_draws = Hidden(mcmc.get_samples()["theta"].reshape(-1, 1), 4, [Edges()])
-    assert float(auxiliary.effective_draws(at_draws).min()) >= LEAST_DRAWS
+    assert float(auxiliary.effective_draws(at_draws).min()) >= MIN_DRAWS
 
 
 def test_chains_that_start_beyond_come_back():
@@ -213,7 +213,7 @@ def test_chains_that_start_beyond_come_back():
         warnings.simplefilter("ignore", ApproximateSampleWarning)
         mcmc.run(POOL[5], initial_params={"theta": torch.full((32, 1), -5.0, dtype=F64)})
     at_draws = Hidden(mcmc.get_samples()["theta"].reshape(-1, 1), 4, [Edges()])
-    assert float(auxiliary.effective_draws(at_draws).min()) >= LEAST_DRAWS
+    assert float(auxiliary.effective_draws(at_draws).min()) >= MIN_DRAWS
 
 
 def test_nothing_is_said_within_reach():

@@ -12,7 +12,7 @@ from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.normalizers import anchored, anchoring
 from pyro_ebm.normalizers.anchor_error import mcse_logz
 from pyro_ebm.normalizers.anchoring import _Cloud, _places, _Rough, _spread, anchored_to
-from pyro_ebm.normalizers.displacement import LARGEST_DISPLACEMENT, draws_wanted
+from pyro_ebm.normalizers.displacement import MAX_DISPLACEMENT, draws_wanted
 
 # Posteriors are summed over grids that go on where the anchors say nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:log Z was asked at parameters")
@@ -190,9 +190,9 @@ def test_draws_are_added_until_the_rule_is_met(monkeypatch):
     )
     off = [float(z.displacement(_places(cloud), num).max()) for z in made]
     assert made[-1] is log_z
-    assert off[-1] <= LARGEST_DISPLACEMENT < off[0]
+    assert off[-1] <= MAX_DISPLACEMENT < off[0]
     first, second = (z.statistics[..., 0].numel() for z in made[:2])
-    assert second >= 1.5 * first * (off[0] / LARGEST_DISPLACEMENT) ** 2
+    assert second >= 1.5 * first * (off[0] / MAX_DISPLACEMENT) ** 2
 
 
 # --- its parts

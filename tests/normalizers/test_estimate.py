@@ -64,7 +64,7 @@ def kinked(batch_shape=()):
 
 
 def test_draws_stand_in_for_a_grid_that_is_too_coarse(monkeypatch):
-    monkeypatch.setattr(sys.modules["pyro_ebm.normalizers.quadrature"], "MOST_NODES", 2**14)
+    monkeypatch.setattr(sys.modules["pyro_ebm.normalizers.quadrature"], "MAX_NODES", 2**14)
     law, log_z = kinked()
     found = estimate_log_normalizer(law)
     assert re.search("ais.*bridge|bridge.*ais", found.method)

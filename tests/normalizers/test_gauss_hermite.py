@@ -9,7 +9,7 @@ import torch
 from pyro_ebm import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.normalizers import quadrature
 from pyro_ebm.normalizers.gauss_hermite import gauss_hermite
-from pyro_ebm.normalizers.held_nodes import LARGEST_ERROR
+from pyro_ebm.normalizers.held_nodes import MAX_ERROR
 
 LOC = torch.tensor([0.3, -0.5], dtype=torch.float64)
 COVARIANCE = torch.tensor([[1.0, 0.4], [0.4, 0.7]], dtype=torch.float64)
@@ -96,9 +96,9 @@ def test_no_error_passes_for_a_place_between_the_nodes(num_nodes, widest):
     base = dist.Normal(torch.zeros(300, 100), 1.0)
     law = EnergyDistribution(lambda x: 0.5 * ((x - place) / width) ** 2, base)
     found = gauss_hermite(law, num_nodes=num_nodes)
-    passed = found.stderr <= LARGEST_ERROR
+    passed = found.stderr <= MAX_ERROR
     assert 0.1 < float(passed.double().mean()) < 0.5
-    assert float((found.value - exact).abs()[passed].max()) < 3 * LARGEST_ERROR
+    assert float((found.value - exact).abs()[passed].max()) < 3 * MAX_ERROR
 
 
 def test_a_kink_is_told():
