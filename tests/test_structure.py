@@ -25,7 +25,17 @@ RANKS = (
     ("chains",),
     ("mcmc",),
     ("normalizers",),
-    ("infer",),
+    ("infer.scoring",),
+    (
+        "infer.likelihood",
+        "infer.noise",
+        "infer.score",
+        "infer.divergences",
+        "infer.discrepancy",
+        "infer.discrete",
+    ),
+    ("infer.training", "infer.bayes"),
+    ("infer",),  # the folder's own __init__
     ("models",),
     ("plots",),
     ("",),  # the root's own __init__
@@ -102,8 +112,10 @@ def internal_edges(sources: Sources) -> Iterator[tuple[str, int, str]]:
 
 
 def unit_of(module: str) -> str:
-    """Returns the file or folder right below the root that a module belongs to."""
-    return module.removeprefix(ROOT).lstrip(".").split(".")[0]
+    """Returns the file or folder that a module belongs to: one below the root, or two of these."""
+    parts = module.removeprefix(ROOT).lstrip(".").split(".")
+    inner = ".".join(parts[:2])
+    return inner if inner in RANK else parts[0]
 
 
 def unknown_units(sources: Sources) -> list[str]:
@@ -233,8 +245,11 @@ def clean_package() -> Sources:
         f"{ROOT}.datasets": '"""Data."""\nfrom pyro_ebm.ops.weights import ess\n',
         f"{ROOT}.chains": '"""Chains."""\n',
         f"{ROOT}.chains.arviz": '"""ArviZ."""\ndef convert():\n    import arviz\n',
-        f"{ROOT}.infer": '"""Infer."""\nfrom pyro_ebm.infer.nce import NCE\n',
-        f"{ROOT}.infer.nce": '"""NCE."""\nfrom pyro_ebm.energies import Energy\n',
+        f"{ROOT}.infer": '"""Infer."""\nfrom pyro_ebm.infer.noise.nce import NCE\n',
+        f"{ROOT}.infer.noise": '"""Noise."""\n',
+        f"{ROOT}.infer.noise.nce": '"""NCE."""\nfrom pyro_ebm.energies import Energy\n',
+        f"{ROOT}.infer.score": '"""Score."""\n',
+        f"{ROOT}.infer.score.sliced": '"""Sliced."""\n',
         f"{ROOT}.plots": '"""Plots."""\ndef show():\n    import matplotlib.pyplot as plt\n',
         f"{ROOT}.testing": '"""Testing."""\nfrom pyro_ebm import NCE\n',
     }
@@ -247,8 +262,17 @@ def test_rule_is_silent_on_a_clean_package(rule):
 
 LONG_BODY = "\n    x = 1" * MAX_BARE_FUNCTION_LINES
 PLANTED = {
-    "upwards": (wrong_edges, "energies.base", "from pyro_ebm.infer.nce import NCE"),
-    "upwards, plain import": (wrong_edges, "energies.base", "import pyro_ebm.infer.nce as nce"),
+    "upwards": (wrong_edges, "energies.base", "from pyro_ebm.infer.noise.nce import NCE"),
+    "upwards, plain import": (
+        wrong_edges,
+        "energies.base",
+        "import pyro_ebm.infer.noise.nce as nce",
+    ),
+    "sideways, in a folder": (
+        wrong_edges,
+        "infer.noise.nce",
+        "from pyro_ebm.infer.score import sliced",
+    ),
     "upwards, relative": (wrong_edges, "energies.base", "from ..infer import nce"),
     "upwards, from a package": (wrong_edges, "energies", "from ..infer import nce"),
     "upwards, of a whole package": (wrong_edges, "ops.weights", "from pyro_ebm import energies"),
@@ -265,13 +289,13 @@ PLANTED = {
     "upwards, from the lowest": (wrong_edges, "settings", "from pyro_ebm.ops import weights"),
     "sideways": (wrong_edges, "energies.base", "from pyro_ebm.datasets import moons"),
     "sideways, back": (wrong_edges, "datasets", "from pyro_ebm.energies import Energy"),
-    "the root": (wrong_edges, "infer.nce", "from pyro_ebm import something"),
+    "the root": (wrong_edges, "infer.noise.nce", "from pyro_ebm import something"),
     "testing": (wrong_edges, "plots", "from pyro_ebm.testing import check"),
     "testing, from the root": (wrong_edges, "", "from pyro_ebm import testing"),
     "cycle of two": (cycles, "energies.base", "from pyro_ebm.energies.neural import MLP"),
     "cycle through a package": (cycles, "energies.base", "from pyro_ebm.energies import MLP"),
     "cycle in the lowest": (cycles, "errors", "from pyro_ebm.settings import policy"),
-    "itself": (cycles, "infer.nce", "from pyro_ebm.infer.nce import NCE"),
+    "itself": (cycles, "infer.noise.nce", "from pyro_ebm.infer.noise.nce import NCE"),
     "function": (hidden_imports, "ops.weights", "def f():\n    import math"),
     "async function": (hidden_imports, "ops.weights", "async def f():\n    import math"),
     "method": (hidden_imports, "ops.weights", "class A:\n  def f(self):\n    from a import b"),

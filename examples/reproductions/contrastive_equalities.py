@@ -25,11 +25,10 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer import EnergyDiscrepancy, RankingNCE
-from pyro_ebm.infer.conditional_nce import ConditionalNCE, NoisyCopies
-from pyro_ebm.infer.contrast import Contrast
-from pyro_ebm.infer.objective import Objective
-from pyro_ebm.infer.perturbation_contrast import Negatives
+from pyro_ebm.infer import ConditionalNCE, EnergyDiscrepancy, Objective, RankingNCE
+from pyro_ebm.infer.discrepancy.perturbation_contrast import Negatives
+from pyro_ebm.infer.noise.conditional_nce import NoisyCopies
+from pyro_ebm.infer.scoring.contrast import Contrast
 
 NUM_ROWS = 1000
 TIMES = (0.1, 1.0, 10.0)

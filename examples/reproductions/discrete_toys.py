@@ -62,14 +62,15 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import MLPEnergy
 from pyro_ebm.infer import (
     NCE,
+    BernoulliFlips,
     DiscreteEnergyDiscrepancy,
+    MaskedSite,
     PersistentContrastiveDivergence,
     PseudoLikelihood,
     RatioMatching,
     fit,
 )
-from pyro_ebm.infer.deterministic import DeterministicObjective
-from pyro_ebm.infer.site_perturbations import BernoulliFlips, MaskedSite
+from pyro_ebm.infer.scoring.deterministic import DeterministicObjective
 
 SUPPORT = constraints.independent(constraints.boolean, 1)
 BATCH = 128

@@ -33,12 +33,19 @@ from torch.distributions import constraints
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
-from pyro_ebm.infer import EnergyDiscrepancy, PseudoLikelihood, RankingNCE
-from pyro_ebm.infer.contrast import Contrast
-from pyro_ebm.infer.discrete_energy_discrepancy import DiscreteEnergyDiscrepancy
-from pyro_ebm.infer.perturbation_contrast import Negatives
-from pyro_ebm.infer.perturbations import Perturbation
-from pyro_ebm.infer.site_perturbations import BernoulliFlips, HeatKernel, MaskedSite, SiteFlip
+from pyro_ebm.infer import (
+    BernoulliFlips,
+    DiscreteEnergyDiscrepancy,
+    EnergyDiscrepancy,
+    HeatKernel,
+    MaskedSite,
+    PseudoLikelihood,
+    RankingNCE,
+    SiteFlip,
+)
+from pyro_ebm.infer.discrepancy.perturbation_contrast import Negatives
+from pyro_ebm.infer.discrepancy.perturbations import Perturbation
+from pyro_ebm.infer.scoring.contrast import Contrast
 from pyro_ebm.ops.heat_kernels import rates
 
 NO_C = torch.zeros(())

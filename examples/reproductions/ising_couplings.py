@@ -47,10 +47,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Ising
-from pyro_ebm.infer import PseudoLikelihood, fit
-from pyro_ebm.infer.discrete_energy_discrepancy import DiscreteEnergyDiscrepancy
-from pyro_ebm.infer.perturbations import Perturbation
-from pyro_ebm.infer.site_perturbations import BernoulliFlips, SiteFlip
+from pyro_ebm.infer import (
+    BernoulliFlips,
+    DiscreteEnergyDiscrepancy,
+    PseudoLikelihood,
+    SiteFlip,
+    fit,
+)
+from pyro_ebm.infer.discrepancy.perturbations import Perturbation
 from pyro_ebm.ops.constraints import spins
 
 PUBLISHED = {

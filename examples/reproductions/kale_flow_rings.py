@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from pyro_ebm.infer.particle_flow import ParticleFlow, kale_flow, mmd_flow
+from pyro_ebm.infer import ParticleFlow, kale_flow, mmd_flow
 from pyro_ebm.ops.kernels import GaussianKernel
 from pyro_ebm.plots import PALETTE
 

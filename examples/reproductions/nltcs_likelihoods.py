@@ -42,6 +42,7 @@ from torch.nn.functional import softplus
 import pyro_ebm as ebm
 from pyro_ebm.infer import (
     NCE,
+    BernoulliFlips,
     DiscreteEnergyDiscrepancy,
     DiscreteFisher,
     MinimumProbabilityFlow,
@@ -50,7 +51,6 @@ from pyro_ebm.infer import (
     RatioMatching,
     fit,
 )
-from pyro_ebm.infer.site_perturbations import BernoulliFlips
 
 SUPPORT = constraints.independent(constraints.boolean, 1)
 

@@ -45,6 +45,7 @@ from pyro_ebm.infer import (
     KALE,
     MMD,
     NCE,
+    BernoulliFlips,
     ConditionalNCE,
     ContrastiveDivergence,
     DenoisingScoreMatching,
@@ -53,8 +54,10 @@ from pyro_ebm.infer import (
     DonskerVaradhan,
     EnergyDiscrepancy,
     FlowContrastive,
+    HeatKernel,
     KernelKALE,
     KernelStein,
+    MaskedSite,
     MinimumProbabilityFlow,
     PersistentContrastiveDivergence,
     PseudoLikelihood,
@@ -63,12 +66,12 @@ from pyro_ebm.infer import (
     RecoveryLikelihood,
     ScoreMatching,
     SelfNormalized,
+    SiteFlip,
     SlicedScoreMatching,
     TelescopingNCE,
     WassersteinCritic,
     geometric_levels,
 )
-from pyro_ebm.infer.site_perturbations import BernoulliFlips, HeatKernel, MaskedSite, SiteFlip
 from pyro_ebm.mcmc import MALA
 
 

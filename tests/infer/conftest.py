@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from one_site import rows_in
 
 
 @pytest.fixture(autouse=True)
 def double_precision(fresh_state):
     """Identities are checked to 1e-10; ``fresh_state`` puts the old dtype back."""
     torch.set_default_dtype(torch.float64)
-
-
-def rows_in(x, data):
-    """Returns for every event of ``x`` which row of ``data`` it is."""
-    event_dim = data.dim() - 1
-    rows = x.dim() - event_dim
-    same = (x.unsqueeze(rows) == data).reshape(x.shape[:rows] + (len(data), -1))
-    return same.all(-1).to(torch.int8).argmax(-1)
 
 
 PER_ROW = {"log_noise_data", "between", "log_mass"}  # the rest has a dim of draws before the rows

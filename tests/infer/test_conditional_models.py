@@ -33,7 +33,7 @@ from pyro_ebm.infer import (
     ScoreMatching,
     fit,
 )
-from pyro_ebm.infer.contrast import Contrast
+from pyro_ebm.infer.scoring.contrast import Contrast
 from pyro_ebm.poutine import surrogate
 
 NUM_ROWS = 20_000

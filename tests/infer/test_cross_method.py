@@ -65,7 +65,7 @@ from pyro_ebm.infer import (
     SlicedScoreMatching,
     TelescopingNCE,
 )
-from pyro_ebm.infer.contrast import Contrast
+from pyro_ebm.infer.scoring.contrast import Contrast
 from pyro_ebm.mcmc import MALA, ULA
 
 NOISE_STD = 0.7

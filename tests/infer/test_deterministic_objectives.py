@@ -14,11 +14,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.infer import PerSite
-from pyro_ebm.infer.discrete_fisher import DiscreteFisher
-from pyro_ebm.infer.kernel_stein import KernelStein
-from pyro_ebm.infer.pseudo_likelihood import PseudoLikelihood
-from pyro_ebm.infer.ratio_matching import RatioMatching
-from pyro_ebm.infer.score_matching import ScoreMatching
+from pyro_ebm.infer.discrete.discrete_fisher import DiscreteFisher
+from pyro_ebm.infer.discrete.pseudo_likelihood import PseudoLikelihood
+from pyro_ebm.infer.discrete.ratio_matching import RatioMatching
+from pyro_ebm.infer.score.kernel_stein import KernelStein
+from pyro_ebm.infer.score.score_matching import ScoreMatching
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.ops.constraints import spins
 from pyro_ebm.poutine import surrogate

@@ -7,10 +7,10 @@ import torch
 from pyro import poutine
 
 from pyro_ebm import EnergyDistribution
-from pyro_ebm.infer.generalized_bayes import generalized_posterior
-from pyro_ebm.infer.nce_posterior import nce_posterior
-from pyro_ebm.infer.posterior import posterior
-from pyro_ebm.infer.score_matching import ScoreMatching
+from pyro_ebm.infer.bayes.generalized_bayes import generalized_posterior
+from pyro_ebm.infer.bayes.nce_posterior import nce_posterior
+from pyro_ebm.infer.bayes.posterior import posterior
+from pyro_ebm.infer.score.score_matching import ScoreMatching
 from pyro_ebm.ops.constraints import spins
 
 F64 = torch.float64

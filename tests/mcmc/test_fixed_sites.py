@@ -8,8 +8,8 @@ from pyro import poutine
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import ExponentialFamily
-from pyro_ebm.infer.anchored_posterior import anchored_posterior
-from pyro_ebm.infer.posterior import posterior
+from pyro_ebm.infer.bayes.anchored_posterior import anchored_posterior
+from pyro_ebm.infer.bayes.posterior import posterior
 from pyro_ebm.mcmc import (
     MCMC,
     DirectionExchange,

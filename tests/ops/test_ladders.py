@@ -6,7 +6,7 @@ from pyro.distributions import constraints as C
 from torch.distributions.constraints import Constraint, integer_interval
 from torch.distributions.constraints import _IntegerLessThan as AtMost
 
-from pyro_ebm.infer.perturbed_space import Sites
+from pyro_ebm.infer.discrepancy.perturbed_space import Sites
 from pyro_ebm.ops.constraints import spins
 from pyro_ebm.ops.ladders import ladder_of
 

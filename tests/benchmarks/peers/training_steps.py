@@ -21,9 +21,9 @@ from torch.nn.functional import softplus
 
 from pyro_ebm import EnergyDistribution, infer
 from pyro_ebm.energies import MLPEnergy
-from pyro_ebm.infer.fit_options import Options
-from pyro_ebm.infer.minibatch import Batches
-from pyro_ebm.infer.training_run import TrainingRun
+from pyro_ebm.infer.training.fit_options import Options
+from pyro_ebm.infer.training.minibatch import Batches
+from pyro_ebm.infer.training.training_run import TrainingRun
 from pyro_ebm.mcmc import ULA
 
 DIM, BATCH, RATE = 16, 256, 1e-3

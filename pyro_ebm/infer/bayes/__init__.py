@@ -1,0 +1,1 @@
+"""Posteriors over the parameters of unnormalized models, and how far to trust them."""

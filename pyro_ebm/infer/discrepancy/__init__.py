@@ -1,0 +1,1 @@
+"""Energy discrepancies: data compared with perturbed data, continuous, discrete and mixed."""

@@ -1,0 +1,1 @@
+"""Objectives for discrete data that compare every event with its neighbours."""

@@ -1,0 +1,1 @@
+"""Divergences between samples: KALE, critics, kernel comparisons of generators, particle flows."""

@@ -1,0 +1,1 @@
+"""Likelihood training by Markov chains: contrastive divergence, short-run and persistent."""

@@ -1,0 +1,103 @@
+r"""The part that is common to objectives made of an energy's derivatives in x.
+
+Derivatives are taken in the unconstrained coordinates of a continuous support, where U includes the
+Jacobian. Whatever is drawn beside the data, probes or noise, has a law of the objective's own, so
+that a guide cannot hold it; log Z has no derivative, so that conditional energies are welcome.
+
+Traces of :math:`\nabla s`, :math:`s = -\nabla U`, are estimated along directions v with
+:math:`E\,vv' = I` as the mean of :math:`v' \nabla s\, v`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer.score.smoothness import refuse_jumps
+from pyro_ebm.infer.scoring.objective import Objective
+from pyro_ebm.infer.scoring.unconstrained import Unconstrained
+
+__all__ = ["Probes", "ScoreObjective", "probed_loss", "signs"]
+
+
+class Probes(NamedTuple):
+    """Directions along which second derivatives are taken.
+
+    Args:
+        directions: Shape ``(M,) + rows + event`` in unconstrained coordinates.
+    """
+
+    directions: Tensor
+
+
+class ScoreObjective(Objective):
+    """Base of objectives that differentiate the energy in x; a subclass defines ``draw_at``.
+
+    Attributes:
+        why_smooth: What is wrong with an energy whose slope jumps, ``{who}`` standing for the
+            objective; ``None`` where nothing is.
+    """
+
+    why_smooth: str | None = "{who} sees the pieces only"
+
+    def space(self, p: EnergyDistribution) -> Unconstrained:
+        """Returns the coordinates in which derivatives are taken.
+
+        Raises:
+            NotImplementedError: On a support that is not continuous.
+        """
+        return Unconstrained(p, type(self).__name__)
+
+    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Any:
+        """Draws by the objective's own law what goes with the data.
+
+        Raises:
+            ValueError: If a guide holds a contrast.
+        """
+        if noise is not None:
+            raise ValueError(
+                f"{type(self).__name__} draws what it needs by a law of its own, but the guide "
+                f"holds {type(noise).__name__} as the site's contrast: take the site out of the "
+                "guide"
+            )
+        space = self.space(p)
+        return self.draw_at(space, space.coordinates(x))
+
+    @abstractmethod
+    def draw_at(self, space: Unconstrained, u: Tensor) -> Any:
+        """Draws what goes with data of coordinates ``u``, ``rows + event``."""
+
+    def check_unconditional(
+        self, name: str, p: EnergyDistribution, x: Tensor, known: Tensor | None
+    ) -> None:
+        """Raises ``ValueError`` if the slope of the energy moves by jumps and must not.
+
+        Conditional energies are welcome.
+        """
+        self.check_smooth(name, self.space(p), x)
+
+    def check_smooth(self, name: str, space: Unconstrained, x: Tensor) -> None:
+        """Raises ``ValueError`` if the slope in these coordinates moves by jumps and must not."""
+        if self.why_smooth is not None:
+            refuse_jumps(name, space, x, self.why_smooth)
+
+
+def signs(u: Tensor, num: int) -> Tensor:
+    """Returns independent signs (Rademacher variables), ``(num,)`` + the shape of ``u``."""
+    return 2.0 * torch.randint(0, 2, (num, *u.shape), device=u.device).to(u.dtype) - 1.0
+
+
+def probed_loss(space: Unconstrained, u: Tensor, directions: Tensor) -> Tensor:
+    """Returns half the squared score plus the trace of its Jacobian along directions, ``rows``.
+
+    Args:
+        space: The coordinates.
+        u: The data there, ``rows + event``.
+        directions: Shape ``(M,) + rows + event``.
+    """
+    score, second = space.score_and_curvatures(u, directions)
+    return 0.5 * space.over_event(score.square()) + second.mean(0)

@@ -1,0 +1,1 @@
+"""What learning objectives share: scoring EBM sites by a contrast, and checks of the step."""

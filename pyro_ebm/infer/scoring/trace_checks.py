@@ -1,0 +1,251 @@
+"""What the traces of an objective's step must be like, so that it learns what the model says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
+
+import torch
+from pyro import poutine
+from pyro.infer.util import is_validation_enabled
+from pyro.params import user_param_name
+from pyro.poutine.messenger import Messenger
+from pyro.util import check_site_shape
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from pyro_ebm.distributions import EnergyDistribution, unwrap
+from pyro_ebm.distributions.captured import capture_in_progress, captured_only
+from pyro_ebm.distributions.layers import is_point
+from pyro_ebm.distributions.normalizer_guard import names_of
+from pyro_ebm.errors import NonFiniteEnergyError, UnregisteredParameterError
+from pyro_ebm.infer.scoring import conditional, enumeration, site_values
+from pyro_ebm.infer.scoring.contexts import ContextChecks
+from pyro_ebm.ops.autograd_graph import children, graph, leaves_of, node_of
+
+
+class Member(Protocol):
+    """What is asked here of the objective of a site."""
+
+    pools_rows: bool
+    sites: dict[str, EnergyDistribution]
+    examples: dict[str, Tensor]
+    contexts: ContextChecks
+
+    @property
+    def learns_log_normalizer(self) -> bool:
+        """Whether log Z enters the loss, so that it is learned."""
+
+    def keeps_log_normalizer(self, site: str) -> bool:
+        """Whether the site may have one law only."""
+
+    def is_checked_now(self, site: str) -> bool:
+        """Whether this step looks closely."""
+
+    def pooled_by(self, site: str) -> str | None:
+        """What takes all rows of a site alike, or ``None``."""
+
+
+def has_sites(used: Collection[str]) -> None:
+    """Raises ``ValueError`` if the model has no EBM site."""
+    if not used:
+        raise ValueError(
+            "the model has no EnergyDistribution site for the objective to learn from; "
+            "for a model without one use pyro.infer.Trace_ELBO"
+        )
+
+
+def guide(given: Any, who: str) -> None:
+    """Raises ``TypeError`` for a guide that runs the model itself.
+
+    Its sites would be taken for contrasts.
+    """
+    if isinstance(poutine.unwrap(given), Messenger):
+        raise TypeError(
+            f"{type(given).__name__} is an effect-style guide, which runs the model by itself: "
+            f"build it on poutine.surrogate(model, {who}()) and use it with pyro.infer.Trace_ELBO"
+        )
+
+
+def traces(model_trace: Any, guide_trace: Any, used: Collection[str]) -> None:
+    """Raises if the traces of an objective's step hold something it would get wrong."""
+    has_sites(used)
+    enumeration.check_traces(model_trace, guide_trace, used)
+    site_values.given(model_trace, guide_trace, used)
+    for name in used:
+        if model_trace.nodes[name]["is_observed"]:
+            site_values.on_support(name, model_trace.nodes[name])
+    for name, node in guide_trace.nodes.items():
+        ebm = unwrap(node["fn"]) if node["type"] == "sample" else None
+        contrast = model_trace.nodes.get(name, {}).get("is_observed", False)
+        if ebm is not None and not contrast and not ebm.is_normalized:
+            raise ValueError(
+                f"guide site {name!r} is an EnergyDistribution with unknown log Z: a variational "
+                "factor must be normalized. Use a normal or a flow, or sample the latent by MCMC"
+            )
+
+
+def shapes(model_trace: Any, guide_trace: Any, max_plate_nesting: float) -> None:
+    """Raises ``ValueError`` for batch dims that no plate declares, as Pyro's own ELBOs do."""
+    if not is_validation_enabled():
+        return
+    for trace in (model_trace, guide_trace):
+        for node in trace.nodes.values():
+            if node["type"] == "sample":
+                check_site_shape(node, max_plate_nesting)
+
+
+def one_law(members: Mapping[str, Member], model_trace: Any, guide_trace: Any, call: Any) -> None:
+    """Raises ``ValueError`` if rows or steps differ in what an objective takes to be one.
+
+    The law of a site may move with a latent or with a context that does not show by comparing the
+    rows of one step, and rows that are pooled may have weights of their own.
+
+    Args:
+        members: The objective of every EBM site.
+        model_trace: The model, scored.
+        guide_trace: Its guide.
+        call: The model, its arguments and its keyword arguments.
+    """
+    for name, member in members.items():
+        if member.keeps_log_normalizer(name) and member.is_checked_now(name):
+            free_of_latents(name, model_trace, guide_trace, member)
+    if get_proxy_mode() is not None:  # a recorded step is compared with one that is not
+        return
+    for name, member in members.items():
+        pooled = member.pooled_by(name)
+        if pooled is not None:
+            scale, what = model_trace.nodes[name]["scale"], f"{type(member).__name__} {pooled}"
+            conditional.check_weights(name, scale, what)
+
+    def values() -> dict[str, Tensor]:
+        latents = model_trace.iter_stochastic_nodes()
+        return {name: site["value"].detach() for name, site in latents}
+
+    for name, member in members.items():
+        if member.pools_rows or member.keeps_log_normalizer(name):
+            p, x, who = member.sites[name], member.examples[name], type(member).__name__
+            member.contexts.check(name, p, x, call, values, who)
+
+
+def free_of_latents(name: str, model_trace: Any, guide_trace: Any, objective: Member) -> None:
+    """Raises ``ValueError`` if an objective knows one law of a site that moves with a latent.
+
+    It learns one number for log Z, or keeps the chains of one law. Latents with a point estimate
+    (``Delta``) are parameters: log Z is learned along with them.
+    """
+    if not torch.is_grad_enabled():  # nothing is inferred, and there is no graph
+        return
+    drawn = {n for n, s in guide_trace.nodes.items() if s["type"] == "sample"}
+    if all(n == name or is_point(guide_trace.nodes[n]["fn"]) for n in drawn):
+        return
+    node = model_trace.nodes[name]
+    reached = graph(children(node["log_prob"]), stop=node_of(node["value"]))
+
+    def behind(trace: Any) -> list[str]:
+        sites = [(n, s) for n, s in trace.nodes.items() if s["type"] == "sample" and n != name]
+        return [n for n, s in sites if any(v in reached for v in node_of(s["value"]))]
+
+    random = [n for n in behind(guide_trace) if not is_point(guide_trace.nodes[n]["fn"])]
+    if random:
+        latents = ", ".join(repr(n) for n in behind(model_trace) or random)
+        raise ValueError(
+            f"the energy of EBM site {name!r} depends on latent {latents}, "
+            f"{_bent_by_latents(objective)}"
+        )
+
+
+def _bent_by_latents(objective: Member) -> str:
+    who = type(objective).__name__
+    if not objective.learns_log_normalizer:
+        return (
+            f"but {who} keeps the chains of one law, which would bend the posterior. Use "
+            "ContrastiveDivergence, RankingNCE or EnergyDiscrepancy"
+        )
+    return (
+        f"so log Z does, but {who} learns one number for it, which would bend the posterior. Use "
+        "RankingNCE or EnergyDiscrepancy, give log_normalizer= as a function of the latent, or "
+        "freeze the objective and run MCMC over poutine.surrogate(model, frozen)"
+    )
+
+
+def finite(model_trace: Any, used: Collection[str], step: int) -> None:
+    """Raises ``NonFiniteEnergyError`` naming an EBM site whose surrogate is not finite.
+
+    Masked rows do not count.
+    """
+    for name in used:
+        log_prob = model_trace.nodes[name]["log_prob"]
+        bad = ~torch.isfinite(log_prob.detach())
+        if bad.any():
+            raise NonFiniteEnergyError(
+                f"EBM site {name!r}: the surrogate is not finite in {int(bad.sum())} of "
+                f"{bad.numel()} rows at step {step}. Look for overflow in the energy at data or "
+                "contrast, standardize the data, or lower the learning rate"
+            )
+
+
+def registered(
+    model_trace: Any,
+    used: Collection[str],
+    sites: Mapping[str, EnergyDistribution],
+    expected: Collection[int],
+) -> None:
+    """Raises if a parameter gets gradient through a surrogate and no optimizer will move it.
+
+    Only decidable while parameters are being captured, as in ``SVI.step`` and ``fit``.
+    """
+    capture = capture_in_progress()
+    if capture is None:
+        return
+    for name in used:
+        leaves = leaves_of(model_trace.nodes[name]["log_prob"])
+        moved = {id(t) for t in captured_only(leaves)} | set(expected)
+        lost = [t for t in leaves if id(t) not in moved]
+        if lost:
+            energy = sites[name].energy_function
+            why = _why_lost(lost, energy, _idle(capture.trace, model_trace))
+            raise UnregisteredParameterError(
+                f"EBM site {name!r}: {names_of(lost, energy)} would get gradients and never move, "
+                f"because {why}"
+            )
+
+
+def _idle(captured: Any, model_trace: Any) -> dict[str, Tensor]:
+    """Returns the parameters that the step asked the store for and does not use, by name."""
+    sites = model_trace.nodes.values()
+    used = {id(t) for s in sites if "log_prob" in s for t in leaves_of(s["log_prob"])}
+    asked = {name: site["value"].unconstrained() for name, site in captured.nodes.items()}
+    return {name: p for name, p in asked.items() if id(p) not in used}
+
+
+def _why_lost(lost: Collection[Tensor], energy: Any, idle: Mapping[str, Tensor]) -> str:
+    """Says why no optimizer knows parameters, and what to do.
+
+    Args:
+        lost: The parameters.
+        energy: What they belong to, if it is a module.
+        idle: What the store has given out in their place, if it knows others by their names.
+    """
+    module = isinstance(energy, nn.Module)
+    ids = {id(p): name for name, p in energy.named_parameters()} if module else {}
+    names = {ids[id(p)] for p in lost if id(p) in ids}
+    shapes = {p.shape for p in lost if id(p) not in ids}  # in a closure they have no names
+    for stored, p in idle.items():
+        if p.shape in shapes or any(_end_alike(user_param_name(stored), name) for name in names):
+            return (
+                f"the parameter store knows another tensor as {stored!r}, that of a network made "
+                "earlier. Call pyro.clear_param_store() where a new network is made, as in a "
+                "notebook cell that is run again, or register it by another name"
+            )
+    return (
+        "Pyro does not know of it. Call pyro.module('energy', energy) in the model (and so for a "
+        "network of log_normalizer=), make it a PyroModule, or freeze it with requires_grad_(False)"
+    )
+
+
+def _end_alike(one: str, other: str) -> bool:
+    """Whether two dotted names are of one thing, seen from further inside in one of them."""
+    parts = one.split("."), other.split(".")
+    inner = min(map(len, parts))
+    return parts[0][-inner:] == parts[1][-inner:]

@@ -1,0 +1,1 @@
+"""The training loop: batches, capture, checkpoints, early stopping, divergence, what it leaves."""

@@ -1,0 +1,387 @@
+"""A training step's loss and gradients as a graph: recorded once, replayed without Python.
+
+A step through Pyro goes through handlers and checks in Python, which a small network's forward and
+backward pass does not outweigh. ``make_fx`` records the tensor operations of one step, random
+draws and gradients included; replaying them gives the same numbers and uses the random generator
+alike. Parameters and buffers are live in the graph, Python numbers are frozen in it.
+
+Steps whose number is a power of two are not replayed: there the objective looks closely at the
+model, and the graph is compared with what it stands for: loss, gradients, and the objective's
+state. So it is after every point of the training at which the user's code is called, and at its
+end. Where they differ, or where values are read by Python (``if x.mean() > 0``), training goes on
+step by step, with a warning that says why, and which steps nothing has vouched for. What is frozen,
+and which modules are in training mode, is looked at in every step: each has a graph of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions.util import is_identically_zero
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_ebm.errors import SurrogateWarning
+from pyro_ebm.infer.scoring.objective import Objective
+from pyro_ebm.mcmc.graph_memory import separate_outputs
+from pyro_ebm.mcmc.simplify import simplify
+from pyro_ebm.ops.powers_of_two import is_power_of_two
+from pyro_ebm.ops.rng import rng_preserved
+
+Batch = tuple[Tensor, ...]
+FIRST = 3  # the step, counted from 0, from which graphs are recorded
+UNITS = 1000.0  # by so many units in the last place a graph may differ
+ROUNDING = (
+    1e-3  # by so much, and so large a share, may numbers that sum up what compiled steps noted
+)
+
+
+class Pass:
+    """What one step computes.
+
+    Args:
+        loss: Loss per datum, 0-d.
+        grads: Gradients in the order of the parameters, ``None`` where there is none.
+        notes: The objective's diagnostics.
+    """
+
+    def __init__(
+        self,
+        loss: Tensor,
+        grads: list[Tensor | None],
+        notes: dict[str, dict[str, Tensor]],
+    ) -> None:
+        self.loss, self.grads, self.notes = loss, grads, notes
+
+    def tensors(self) -> list[Tensor]:
+        """Returns all of them, flat."""
+        notes = [value for site in self.notes.values() for value in site.values()]
+        return [self.loss, *[g for g in self.grads if g is not None], *notes]
+
+    def refilled(self, values: list[Tensor]) -> Pass:
+        """Returns a pass of the same structure with other values, in the order of ``tensors``."""
+        flat = iter(values)
+        loss = next(flat)
+        grads = [g if g is None else next(flat) for g in self.grads]
+        notes = {site: {name: next(flat) for name in own} for site, own in self.notes.items()}
+        return Pass(loss, grads, notes)
+
+
+class CapturedStep:
+    """Replays the steps of one objective on one model.
+
+    Args:
+        objective: The loss.
+        model: The model.
+        guide: Its guide.
+        num_rows: Rows of the whole data set, by which the loss is divided.
+        called: Modules that the model calls, beside those that are handed over with a step.
+        compile: Whether to hand graphs to ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        num_rows: int,
+        *,
+        called: Sequence[nn.Module] = (),
+        compile: bool,  # noqa: A002
+    ) -> None:
+        self.objective, self.model, self.guide = objective, model, guide
+        self.num_rows, self.called, self.compile = num_rows, called, compile
+        self.is_given_up = False
+        self._graphs: dict[Any, tuple[Callable[..., Any], Pass]] = {}
+        self._agreed: set[Any] = set()
+        self._unsure: dict[Any, tuple[int, int]] = {}
+        self._parts: list[nn.Module] = []
+        self._weights: list[Tensor] = []
+
+    def look_again(self) -> None:
+        """Takes the next step of every graph as it is, to compare the graph with it."""
+        self._agreed.clear()
+
+    def replay(self, batch: Batch, parameters: Mapping[str, Tensor]) -> Pass | None:
+        """Returns this step by its graph, or ``None`` if it has to be taken as it is."""
+        if is_power_of_two(int(self.objective.num_steps_taken)):
+            self.look_again()
+        key = self._key(batch, parameters)
+        if self.is_given_up or key not in self._agreed:
+            return None
+        step = int(self.objective.num_steps_taken) + 1
+        self._unsure[key] = (self._unsure.get(key, (step, step))[0], step)
+        found = self._run(key, batch)
+        self.objective.diagnostics = self.objective.diagnostics | found.notes
+        self._judge(found)
+        for part in self._objectives():
+            part.num_steps_taken += 1
+        return found
+
+    @contextmanager
+    def compared(
+        self,
+        batch: Batch,
+        scaling: Any,
+        parameters: Mapping[str, Tensor],
+        modules: Mapping[str, nn.Module],
+    ) -> Iterator[None]:
+        """Surrounds a step that is taken as it is, and compares the graph with it.
+
+        A graph is recorded first where there is none.
+        """
+        if self.is_given_up or int(self.objective.num_steps_taken) < FIRST:
+            yield
+            return
+        self._watch([*modules.values(), *self.called])
+        key, kept = self._key(batch, parameters), self._switches(parameters)
+        try:
+            with self._unchanged(modules):
+                if key not in self._graphs:
+                    self._graphs[key] = self._record(batch, scaling, list(parameters.values()))
+            with self._unchanged(modules):
+                replayed = self._run(key, batch)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # the step itself will say it
+                    self._judge(replayed)
+                state = self._state(modules)
+        except Exception as error:  # models, recorder and compiler may fail in any way
+            self._give_up(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            yield
+            return
+        yield
+        if self._switches(parameters) != kept:  # in this step: the graph stands for neither
+            del self._graphs[key]
+            return
+        grads = [p.grad for p in parameters.values()]
+        if not _agree(replayed.grads, grads) or not self._same(state, self._state(modules)):
+            self._give_up("its gradients or its state are not those of the step itself")
+            return
+        self._agreed.add(key)
+        self._unsure.pop(key, None)
+
+    def _objectives(self) -> list[Objective]:
+        """The objective and its members."""
+        return [part for part in self.objective.modules() if isinstance(part, Objective)]
+
+    def _judge(self, found: Pass) -> None:
+        for site, notes in found.notes.items():
+            self.objective.objective_of(site).judge(site, notes, trains=True)
+
+    def _key(self, batch: Batch, parameters: Mapping[str, Tensor]) -> Any:
+        shapes = tuple((t.shape, t.dtype, t.device) for t in batch)
+        turns = tuple(part.is_second_players_turn for part in self._objectives())
+        return (shapes, turns, self._switches(parameters))
+
+    def _switches(self, parameters: Mapping[str, Tensor]) -> Any:
+        """What is frozen, and which modules are in training mode."""
+        weights = [*parameters.values(), *self._weights]
+        return (*[p.requires_grad for p in weights], *[part.training for part in self._parts])
+
+    def _watch(self, modules: Iterable[nn.Module]) -> None:
+        self._parts = [part for module in modules for part in module.modules()]
+        self._weights = [p for part in self._parts for p in part.parameters(recurse=False)]
+
+    def _run(self, key: Any, batch: Batch) -> Pass:
+        graph, structure = self._graphs[key]
+        with torch.no_grad():
+            return structure.refilled(graph(*batch))
+
+    # --- recording
+
+    def _record(
+        self, batch: Batch, scaling: Any, parameters: list[Tensor]
+    ) -> tuple[Callable[..., Any], Pass]:
+        if self.objective.enumerates:
+            raise NotImplementedError("sites are enumerated")
+        structure: list[Pass] = []
+
+        def step(*batch: Tensor) -> list[Tensor]:
+            with _Reads(), scaling, pyro.validation_enabled(is_validate=False):
+                structure.append(self._pass(batch, parameters))
+            return structure[-1].tensors()
+
+        graph: GraphModule = make_fx(step)(*batch)
+        simplify(graph)
+        separate_outputs(graph)  # gradients are scaled and clipped in place
+        if not self.compile:
+            return graph.forward, structure[-1]
+        return torch.compile(graph, options={"fallback_random": True}), structure[-1]
+
+    def _pass(self, batch: Batch, parameters: list[Tensor]) -> Pass:
+        self.objective.diagnostics = {}
+        traces = self.objective._get_traces(self.model, self.guide, batch, {})
+        particles: Any = self.objective.num_particles
+        elbo = torch.stack([_differentiable_elbo(*pair) for pair in traces]).sum() / particles
+        loss = -elbo / self.num_rows
+        moved = [p for p in parameters if p.requires_grad]
+        found = torch.autograd.grad(loss, moved, allow_unused=True)
+        grads = {id(p): _laid_out(g, p) for p, g in zip(moved, found, strict=True)}
+        ordered = [grads.get(id(p)) for p in parameters]
+        return Pass(loss.detach(), ordered, dict(self.objective.diagnostics))
+
+    # --- the state that a step may change
+
+    def _state(self, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+        state = deepcopy(dict(self.objective.state_dict()))
+        counts = [name for name in state if name.endswith("num_steps_taken")]
+        for name in counts:
+            del state[name]
+        buffers = {k: b.clone() for m in modules.values() for k, b in m.named_buffers()}
+        return {"objective": state, "buffers": buffers}
+
+    @contextmanager
+    def _unchanged(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """After the block, objective, buffers and random generators are as before."""
+        state = deepcopy(self.objective.state_dict())
+        buffers = [(b, b.clone()) for m in modules.values() for b in m.buffers()]
+        notes = self.objective.diagnostics
+        parts = self._objectives()
+        separations = [deepcopy(part.separations) for part in parts]
+        try:
+            with rng_preserved():
+                yield
+        finally:
+            with torch.no_grad():
+                self.objective.load_state_dict(state)
+                for buffer, kept in buffers:
+                    buffer.copy_(kept)
+            self.objective.diagnostics = notes
+            for part, kept_separations in zip(parts, separations, strict=True):
+                part.separations = kept_separations
+
+    def _same(self, ours: Any, theirs: Any) -> bool:
+        """Whether two nested states agree, tensors up to rounding, and so numbers if compiled."""
+        if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+            return ours.shape == theirs.shape and _close(ours, theirs)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            return ours.keys() == theirs.keys() and all(
+                self._same(ours[k], theirs[k]) for k in ours
+            )
+        if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)):
+            return len(ours) == len(theirs) and all(map(self._same, ours, theirs))
+        if self.compile and isinstance(ours, float) and isinstance(theirs, float):
+            return math.isclose(ours, theirs, rel_tol=ROUNDING, abs_tol=ROUNDING)
+        return type(ours) is type(theirs) and bool(ours == theirs)
+
+    def _give_up(self, why: str) -> None:
+        self.is_given_up = True
+        self._graphs.clear()
+        warnings.warn(
+            f"fit(capture=True): the steps of {type(self.objective).__name__} cannot be replayed "
+            f"from a graph ({why}), so that they are taken one by one from here on. "
+            f"{self._on_the_past()}Use torch.where in place of branches on values and tensors in "
+            "place of Python numbers that change",
+            SurrogateWarning,
+            stacklevel=2,
+        )
+
+    def _on_the_past(self) -> str:
+        """What is to be said of the steps replayed since a graph was last seen to be right."""
+        if not self._unsure:
+            return ""
+        starts, ends = zip(*self._unsure.values(), strict=True)
+        return (
+            f"Steps {min(starts)} to {max(ends)} were replayed since it was last compared, and may "
+            "be those of a model that had changed by then: train anew with capture=False. "
+        )
+
+
+def _differentiable_elbo(model_trace: Any, guide_trace: Any) -> Tensor:
+    """The ELBO as a tensor whose value and gradient are both right."""
+    total: Any = 0.0
+    for site in model_trace.nodes.values():
+        if site["type"] == "sample":
+            total = total + site["log_prob_sum"]
+    for name, site in guide_trace.nodes.items():
+        if site["type"] == "sample":
+            _, score_function, entropy = site["score_parts"]
+            if not is_identically_zero(score_function):
+                raise NotImplementedError(f"guide site {name!r} is not reparametrized")
+            total = total - entropy.sum() if isinstance(entropy, Tensor) else total - entropy
+    return total
+
+
+def _laid_out(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """A gradient in the memory layout of its parameter, which fused optimizers take for granted."""
+    if grad is None or grad.stride() == parameter.stride():
+        return grad
+    return torch.empty_like(parameter).copy_(grad)
+
+
+def _agree(ours: list[Tensor | None], theirs: list[Tensor | None]) -> bool:
+    """Whether gradients agree; some are rounding alone, so that all are measured by the largest."""
+    if [g is None for g in ours] != [g is None for g in theirs]:
+        return False
+    flat = [
+        torch.cat([g.flatten() for g in s if g is not None] or [torch.zeros(0)])
+        for s in (ours, theirs)
+    ]
+    return flat[0].shape == flat[1].shape and _close(*flat)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if not other.is_floating_point() or not other.numel():
+        return bool(torch.equal(one, other))
+    size = torch.where(other.isfinite(), other, 0.0).abs().amax()
+    near = (one - other).abs() <= UNITS * torch.finfo(other.dtype).eps * size
+    return bool((near | (one == other) | (one.isnan() & other.isnan())).all())
+
+
+class _Reads(TorchDispatchMode):
+    """Answers reads of values that follow neither from the batch nor from a random draw.
+
+    Whether values lie in a distribution's support is taken for granted: a distribution made with
+    validation on asks it, and every step that is not replayed answers.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._is_all_true.default:
+            with disable_proxy_modes_tracing():
+                return torch.ones((), dtype=torch.bool, device=args[0].device)
+        if func not in _READS or any(_varies(a) for a in args if isinstance(a, Tensor)):
+            return func(*args, **kwargs)
+        with disable_proxy_modes_tracing():
+            return func(*args, **kwargs)
+
+
+_READS = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.equal.default,
+}
+_RANDOM = torch.Tag.nondeterministic_seeded
+
+
+def _varies(value: Tensor) -> bool:
+    mode = get_proxy_mode()
+    slot = None if mode is None else get_proxy_slot(value, mode.tracer, None)
+    return slot is not None and _follows_from_the_step(slot.proxy.node)
+
+
+def _follows_from_the_step(node: Node) -> bool:
+    seen: set[Node] = set()
+    todo = [node]
+    while todo:
+        node = todo.pop()
+        if node.op == "placeholder" or _RANDOM in getattr(node.target, "tags", ()):
+            return True
+        if node not in seen:
+            seen.add(node)
+            todo += node.all_input_nodes
+    return False
