@@ -9,7 +9,7 @@ import test_cross_method as gaussian
 import test_cross_method_spins as spins
 
 import pyro_ebm.infer
-from pyro_ebm.infer import MMD, DonskerVaradhan, KernelKALE, Objective, PerSite, WassersteinCritic
+from pyro_ebm.infer import MMD, DonskerVaradhan, KernelKALE, Objective, WassersteinCritic
 
 BESIDE_THE_TABLES = {
     DonskerVaradhan: gaussian.test_donsker_varadhan_is_kale_at_its_best_log_z,
@@ -18,7 +18,6 @@ LEARN_NO_LAW = {
     KernelKALE: "trains the law that draws; the energy takes no part (test_kernel_kale)",
     MMD: "trains the law that draws; the energy takes no part (test_mmd)",
     WassersteinCritic: "its energy is no log density; a penalty sets the scale (test_wasserstein)",
-    PerSite: "has no loss of its own: it gives every site to another objective (test_per_site)",
 }
 
 
@@ -52,5 +51,4 @@ def test_a_new_objective_would_be_missed():
 def test_what_learns_no_law_says_so(kind):
     """The reasons, by what the classes say of themselves."""
     is_critic = kind is WassersteinCritic and not kind.is_held_out_criterion
-    is_router = kind is PerSite and "objective_of" in vars(kind)
-    assert is_critic or is_router or not kind.trains_energy
+    assert is_critic or not kind.trains_energy

@@ -26,23 +26,16 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.infer.elbo import ELBOModule
-from pyro.infer.util import is_validation_enabled
-from pyro.poutine.util import prune_subsample_sites
-from pyro.util import check_model_guide_match
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.known_normalizer import parameters_of
-from pyro_ebm.infer.scoring import conditional, degenerate, site_values, trace_checks, turns
+from pyro_ebm.infer.scoring import conditional, degenerate, site_values, turns
 from pyro_ebm.infer.scoring.contexts import ContextChecks
 from pyro_ebm.infer.scoring.contrast import rows_of
 from pyro_ebm.infer.scoring.coupled_energies import refuse_coupled
-from pyro_ebm.infer.scoring.enumeration import EnumeratingELBO
 from pyro_ebm.infer.scoring.evaluation import Evaluation, evaluating
 from pyro_ebm.infer.scoring.frozen import FrozenObjective, freeze
 from pyro_ebm.infer.scoring.held import hold_parameters
@@ -51,16 +44,15 @@ from pyro_ebm.infer.scoring.known import (
     log_normalizer_of_rows,
     shared_with_store,
 )
-from pyro_ebm.infer.scoring.objective_module import ObjectiveModule
 from pyro_ebm.infer.scoring.separation import Separation
+from pyro_ebm.infer.scoring.surrogate_elbo import SurrogateELBO
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.powers_of_two import is_power_of_two
-from pyro_ebm.poutine.surrogate import SurrogateMessenger
 
 _instances = itertools.count()
 
 
-class Objective(EnumeratingELBO, nn.Module):
+class Objective(SurrogateELBO):
     """Base of objectives: a loss for ``SVI``, a factory of ``ELBOModule``, a surrogate for MCMC.
 
     A subclass says by class attributes what it is (the flags below, all of which have defaults),
@@ -75,6 +67,9 @@ class Objective(EnumeratingELBO, nn.Module):
     * ``pooled_by``: why rows may have no weights of their own;
     * ``judge``: what is said of a step by its diagnostics, when it is replayed, too.
 
+    Beside the attributes named here it has those of
+    :class:`~pyro_ebm.infer.scoring.surrogate_elbo.SurrogateELBO`.
+
     Args:
         schedule: ``(first, second)`` numbers of steps of the two players, for objectives that have
             two; ``None`` never moves the second.
@@ -82,7 +77,6 @@ class Objective(EnumeratingELBO, nn.Module):
             ``vectorize_particles``.
 
     Attributes:
-        diagnostics: ``{site: {name: detached 0-d tensor}}`` of the last evaluation, per datum.
         learns_log_normalizer: Flag; whether log Z enters the loss and is learned, as one number for
             all rows of a site that has none of its own.
         c_update: How it moves: ``"gradient"`` as a parameter, else by ``update_log_normalizer``.
@@ -91,23 +85,12 @@ class Objective(EnumeratingELBO, nn.Module):
         trains_energy: Flag; whether the energy is what is learned, rather than the law that draws.
         has_second_player: Flag; whether there is one, so that a ``schedule`` is taken.
         draws_noise: Flag; whether what it draws and weights is noise rather than draws of a base.
-        is_likelihood: Flag; whether latents may be summed out of the exponential of the score.
-        is_normalized: Flag; whether the score is the log density, log Z at all parameters included.
-        is_replayable: Whether every training step does the same operations.
         log_normalizers: Learned log Z by site, in nats.
-        sites: The EBM of every site at its last evaluation; not part of the state.
-        examples: The data there.
+        examples: The data of every site at its last evaluation; not part of the state.
         fitted: What was fitted to the first batch of every site, by its name; part of the state.
-        members: The objectives that it consists of, by site, if there are any.
-        optimized: Ids of parameters that an optimizer holds although no ``pyro.module`` names them.
-        is_frozen: Whether the contrast is fixed, so that the surrogate is one function.
         why_not_frozen: What speaks against fixing it and what to do instead, or ``None``.
-        is_held_out_criterion: Whether the loss on held-out data, with the contrast drawn alike, may
-            be compared between steps: false where it says nothing of the model, as for contrastive
-            divergence and adversaries.
     """
 
-    is_held_out_criterion = True
     learns_log_normalizer = False
     c_update = "gradient"
     pools_rows = False
@@ -115,31 +98,19 @@ class Objective(EnumeratingELBO, nn.Module):
     trains_energy = True
     has_second_player = False
     draws_noise = False
-    is_frozen = False
-    is_likelihood = False
-    is_normalized = False
     why_not_frozen: str | None = None
-    is_replayable = True
-    members: Mapping[str, Objective] = {}
-    num_particles: int
 
     def __init__(self, *, schedule: tuple[int, int] | None = None, **elbo: Any) -> None:
-        nn.Module.__init__(self)
-        EnumeratingELBO.__init__(self, **elbo)
+        super().__init__(**elbo)
         self.schedule = turns.schedule(schedule, self)
         self.log_normalizers = nn.ParameterDict()
         self.fitted: dict[str, Any] = {}
-        self.diagnostics: dict[str, dict[str, Tensor]] = {}
-        self.num_steps_taken: Tensor
-        self.register_buffer("num_steps_taken", torch.zeros((), dtype=torch.long))
-        self.sites: dict[str, EnergyDistribution] = {}
         self._name = f"{type(self).__name__}_{next(_instances)}"
         self.examples: dict[str, Tensor] = {}
         self.evaluation = Evaluation()
         self.separations: dict[str, Separation] = defaultdict(Separation)
         self._checked: dict[str, int] = {}
         self.contexts = ContextChecks()
-        self.optimized: frozenset[int] = frozenset()
 
     # --- what a subclass defines
 
@@ -294,7 +265,7 @@ class Objective(EnumeratingELBO, nn.Module):
 
     @property
     def parameter_prefixes(self) -> tuple[str, ...]:
-        """The prefixes of all parameters that belong to the objective rather than to the model."""
+        """The prefix of all parameters that belong to the objective rather than to the model."""
         return (self.parameter_prefix,)
 
     @property
@@ -303,10 +274,6 @@ class Objective(EnumeratingELBO, nn.Module):
         return self.c_update == "gradient"
 
     # --- scoring a site (called by the surrogate handler)
-
-    def free_log_normalizers(self) -> Mapping[str, Any]:
-        """Priors of log Z to be inferred: none, log Z is learned."""
-        return {}
 
     def site_log_prob(
         self,
@@ -361,64 +328,6 @@ class Objective(EnumeratingELBO, nn.Module):
             log_z = self.log_normalizer_of(name, p, x, contrast)
         return self.per_datum(p, x, contrast, torch.zeros(()) if log_z is None else log_z)
 
-    # --- the ELBO
-
-    def _guess_max_plate_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
-        """Counts plates without scoring: neither a contrast nor an EBM site need have a density."""
-        with pyro.validation_enabled(is_validate=False):
-            super()._guess_max_plate_nesting(model, guide, args, kwargs)
-
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """A guide trace without its contrast sites, and the model scored by surrogates."""
-        trace_checks.guide(guide, type(self).__name__)
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        contrasts = guide_trace.nodes
-        handler = SurrogateMessenger(
-            self,
-            lambda name: contrasts[name]["fn"] if name in contrasts else None,
-            fresh_noise=True,
-        )
-        model_trace = poutine.trace(poutine.replay(handler(model), trace=guide_trace)).get_trace(
-            *args, **kwargs
-        )
-        trace_checks.traces(model_trace, guide_trace, handler.used)
-        for name in handler.used:
-            if name in guide_trace.nodes and model_trace.nodes[name]["is_observed"]:
-                guide_trace.remove_node(name)
-        if is_validation_enabled():
-            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
-        guide_trace = prune_subsample_sites(guide_trace)
-        model_trace = prune_subsample_sites(model_trace)
-        model_trace.compute_log_prob()
-        guide_trace.compute_score_parts()
-        trace_checks.shapes(model_trace, guide_trace, self.max_plate_nesting)  # type: ignore[arg-type]
-        if get_proxy_mode() is None:  # a recorded step's loss is checked by its value
-            trace_checks.finite(model_trace, handler.used, int(self.num_steps_taken))
-        members = {name: self.objective_of(name) for name in handler.used}
-        trace_checks.one_law(members, model_trace, guide_trace, (model, args, kwargs))
-        trace_checks.registered(model_trace, handler.used, self.sites, self.optimized)
-        return model_trace, guide_trace
-
-    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the whole data set's loss in nats; gradients reach this step's player only."""
-        loss = super().differentiable_loss(model, guide, *args, **kwargs)
-        if torch.is_grad_enabled():
-            self.num_steps_taken += 1
-        return loss
-
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """Returns the loss and deposits gradients.
-
-        A resting player's stay ``None``, so that no optimizer moves it.
-        """
-        with poutine.trace(param_only=True) as capture:
-            loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        for site in capture.trace.nodes.values():
-            site["value"].unconstrained().grad = None
-        if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-        return float(loss.detach())
-
     @property
     def is_second_players_turn(self) -> bool:
         """Whether the step in progress is the second player's."""
@@ -464,10 +373,9 @@ class Objective(EnumeratingELBO, nn.Module):
         self.fitted = dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What was seen of the model stays behind: energies may be closures over graphs."""
-        seen: dict[str, Any] = {"sites": {}, "examples": {}, "evaluation": Evaluation()}
+        seen: dict[str, Any] = {"examples": {}, "evaluation": Evaluation()}
         seen |= {"contexts": ContextChecks(), "separations": defaultdict(Separation)}
-        return {**self.__dict__, **seen}
+        return {**super().__getstate__(), **seen}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Names a copy anew in the parameter store: it has parameters of its own."""
@@ -482,13 +390,6 @@ class Objective(EnumeratingELBO, nn.Module):
             if name.startswith(prefix_of_values) and key not in self.log_normalizers:
                 self.log_normalizers[key] = self._new_log_normalizer(torch.zeros_like(value))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def __call__(self, model: Any, guide: Any) -> ELBOModule:
-        """Returns the loss as a module for a torch loop.
-
-        Call it on data once before asking for ``parameters()``.
-        """
-        return ObjectiveModule(model, guide, self)
 
 
 def _key(site: str) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.scoring.objective import Objective
+from pyro_ebm.infer.scoring.surrogate_elbo import SurrogateELBO
+from pyro_ebm.ops.log_normalizer import LogNormalizer
 
 
-class PerSite(Objective):
+class PerSite(SurrogateELBO):
     """Routes every EBM site to an objective of its own.
 
     Unlike ``surrogate(model, {...})`` under a stock ELBO, the guide may hold the contrasts.
@@ -22,6 +23,7 @@ class PerSite(Objective):
         **elbo: Arguments of ``pyro.infer.Trace_ELBO``; those of the members are not used.
 
     Raises:
+        TypeError: If what is given for a site is no objective.
         ValueError: When the model has an EBM site without an objective.
 
     Example:
@@ -31,17 +33,16 @@ class PerSite(Objective):
         ['x', 'y']
     """
 
-    needs_density = False
-    why_not_frozen = "freeze each objective and use surrogate(model, {site: frozen, ...})"
+    members: Mapping[str, Objective]
 
     def __init__(self, objectives: Mapping[str, Objective], **elbo: Any) -> None:
         super().__init__(**elbo)
+        others = {n: o for n, o in objectives.items() if not isinstance(o, Objective)}
+        if others:
+            raise TypeError(f"PerSite takes an objective per site, such as NCE(), got {others}")
         self.members = dict(objectives)
         each = self.members.values()
         self._modules_of_members = nn.ModuleList(each)
-        self.learns_log_normalizer = any(
-            m.learns_log_normalizer and m.learns_by_gradient for m in each
-        )
         self.is_replayable = all(m.is_replayable for m in each)
         self.is_held_out_criterion = all(
             m.is_held_out_criterion and m.schedule is None for m in each
@@ -51,14 +52,6 @@ class PerSite(Objective):
     def parameter_prefixes(self) -> tuple[str, ...]:
         """The prefixes of the members' own parameters."""
         return tuple(member.parameter_prefix for member in self.members.values())
-
-    def per_datum(self, p: EnergyDistribution, x: Tensor, contrast: Any, log_z: Tensor) -> Tensor:
-        """Not used: every site is scored by its own objective.
-
-        Raises:
-            NotImplementedError: Always.
-        """
-        raise NotImplementedError("PerSite scores every site by the objective given for it")
 
     def site_log_prob(self, name: str, p: EnergyDistribution, x: Tensor, **options: Any) -> Tensor:
         """Returns minus the loss per datum of the site's own objective.
@@ -76,22 +69,27 @@ class PerSite(Objective):
         self.diagnostics[name] = member.diagnostics[name]
         return log_prob
 
-    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the loss in nats for the whole data set, and lets every member count the step."""
-        loss = super().differentiable_loss(model, guide, *args, **kwargs)
-        if torch.is_grad_enabled():
-            for member in set(self.members.values()):
-                member.num_steps_taken += 1
-        return loss
+    def count_step(self) -> None:
+        """Lets every member count the step, too."""
+        super().count_step()
+        for member in set(self.members.values()):
+            member.count_step()
 
     def objective_of(self, site: str) -> Objective:
         """Returns the site's own objective."""
         return self.members[site]
 
-    def keeps_log_normalizer(self, site: str) -> bool:
-        """Whether log Z of a site is one number that the site's own objective has learned."""
-        return self.members[site].keeps_log_normalizer(site)
-
-    def log_normalizer(self, site: str) -> Any:
-        """Returns the log Z that the site's own objective has learned."""
+    def log_normalizer(self, site: str) -> LogNormalizer:
+        """Returns the log Z that the site's own objective has learned, in nats."""
         return self.members[site].log_normalizer(site)
+
+    def freeze(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses.
+
+        Raises:
+            NotImplementedError: Always, with what to do instead.
+        """
+        raise NotImplementedError(
+            "PerSite cannot be frozen: freeze each objective and use surrogate(model, {site: "
+            "frozen, ...})"
+        )

@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.scoring.objective import Objective
+from pyro_ebm.infer.scoring.surrogate_elbo import SurrogateELBO
 from pyro_ebm.mcmc.graph_memory import separate_outputs
 from pyro_ebm.mcmc.simplify import simplify
 from pyro_ebm.ops.powers_of_two import is_power_of_two
@@ -95,7 +96,7 @@ class CapturedStep:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: SurrogateELBO,
         model: Callable[..., Any],
         guide: Callable[..., Any],
         num_rows: int,
@@ -128,8 +129,7 @@ class CapturedStep:
         found = self._run(key, batch)
         self.objective.diagnostics = self.objective.diagnostics | found.notes
         self._judge(found)
-        for part in self._objectives():
-            part.num_steps_taken += 1
+        self.objective.count_step()
         return found
 
     @contextmanager

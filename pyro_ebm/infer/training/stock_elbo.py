@@ -12,7 +12,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.infer.scoring.objective import Objective
+from pyro_ebm.infer.scoring.surrogate_elbo import SurrogateELBO
 
 
 class StockELBO:
@@ -30,7 +30,7 @@ class StockELBO:
     is_held_out_criterion = True
     schedule: tuple[int, int] | None = None
     parameter_prefixes: tuple[str, ...] = ()
-    members: Mapping[str, Objective] = {}
+    members: Mapping[str, SurrogateELBO] = {}
     optimized: frozenset[int] = frozenset()
 
     def __init__(self, elbo: Trace_ELBO) -> None:
@@ -62,12 +62,12 @@ class StockELBO:
         self._state.load_state_dict(state)
 
 
-Loss = Objective | StockELBO
+Loss = SurrogateELBO | StockELBO
 
 
 def as_loss(given: Trace_ELBO) -> Loss:
     """Returns an objective as it is, and any other ELBO in its wrapper."""
-    return given if isinstance(given, Objective) else StockELBO(given)
+    return given if isinstance(given, SurrogateELBO) else StockELBO(given)
 
 
 def as_given(loss: Loss) -> Trace_ELBO:

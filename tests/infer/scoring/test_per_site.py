@@ -90,6 +90,12 @@ def test_a_site_without_an_objective_is_named(data):
         loss.loss(model, lambda x, y: None, *data)
 
 
+@pytest.mark.parametrize("given", [NCE, pyro.infer.Trace_ELBO()], ids=["a class", "an ELBO"])
+def test_what_is_no_objective_is_told(given):
+    with pytest.raises(TypeError, match=r"an objective per site, such as NCE\(\), got {'x'"):
+        PerSite({"x": given})
+
+
 def test_freeze_says_how():
     with pytest.raises(NotImplementedError, match="freeze each objective"):
         PerSite({"x": NCE()}).freeze(model)
