@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from pyro_ebm.distributions.captured import capture_in_progress
+from pyro_ebm.distributions.moved_parameters import capture_in_progress
 from pyro_ebm.ops.autograd_graph import can_see_running_nodes
 from pyro_ebm.settings import missing_normalizer_policy
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions.call_stack import Scoring, latents_of_potential, scoring
-from pyro_ebm.distributions.captured import captured_only
+from pyro_ebm.distributions.moved_parameters import moved_only
 from pyro_ebm.distributions.normalizer_functions import problem_of
 from pyro_ebm.errors import MissingNormalizerError, MissingNormalizerWarning
 from pyro_ebm.ops.autograd_graph import children, graph, leaves, node_of, value_at, walk
@@ -137,7 +137,7 @@ class Paths(NamedTuple):
         """Names what of these nodes is being inferred; empty if nothing is."""
         nodes = list(nodes)
         latents = [n for n in nodes if n in self.ends and _is_moved(n)]
-        others = captured_only([value_at(n) for n in nodes if n not in self.ends])
+        others = moved_only([value_at(n) for n in nodes if n not in self.ends])
         named = [f"latent {self.ends[n]!r}" for n in latents]
         return ", ".join([*named, *([names_of(others, self.where.energy)] if others else [])])
 
@@ -145,7 +145,7 @@ class Paths(NamedTuple):
 def _is_moved(node: Any) -> bool:
     """Whether a latent's value is moved by the step in progress, or no step says what it moves."""
     behind = [value_at(n) for n in leaves(graph([node]))]
-    return not behind or bool(captured_only(behind))
+    return not behind or bool(moved_only(behind))
 
 
 def _tied_to(value: Tensor, bounds: Iterable[Tensor]) -> Tensor:

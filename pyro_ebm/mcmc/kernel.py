@@ -120,7 +120,11 @@ class Kernel(ABC):
                 f"{type(self).__name__} needs a target (a Pyro model, an EnergyDistribution) or "
                 "potential_fn=, and not both"
             )
-        if target is not None and not callable(target) and not isinstance(target, _DISTRIBUTIONS):
+        if (
+            target is not None
+            and not callable(target)
+            and not isinstance(target, EnergyDistribution)
+        ):
             raise TypeError(
                 f"{type(self).__name__}: the target must be a Pyro model, an EnergyDistribution or "
                 f"a GeneralizedEBM, got {type(target).__name__}"
@@ -128,7 +132,7 @@ class Kernel(ABC):
         self.given = target
         self.potential_fn = potential_fn
         self.inverse_temperature = positive("inverse_temperature", inverse_temperature)
-        if inverse_temperature != 1 and not isinstance(target, _DISTRIBUTIONS):
+        if inverse_temperature != 1 and not isinstance(target, EnergyDistribution):
             raise TypeError(
                 f"{type(self).__name__}: inverse_temperature multiplies the energy of a "
                 "distribution; scale the factors of a Pyro model by poutine.scale"
@@ -150,7 +154,7 @@ class Kernel(ABC):
         """
         if self.potential_fn is not None:
             return ModelTarget(self.potential_fn, self._shapes_of(initial_params))
-        if isinstance(self.given, _DISTRIBUTIONS):
+        if isinstance(self.given, EnergyDistribution):
             if args or kwargs:
                 raise TypeError(
                     f"{type(self).__name__} samples {self.given!r}, which takes no arguments"
@@ -235,9 +239,6 @@ class Kernel(ABC):
         if self.needs_gradient:
             return potential(q)
         return potential.value(q), q.new_empty(q.shape[0], 0)
-
-
-_DISTRIBUTIONS = (EnergyDistribution,)
 
 
 def chosen(which: Tensor, new: State, old: State) -> State:

@@ -38,7 +38,7 @@ from pyro_ebm.ops.autograd import grad_of
 from pyro_ebm.ops.autograd_graph import leaves_of
 from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.gradient_check import GradientCheck, check_gradients
-from pyro_ebm.poutine.paired_runs import Pair, paired_runs, unvalidated
+from pyro_ebm.poutine.paired_runs import Pair, paired_runs, without_value_checks
 from pyro_ebm.poutine.site_check import ModelCheck, SiteCheck, listed
 
 
@@ -194,7 +194,7 @@ class _Known(NamedTuple):
 def _known(pair: Pair) -> _Known:
     p, x = _target(pair.tracked)
     gap = problem_with(p.log_normalizer)
-    with torch.no_grad(), unvalidated():
+    with torch.no_grad(), without_value_checks():
         bounds = _latents_in([*tensors_in(p.support)], pair)
         weighing = [p.unnormalized_log_prob(x), pair.tracked["scale"] if gap else None]
         latents = _latents_in([*weighing, *tensors_in(p.support)], pair)
@@ -311,7 +311,7 @@ def _notes_on_energy(pair: Pair, known: _Known) -> Iterator[str]:
 
 def _depends_on_x(p: EnergyDistribution, x: Tensor) -> bool:
     if not x.is_floating_point() or p.base_measure in ("counting", "mixed"):
-        with unvalidated():
+        with without_value_checks():
             return "x" in get_provenance(p.energy(ProvenanceTensor(x, frozenset({"x"}))))
     try:
         grad_of(p.energy, x)

@@ -20,7 +20,7 @@ from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
 from pyro_ebm.errors import NonFiniteEnergyError
 
 
-def unvalidated() -> Any:
+def without_value_checks() -> Any:
     """Checks of values would ask tensors with provenance for plain booleans."""
     return pyro.validation_enabled(is_validate=False)
 
@@ -53,7 +53,7 @@ def paired_runs(
         return poutine.trace(poutine.condition(model, data=data)).get_trace(*args, **kwargs)
 
     values = _values(run, at)
-    with torch.no_grad(), unvalidated():
+    with torch.no_grad(), without_value_checks():
         tracked = run({k: ProvenanceTensor(v, frozenset({k})) for k, v in values.items()})
     leaves = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in values.items()}
     with torch.enable_grad():

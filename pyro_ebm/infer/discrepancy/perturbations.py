@@ -92,7 +92,7 @@ class GaussianNoise:
     def there(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Draws y; the row's standard deviation stays with it."""
         check_real(layout, "GaussianNoise")
-        scale = layout.over_event(draw_times(self.times, x, layout)).sqrt()
+        scale = layout.beside_event(draw_times(self.times, x, layout)).sqrt()
         return x + scale * torch.randn_like(x), scale
 
     def back(self, y: tuple[Tensor, Tensor], num_draws: int, layout: Layout) -> Tensor:

@@ -104,7 +104,7 @@ class Layout(NamedTuple):
         """Returns the shape of the rows of ``u``."""
         return u.shape[: u.dim() - self.event_dim]
 
-    def over_event(self, values: Tensor) -> Tensor:
+    def beside_event(self, values: Tensor) -> Tensor:
         """Returns values per row with the dims of an event, to broadcast with ``u``."""
         return values.reshape(values.shape + (1,) * self.event_dim)
 

@@ -181,7 +181,7 @@ class DenoisingScoreMatching(ScoreObjective):
         In squared score units; in pure numbers with the weighting by variance.
         """
         space = self.space(p)
-        loss = space.over_event(self._terms(p, space.coordinates(x), contrast))
+        loss = space.event_sum(self._terms(p, space.coordinates(x), contrast))
         if self.weighting == "uniform":
             loss = loss / contrast.noise_std.square()
         return loss.mean(0)
@@ -192,7 +192,7 @@ class DenoisingScoreMatching(ScoreObjective):
         The factor keeps the parts of the sum of order one at small levels.
         """
         z, noise_std = contrast
-        std = _over_event(noise_std, z)
+        std = _beside_event(noise_std, z)
         if not self.control_variate:
             return 0.5 * (z + std * self._score(p, u + std * z, noise_std)).square()
         points = torch.stack([u + std * z, u.expand_as(z)])
@@ -202,7 +202,7 @@ class DenoisingScoreMatching(ScoreObjective):
     def _score(self, p: EnergyDistribution, u: Tensor, noise_std: Tensor) -> Tensor:
         """Returns minus the gradient of the energy of every point's own level."""
         score = self._at_levels(p, noise_std).score(u)
-        return score / _over_event(noise_std, u) if self.conditioning == "scale" else score
+        return score / _beside_event(noise_std, u) if self.conditioning == "scale" else score
 
     def _at_levels(self, p: EnergyDistribution, noise_std: Tensor) -> Unconstrained:
         return self.space(_at_level(p, noise_std) if self.conditioning == "argument" else p)
@@ -233,7 +233,7 @@ def _levels(noise_std: float | Sequence[float]) -> tuple[float, ...]:
     return tuple(given.reshape(-1).tolist())
 
 
-def _over_event(noise_std: Tensor, like: Tensor) -> Tensor:
+def _beside_event(noise_std: Tensor, like: Tensor) -> Tensor:
     """Gives levels ``rows`` the event dims of ``like``, each of size one."""
     return noise_std.reshape(noise_std.shape + (1,) * (like.dim() - noise_std.dim()))
 

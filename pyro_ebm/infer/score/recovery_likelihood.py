@@ -170,7 +170,7 @@ class RecoveryLikelihood(ScoreObjective):
         """Returns the law of coordinates given noised ones, one row for each."""
 
         def energy(u: Tensor) -> Tensor:
-            squared = space.over_event((u - near).square())
+            squared = space.event_sum((u - near).square())
             return space.potential(u) + squared / (2 * self.noise_std**2)
 
         rows = space.rows(near)

@@ -96,7 +96,7 @@ class ScoreMatching(ScoreObjective, DeterministicObjective):
         if contrast is not None:
             return probed_loss(space, u, contrast.directions)
         score, trace = space.score_and_trace(u)
-        return 0.5 * space.over_event(score.square()) + trace
+        return 0.5 * space.event_sum(score.square()) + trace
 
     def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns the loss per datum, with fresh probes where it uses any."""

@@ -100,4 +100,4 @@ def probed_loss(space: Unconstrained, u: Tensor, directions: Tensor) -> Tensor:
         directions: Shape ``(M,) + rows + event``.
     """
     score, second = space.score_and_curvatures(u, directions)
-    return 0.5 * space.over_event(score.square()) + second.mean(0)
+    return 0.5 * space.event_sum(score.square()) + second.mean(0)

@@ -103,7 +103,7 @@ class SlicedScoreMatching(ScoreObjective):
         if self.variance_reduced:
             return probed_loss(space, u, contrast.directions)
         score, second = space.score_and_curvatures(u, contrast.directions)
-        slope = space.over_event(contrast.directions * score)
+        slope = space.event_sum(contrast.directions * score)
         return (0.5 * slope.square() + second).mean(0)
 
 

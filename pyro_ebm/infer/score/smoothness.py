@@ -64,7 +64,7 @@ def has_jumps(space: Unconstrained, u: Tensor) -> bool:
         """The first two derivatives on every way in nats, of opposite sign, ``rows``."""
         at = start + t.reshape(t.shape + (1,) * space.event_dim) * along
         score, second = space.score_and_curvatures(at, along.unsqueeze(0))
-        return space.over_event(score * along), second[0]
+        return space.event_sum(score * along), second[0]
 
     found = _bisected(slope, u.new_zeros(space.rows(u)))
     bends = float(found.double().mean()) > MIN_SHARE

@@ -23,7 +23,7 @@ from pyro_ebm.errors import ConditionalEnergyError, SurrogateWarning
 from pyro_ebm.infer.scoring.contrast import rows_of
 from pyro_ebm.ops.same_values import same_values
 from pyro_ebm.poutine.aside import aside
-from pyro_ebm.poutine.paired_runs import unvalidated
+from pyro_ebm.poutine.paired_runs import without_value_checks
 
 
 def check_rows(name: str, p: EnergyDistribution, x: Tensor, who: str) -> None:
@@ -84,7 +84,7 @@ def check_arguments(
     marked = [_mark(f"argument {i}", a) for i, a in enumerate(args)]
     named = {key: _mark(f"argument {key!r}", a) for key, a in kwargs.items()}
     try:
-        with torch.no_grad(), unvalidated(), aside():
+        with torch.no_grad(), without_value_checks(), aside():
             trace = poutine.trace(poutine.condition(model, values)).get_trace(*marked, **named)
             site = trace.nodes[name]
             p = unwrap(site["fn"])

@@ -24,7 +24,7 @@ from pyro_ebm.infer.scoring.conditional import (
 from pyro_ebm.ops.powers_of_two import is_power_of_two
 from pyro_ebm.ops.same_values import same_values
 from pyro_ebm.poutine.aside import aside
-from pyro_ebm.poutine.paired_runs import unvalidated
+from pyro_ebm.poutine.paired_runs import without_value_checks
 
 
 class ContextChecks:
@@ -124,7 +124,7 @@ def check_shared_arguments(
     what = f"{', '.join(sorted(now.differing(before)))}, which changes from step to step"
     event = x.reshape((-1, *p.event_shape))[:1]
     try:
-        with torch.no_grad(), unvalidated(), aside():
+        with torch.no_grad(), without_value_checks(), aside():
             run = poutine.trace(poutine.condition(model, values))
             sites = [run.get_trace(*at.args, **at.kwargs).nodes[name] for at in (now, before)]
             laws: Any = (p, *(unwrap(site["fn"]) for site in sites))

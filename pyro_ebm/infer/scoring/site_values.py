@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
-from pyro_ebm.distributions.captured import captured_only
+from pyro_ebm.distributions.moved_parameters import moved_only
 from pyro_ebm.distributions.supports import tensors_in
 from pyro_ebm.errors import EnergyShapeError, SurrogateWarning
 from pyro_ebm.infer.scoring.contrast import rows_of
@@ -177,7 +177,7 @@ def has_fixed_support(name: str, p: EnergyDistribution, who: str) -> None:
         who: The objective.
     """
     leaves = [leaf for bound in tensors_in(p.support) for leaf in leaves_of(bound)]
-    if captured_only(leaves):
+    if moved_only(leaves):
         raise ValueError(
             f"the support of EBM site {name!r} depends on what is inferred, and {who} cannot tell "
             "one support from another: detach its bounds, or give log_normalizer= as a function of "

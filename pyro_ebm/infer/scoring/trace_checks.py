@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution, unwrap
-from pyro_ebm.distributions.captured import capture_in_progress, captured_only
 from pyro_ebm.distributions.layers import is_point
+from pyro_ebm.distributions.moved_parameters import capture_in_progress, moved_only
 from pyro_ebm.distributions.normalizer_guard import names_of
 from pyro_ebm.errors import NonFiniteEnergyError, UnregisteredParameterError
 from pyro_ebm.infer.scoring import conditional, enumeration, site_values
@@ -200,7 +200,7 @@ def registered(
         return
     for name in used:
         leaves = leaves_of(model_trace.nodes[name]["log_prob"])
-        moved = {id(t) for t in captured_only(leaves)} | set(expected)
+        moved = {id(t) for t in moved_only(leaves)} | set(expected)
         lost = [t for t in leaves if id(t) not in moved]
         if lost:
             energy = sites[name].energy_function

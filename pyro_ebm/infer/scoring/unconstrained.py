@@ -126,7 +126,7 @@ class Unconstrained:
 
         def second(direction: Tensor) -> Tensor:
             along = direction.expand(u.shape)
-            return self.over_event(pull_back(along)[0] * along)
+            return self.event_sum(pull_back(along)[0] * along)
 
         if len(directions) == 1:  # vmap over one costs as much as a backward pass
             return score, second(directions[0]).unsqueeze(0)
@@ -137,6 +137,6 @@ class Unconstrained:
         """Returns the shape of the rows of ``u``, ``rows + event``."""
         return u.shape[: u.dim() - self.event_dim]
 
-    def over_event(self, values: Tensor) -> Tensor:
+    def event_sum(self, values: Tensor) -> Tensor:
         """Returns the sum over an event's coordinates, ``rows``, of ``rows + event``."""
         return values.sum(tuple(range(-self.event_dim, 0))) if self.event_dim else values

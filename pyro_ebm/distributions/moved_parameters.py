@@ -15,7 +15,7 @@ from torch import Tensor
 _Value = TypeVar("_Value", bound="Tensor | None")
 
 
-def captured_only(tensors: list[_Value]) -> list[_Value]:
+def moved_only(tensors: list[_Value]) -> list[_Value]:
     """Keeps the tensors that the ``SVI.step`` in progress will move; all of them outside one."""
     capture = capture_in_progress()
     if capture is None:
