@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions.moved_parameters import capture_in_progress
 from pyro_ebm.ops.autograd_graph import can_see_running_nodes
+from pyro_ebm.ops.graph_recording import is_recording
 from pyro_ebm.settings import missing_normalizer_policy
 
 FIRST_CALLS = 16  # of each use, which are all looked at
@@ -56,7 +56,7 @@ def turn_of(
     if count >= FIRST_CALLS:
         _count(key)
     due = count < FIRST_CALLS or count % EVERY == 0
-    if not due or get_proxy_mode() is not None:
+    if not due or is_recording():
         return None
     return partial(_count, key) if count < FIRST_CALLS else _no_more_to_count
 

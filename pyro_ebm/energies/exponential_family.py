@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.energies.base import Energy
 from pyro_ebm.energies.closed_form import check_event_shape
+from pyro_ebm.ops.graph_recording import is_recording
 from pyro_ebm.ops.inheritance import is_own
 
 _LAW = ("forward", "__call__", "statistics", "natural", "set_natural", "coefficients")
@@ -177,7 +177,7 @@ class ExponentialFamily(Energy):
 
 def _has_values(x: Tensor) -> bool:
     """Whether there are numbers to compare, and not what ``vmap`` or a recording stands for."""
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x) and get_proxy_mode() is None
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x) and not is_recording()
 
 
 def _differ(found: Tensor, natural: Tensor) -> bool:

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_ebm.mcmc.constant_reads import ConstantReads, depends_on_input
-from pyro_ebm.mcmc.simplify import let_factorizations_fail, simplify
 from pyro_ebm.mcmc.target import Target
 from pyro_ebm.ops.coupled_rows import are_coupled
+from pyro_ebm.ops.graph_recording import ConstantReads, varies
+from pyro_ebm.ops.graph_simplification import let_factorizations_fail, simplify
 from pyro_ebm.ops.rng import rng_preserved
 
 ValueAndGrad = tuple[Tensor, Tensor]
@@ -200,10 +200,10 @@ class _MovingShapes(Interpreter):
     def run_node(self, n: Node) -> Any:
         args: Any = n.args
         if n.target in _BY_VALUE:
-            self.found |= depends_on_input(args[0])
+            self.found |= varies(args[0])
         if n.target in _BY_INDEX:
             masks = [m for m in args[1] if m is not None and self.env[m].dtype == torch.bool]
-            self.found |= any(depends_on_input(m) for m in masks)
+            self.found |= any(varies(m) for m in masks)
         return super().run_node(n)
 
 

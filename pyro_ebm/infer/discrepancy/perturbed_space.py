@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.ops.constraints import (
@@ -23,6 +22,7 @@ from pyro_ebm.ops.constraints import (
     base_measure,
     segments,
 )
+from pyro_ebm.ops.graph_recording import is_recording
 from pyro_ebm.ops.ladders import Ladder, ladder_beside
 from pyro_ebm.ops.spaces import UnconstrainedSpace, bijection
 
@@ -72,7 +72,7 @@ class Sites(Ladder):
             ValueError: If a site has none of them.
         """
         numbers = super().numbers(x)
-        if get_proxy_mode() is not None:  # steps that are not replayed look at the values
+        if is_recording():  # steps that are not replayed look at the values
             return numbers
         is_value = (numbers >= 0) & (numbers < self.num) & (self.value(numbers, x) == x)
         if not bool(is_value.all()):

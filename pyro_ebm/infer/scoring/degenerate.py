@@ -11,11 +11,10 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple, Protocol
 
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
 from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.scoring.evaluation import Evaluation
 from pyro_ebm.infer.scoring.separation import Separation
+from pyro_ebm.ops.graph_recording import is_recording
 
 MAX_OUTSIDE = 0.1  # share of data beyond all noise that still counts as covered
 MIN_TO_COVER = 100  # draws that show how far the noise reaches
@@ -117,7 +116,7 @@ def _noise_covers_data(name: str, evaluation: Evaluation, who: str) -> None:
     Where noise is distributed as the data, a datum is less likely under it than all N of its draws
     with probability 1 / (N + 1).
     """
-    if evaluation.noise is None or get_proxy_mode() is not None:
+    if evaluation.noise is None or is_recording():
         return
     on_data, on_draws = evaluation.noise()
     if on_draws.numel() < MIN_TO_COVER:

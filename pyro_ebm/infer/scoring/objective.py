@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.known_normalizer import parameters_of
@@ -46,6 +45,7 @@ from pyro_ebm.infer.scoring.known import (
 )
 from pyro_ebm.infer.scoring.separation import Separation
 from pyro_ebm.infer.scoring.surrogate_elbo import SurrogateELBO
+from pyro_ebm.ops.graph_recording import is_recording
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.powers_of_two import is_power_of_two
 
@@ -223,7 +223,7 @@ class Objective(SurrogateELBO):
         with a state of their own see the same calls after a resume. A step that is being recorded
         is compared with one that is not.
         """
-        if get_proxy_mode() is not None:
+        if is_recording():
             return False
         steps = int(self.num_steps_taken)
         first = name not in self._checked
@@ -297,7 +297,7 @@ class Objective(SurrogateELBO):
         with evaluating(self, mask, name) as evaluation:
             loss = self.site_loss(name, p, data, noise, log_z)
         self.diagnostics[name] = self.diagnostics.get(name, {}) | evaluation.notes
-        if get_proxy_mode() is None:  # else the replayed steps are judged
+        if not is_recording():  # else the replayed steps are judged
             self.judge(name, evaluation.notes, trains=evaluation.has_graph)
             if self.trains_energy and self.is_checked_now(name):  # weights may have been zero
                 refuse_coupled(name, p, data)

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.distributions.moved_parameters import moved_only
@@ -23,6 +22,7 @@ from pyro_ebm.infer.scoring.contrast import rows_of
 from pyro_ebm.infer.scoring.coupled_energies import refuse_coupled
 from pyro_ebm.ops.autograd import grad_of
 from pyro_ebm.ops.autograd_graph import leaves_of
+from pyro_ebm.ops.graph_recording import is_recording
 from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.surrogate import surrogate_of
 
@@ -62,7 +62,7 @@ def on_support(name: str, site: Any) -> None:
         name: The site's name.
         site: Its node in a trace, with the surrogate in place.
     """
-    if get_proxy_mode() is not None:
+    if is_recording():
         return
     scored = surrogate_of(site["fn"])
     x = scored.p.broadcast_value(scored.without_padding(site["value"].detach()))

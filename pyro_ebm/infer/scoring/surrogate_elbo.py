@@ -14,12 +14,12 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.scoring import trace_checks
 from pyro_ebm.infer.scoring.enumeration import EnumeratingELBO
 from pyro_ebm.infer.scoring.objective_module import ObjectiveModule
+from pyro_ebm.ops.graph_recording import is_recording
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.poutine.surrogate import SurrogateMessenger
 
@@ -139,7 +139,7 @@ class SurrogateELBO(EnumeratingELBO, nn.Module):
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
         trace_checks.shapes(model_trace, guide_trace, self.max_plate_nesting)  # type: ignore[arg-type]
-        if get_proxy_mode() is None:  # a recorded step's loss is checked by its value
+        if not is_recording():  # a recorded step's loss is checked by its value
             trace_checks.finite(model_trace, handler.used, int(self.num_steps_taken))
         members = {name: self.objective_of(name) for name in handler.used}
         trace_checks.one_law(members, model_trace, guide_trace, (model, args, kwargs))

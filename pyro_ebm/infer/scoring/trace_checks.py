@@ -12,7 +12,6 @@ from pyro.params import user_param_name
 from pyro.poutine.messenger import Messenger
 from pyro.util import check_site_shape
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.layers import is_point
@@ -22,6 +21,7 @@ from pyro_ebm.errors import NonFiniteEnergyError, UnregisteredParameterError
 from pyro_ebm.infer.scoring import conditional, enumeration, site_values
 from pyro_ebm.infer.scoring.contexts import ContextChecks
 from pyro_ebm.ops.autograd_graph import children, graph, leaves_of, node_of
+from pyro_ebm.ops.graph_recording import is_recording
 
 
 class Member(Protocol):
@@ -110,7 +110,7 @@ def one_law(members: Mapping[str, Member], model_trace: Any, guide_trace: Any, c
     for name, member in members.items():
         if member.keeps_log_normalizer(name) and member.is_checked_now(name):
             free_of_latents(name, model_trace, guide_trace, member)
-    if get_proxy_mode() is not None:  # a recorded step is compared with one that is not
+    if is_recording():  # a recorded step is compared with one that is not
         return
     for name, member in members.items():
         pooled = member.pooled_by(name)

@@ -13,9 +13,9 @@ from math import prod
 import torch
 from torch import Tensor
 from torch.distributions import Transform
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.ops.graph_recording import is_recording
 from pyro_ebm.ops.spaces import bijection
 
 __all__ = ["Unconstrained", "check_interior"]
@@ -35,7 +35,7 @@ def check_interior(name: str, p: EnergyDistribution, u: Tensor, who: str) -> Non
     Raises:
         ValueError: If some are infinite.
     """
-    if get_proxy_mode() is not None:  # the steps that are not recorded look
+    if is_recording():  # the steps that are not recorded look
         return
     event_dim = bijection(p.support, len(p.event_shape)).domain.event_dim
     outside = ~u.isfinite().reshape((*u.shape[: u.dim() - event_dim], -1)).all(-1)

@@ -26,20 +26,18 @@ import pyro
 import torch
 from pyro.distributions.util import is_identically_zero
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
-    get_proxy_mode,
-    get_proxy_slot,
     make_fx,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.scoring.objective import Objective
 from pyro_ebm.infer.scoring.surrogate_elbo import SurrogateELBO
-from pyro_ebm.mcmc.graph_memory import separate_outputs
-from pyro_ebm.mcmc.simplify import simplify
+from pyro_ebm.ops.graph_memory import separate_outputs
+from pyro_ebm.ops.graph_recording import ConstantReads
+from pyro_ebm.ops.graph_simplification import simplify
 from pyro_ebm.ops.powers_of_two import is_power_of_two
 from pyro_ebm.ops.rng import rng_preserved
 
@@ -342,46 +340,14 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return bool((near | (one == other) | (one.isnan() & other.isnan())).all())
 
 
-class _Reads(TorchDispatchMode):
-    """Answers reads of values that follow neither from the batch nor from a random draw.
+class _Reads(ConstantReads):
+    """Takes it for granted, too, that values lie in a distribution's support.
 
-    Whether values lie in a distribution's support is taken for granted: a distribution made with
-    validation on asks it, and every step that is not replayed answers.
+    A distribution made with validation on asks it, and every step that is not replayed answers.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if func is torch.ops.aten._is_all_true.default:
             with disable_proxy_modes_tracing():
                 return torch.ones((), dtype=torch.bool, device=args[0].device)
-        if func not in _READS or any(_varies(a) for a in args if isinstance(a, Tensor)):
-            return func(*args, **kwargs)
-        with disable_proxy_modes_tracing():
-            return func(*args, **kwargs)
-
-
-_READS = {
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.is_nonzero.default,
-    torch.ops.aten.equal.default,
-}
-_RANDOM = torch.Tag.nondeterministic_seeded
-
-
-def _varies(value: Tensor) -> bool:
-    mode = get_proxy_mode()
-    slot = None if mode is None else get_proxy_slot(value, mode.tracer, None)
-    return slot is not None and _follows_from_the_step(slot.proxy.node)
-
-
-def _follows_from_the_step(node: Node) -> bool:
-    seen: set[Node] = set()
-    todo = [node]
-    while todo:
-        node = todo.pop()
-        if node.op == "placeholder" or _RANDOM in getattr(node.target, "tags", ()):
-            return True
-        if node not in seen:
-            seen.add(node)
-            todo += node.all_input_nodes
-    return False
+        return super().__torch_dispatch__(func, types, args, kwargs)

@@ -1,8 +1,8 @@
-"""Reading numbers off data while a graph is recorded.
+"""Recording a graph, and reading numbers off data meanwhile.
 
-``int(counts.sum())`` and ``if (y > 0).all()`` look at data, not at positions, and are the same at
-every evaluation. A recorder does not tell the two apart and refuses both. Here a read is refused
-only where its value depends on the positions.
+``int(counts.sum())`` and ``if (y > 0).all()`` look at data, not at what the graph is a function of,
+and are the same at every evaluation. A recorder does not tell the two apart and refuses both. Here
+a read is refused only where its value follows from the input or from a random draw.
 """
 
 from __future__ import annotations
@@ -26,31 +26,39 @@ _READS = {
 }
 
 
+_RANDOM = torch.Tag.nondeterministic_seeded
+
+
+def is_recording() -> bool:
+    """Whether operations are being recorded into a graph, which values cannot be asked for."""
+    return get_proxy_mode() is not None
+
+
 class ConstantReads(TorchDispatchMode):
-    """Answers reads of values that do not depend on the input of the graph under way."""
+    """Answers reads of values that do not vary between evaluations of the graph under way."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Reads outside of the recording, or leaves the operation to it."""
         kwargs = kwargs or {}
-        if func not in _READS or any(_depends(a) for a in args if isinstance(a, Tensor)):
+        if func not in _READS or any(_varies(a) for a in args if isinstance(a, Tensor)):
             return func(*args, **kwargs)
         with disable_proxy_modes_tracing():
             return func(*args, **kwargs)
 
 
-def _depends(value: Tensor) -> bool:
+def _varies(value: Tensor) -> bool:
     mode = get_proxy_mode()
     slot = None if mode is None else get_proxy_slot(value, mode.tracer, None)
-    return slot is not None and depends_on_input(slot.proxy.node)
+    return slot is not None and varies(slot.proxy.node)
 
 
-def depends_on_input(node: Node) -> bool:
-    """Returns whether what a node computes follows from the input of its graph."""
+def varies(node: Node) -> bool:
+    """Returns whether what a node computes follows from its graph's input or a random draw."""
     seen: set[Node] = set()
     todo = [node]
     while todo:
         node = todo.pop()
-        if node.op == "placeholder":
+        if node.op == "placeholder" or _RANDOM in getattr(node.target, "tags", ()):
             return True
         if node not in seen:
             seen.add(node)

@@ -6,8 +6,8 @@ from small_cases import F64
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ebm.mcmc import MCMC, RandomWalk
-from pyro_ebm.mcmc.graph_memory import separate_outputs
-from pyro_ebm.mcmc.simplify import let_factorizations_fail, simplify
+from pyro_ebm.ops.graph_memory import separate_outputs
+from pyro_ebm.ops.graph_simplification import let_factorizations_fail, simplify
 
 
 def captured(fn, *args):

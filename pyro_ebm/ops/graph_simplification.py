@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from pyro_ebm.mcmc.graph_memory import written_nodes
+from pyro_ebm.ops.graph_memory import written_nodes
 
 aten = torch.ops.aten
 _ALIASES = (aten.detach.default, aten.alias.default)
