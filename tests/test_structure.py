@@ -23,7 +23,11 @@ RANKS = (
     ("distributions",),
     ("poutine",),
     ("chains",),
-    ("mcmc",),
+    ("mcmc.targets",),
+    ("mcmc.kernels",),
+    ("mcmc.runs",),
+    ("mcmc.exchange",),
+    ("mcmc",),  # the folder's own __init__
     ("normalizers",),
     ("infer.scoring",),
     (

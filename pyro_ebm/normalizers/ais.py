@@ -30,8 +30,8 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc import HMC, SMC, Kernel
-from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.distribution_target import DistributionTarget
+from pyro_ebm.mcmc.targets.captured import CapturedPotential
+from pyro_ebm.mcmc.targets.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.annealed import annealed
 from pyro_ebm.normalizers.laws import KernelMaker, based, check_draws
 from pyro_ebm.ops.arguments import whole

@@ -28,7 +28,7 @@ from torch.distributions import MultivariateNormal
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
-from pyro_ebm.mcmc.distribution_target import DistributionTarget
+from pyro_ebm.mcmc.targets.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.chain_size import carried_share, size_of_mean
 from pyro_ebm.normalizers.discrete_bridge import log_ratios
 from pyro_ebm.normalizers.discrete_path import is_discrete

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.errors import NonFiniteEnergyError
-from pyro_ebm.mcmc.smc import MAX_RUNGS, next_rung, systematic
+from pyro_ebm.mcmc.runs.smc import MAX_RUNGS, next_rung, systematic
 from pyro_ebm.normalizers.discrete_path import DiscretePath
 from pyro_ebm.ops.log_space import log_mean_exp
 

@@ -39,7 +39,7 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import PERIODIC, innermost, is_normalized, is_periodic, mask_of
 from pyro_ebm.distributions.normalizer_guard import report
 from pyro_ebm.mcmc import HMC, MCMC
-from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
+from pyro_ebm.mcmc.targets.model_target import ModelTarget, target_of_model
 from pyro_ebm.normalizers.bridge import bridge
 from pyro_ebm.normalizers.tempered import TemperedRun, tempered
 from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic

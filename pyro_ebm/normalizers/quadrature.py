@@ -30,7 +30,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import unvalidated
 from pyro_ebm.errors import NonFiniteEnergyError
-from pyro_ebm.mcmc.distribution_target import DistributionTarget
+from pyro_ebm.mcmc.targets.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.growth import check_grows
 from pyro_ebm.normalizers.held_nodes import MAX_DIM, HeldNodes
 from pyro_ebm.normalizers.laws import check_dims, check_inside, law_of, on_reals, parameters_behind

@@ -26,8 +26,8 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc import HMC, MCMC, ParallelTempering
-from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.distribution_target import DistributionTarget
+from pyro_ebm.mcmc.targets.captured import CapturedPotential
+from pyro_ebm.mcmc.targets.distribution_target import DistributionTarget
 from pyro_ebm.normalizers.ais import NUM_PILOTS, Path, finer
 from pyro_ebm.normalizers.chain_size import MIN_CHAINS
 from pyro_ebm.normalizers.discrete_path import DiscretePath, energies_at_rungs, is_discrete

@@ -15,10 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.distribution_target import DistributionTarget
-from pyro_ebm.mcmc.kernel import State
-from pyro_ebm.mcmc.metropolis import MetropolisKernel
+from pyro_ebm.mcmc.kernels.kernel import State
+from pyro_ebm.mcmc.kernels.metropolis import MetropolisKernel
+from pyro_ebm.mcmc.targets.captured import CapturedPotential
+from pyro_ebm.mcmc.targets.distribution_target import DistributionTarget
 from pyro_ebm.testing.problems import Problem
 
 TOLERANCE = 1e-10

@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.driver import MCMC
-from pyro_ebm.mcmc.each_chain import EachChain
-from pyro_ebm.mcmc.hmc import HMC
-from pyro_ebm.mcmc.kernel import Kernel
-from pyro_ebm.mcmc.model_target import ModelTarget
-from pyro_ebm.mcmc.target import Values
+from pyro_ebm.mcmc.kernels.hmc import HMC
+from pyro_ebm.mcmc.kernels.kernel import Kernel
+from pyro_ebm.mcmc.runs.driver import MCMC
+from pyro_ebm.mcmc.targets.captured import CapturedPotential
+from pyro_ebm.mcmc.targets.each_chain import EachChain
+from pyro_ebm.mcmc.targets.model_target import ModelTarget
+from pyro_ebm.mcmc.targets.target import Values
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.detection import detectable
 from pyro_ebm.testing.simulation_based_calibration import KernelOf

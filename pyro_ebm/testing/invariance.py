@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.distribution_target import DistributionTarget
-from pyro_ebm.mcmc.kernel import Kernel
+from pyro_ebm.mcmc.kernels.kernel import Kernel
+from pyro_ebm.mcmc.targets.captured import CapturedPotential
+from pyro_ebm.mcmc.targets.distribution_target import DistributionTarget
 from pyro_ebm.testing.problems import Problem
 from pyro_ebm.testing.statistics import MIN_MOVED, assert_mean_close
 

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ebm.mcmc.driver import MCMC
-from pyro_ebm.mcmc.each_chain import EachChain
-from pyro_ebm.mcmc.hmc import HMC
-from pyro_ebm.mcmc.kernel import Kernel, State
-from pyro_ebm.mcmc.target import Values
+from pyro_ebm.mcmc.kernels.hmc import HMC
+from pyro_ebm.mcmc.kernels.kernel import Kernel, State
+from pyro_ebm.mcmc.runs.driver import MCMC
+from pyro_ebm.mcmc.targets.each_chain import EachChain
+from pyro_ebm.mcmc.targets.target import Values
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.testing.calibration_power import Detectable, smallest_detectable
 from pyro_ebm.testing.simulator import OfOne, Simulator, evaluated, scalars

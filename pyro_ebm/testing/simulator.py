@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_ebm.distributions import unwrap
-from pyro_ebm.mcmc.explain import name_of
-from pyro_ebm.mcmc.target import Values
-from pyro_ebm.mcmc.vmap_safe import VmapSafe, vmap_safe_operations
+from pyro_ebm.mcmc.targets.explain import name_of
+from pyro_ebm.mcmc.targets.target import Values
+from pyro_ebm.mcmc.targets.vmap_safe import VmapSafe, vmap_safe_operations
 
 OfOne = Callable[[Values, Values], Tensor]
 """A scalar of one draw of the parameters and its data set."""

@@ -32,7 +32,7 @@ from torch import Tensor
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import MLPEnergy
 from pyro_ebm.mcmc import HMC, ULA
-from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.targets.captured import CapturedPotential
 
 LEAPFROGS = 10
 STEP = 0.01

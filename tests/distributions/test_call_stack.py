@@ -25,7 +25,7 @@ from pyro_ebm.distributions.call_stack import (
     prototype_run,
 )
 from pyro_ebm.mcmc import HMC
-from pyro_ebm.mcmc.recording import RecordingNUTS
+from pyro_ebm.mcmc.runs.recording import RecordingNUTS
 
 INSTALLED = {
     "SCORING": (Trace.compute_log_prob, Trace.log_prob_sum, Trace.compute_score_parts),

@@ -20,7 +20,7 @@ from pyro_ebm.mcmc import (
     ParallelTempering,
     RandomWalk,
 )
-from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.targets.captured import CapturedPotential
 from pyro_ebm.testing.problems import Problem
 
 F64 = torch.float64

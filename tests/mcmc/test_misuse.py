@@ -24,7 +24,7 @@ from pyro_ebm.mcmc import (
     ReplayBuffer,
     sample,
 )
-from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.targets.captured import CapturedPotential
 from pyro_ebm.testing import PROBLEMS, assert_invariant
 
 

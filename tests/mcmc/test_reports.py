@@ -11,19 +11,9 @@ from small_cases import F64, scaled, started
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.errors import ApproximateSampleWarning, NonFiniteEnergyError
-from pyro_ebm.mcmc import (
-    HMC,
-    MCMC,
-    NUTS,
-    SMC,
-    EllipticalSlice,
-    ParallelTempering,
-    State,
-    elliptical_slice,
-    hamiltonian,
-    nuts,
-)
-from pyro_ebm.mcmc.kernel import ran_off
+from pyro_ebm.mcmc import HMC, MCMC, NUTS, SMC, EllipticalSlice, ParallelTempering, State
+from pyro_ebm.mcmc.kernels import elliptical_slice, hamiltonian, nuts
+from pyro_ebm.mcmc.kernels.kernel import ran_off
 
 
 def at(potential):

@@ -26,10 +26,9 @@ from pyro_ebm.mcmc import (
     ParallelTempering,
     RandomWalk,
     State,
-    metropolis,
-    pcnl,
 )
-from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.kernels import metropolis, pcnl
+from pyro_ebm.mcmc.targets.captured import CapturedPotential
 from pyro_ebm.testing import assert_detailed_balance, assert_invariant, assert_mean_close
 
 

@@ -12,7 +12,7 @@ from laws_with_log_z import three_modes, tilted
 
 from pyro_ebm import EnergyDistribution, LogNormalizer
 from pyro_ebm.energies import Ising
-from pyro_ebm.mcmc.distribution_target import DistributionTarget
+from pyro_ebm.mcmc.targets.distribution_target import DistributionTarget
 from pyro_ebm.normalizers import (
     ais,
     anchored,

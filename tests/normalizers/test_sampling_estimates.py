@@ -11,7 +11,7 @@ from laws_with_log_z import check_estimates, draws_of_tilted, three_modes, tilte
 from pyro_ebm import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc import HMC, MCMC, SMC, RandomWalk
-from pyro_ebm.mcmc.distribution_target import DistributionTarget
+from pyro_ebm.mcmc.targets.distribution_target import DistributionTarget
 from pyro_ebm.normalizers import (
     ais,
     bridge,

@@ -12,7 +12,7 @@ from small_cases import F64, scaled
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.mcmc import MALA, RandomWalk
-from pyro_ebm.mcmc.distribution_target import DistributionTarget
+from pyro_ebm.mcmc.targets.distribution_target import DistributionTarget
 from pyro_ebm.testing import (
     PROBLEMS,
     assert_detailed_balance,

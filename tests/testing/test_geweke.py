@@ -15,7 +15,7 @@ from calibrated_models import (
 )
 
 from pyro_ebm.mcmc import HMC, NUTS, Exchange, RandomWalk
-from pyro_ebm.mcmc.each_chain import EachChain
+from pyro_ebm.mcmc.targets.each_chain import EachChain
 from pyro_ebm.testing.geweke import _SHIFT, _WIDTH, _Comparison, geweke_test
 from pyro_ebm.testing.simulator import Simulator
 

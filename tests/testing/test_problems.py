@@ -4,7 +4,7 @@ import pyro
 import pytest
 import torch
 
-from pyro_ebm.mcmc.distribution_target import DistributionTarget
+from pyro_ebm.mcmc.targets.distribution_target import DistributionTarget
 from pyro_ebm.testing import PROBLEMS, assert_mean_close
 
 NUM_DRAWS = 20_000

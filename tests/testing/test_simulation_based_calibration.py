@@ -22,7 +22,7 @@ from pyro import poutine
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.mcmc import HMC, Exchange, RandomWalk, Sweeps
-from pyro_ebm.mcmc.each_chain import EachChain
+from pyro_ebm.mcmc.targets.each_chain import EachChain
 from pyro_ebm.testing.calibration_power import (
     detection_probability,
     rank_law,

@@ -26,8 +26,8 @@ from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.infer.bayes.data_structure import check_model
 from pyro_ebm.infer.bayes.posterior_result import Posterior
 from pyro_ebm.mcmc import HMC, MCMC
-from pyro_ebm.mcmc.exchange_kernel import check_drawable
-from pyro_ebm.mcmc.exchange_target import ExchangeTarget, exchange_target
+from pyro_ebm.mcmc.exchange.exchange_kernel import check_drawable
+from pyro_ebm.mcmc.exchange.exchange_target import ExchangeTarget, exchange_target
 from pyro_ebm.normalizers.anchor_error import AnchorError, mcse_logz
 from pyro_ebm.normalizers.anchored import Anchored
 from pyro_ebm.normalizers.anchoring import anchored_to

@@ -25,8 +25,8 @@ from pyro_ebm.distributions.supports import check_observed
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.infer.bayes.prior_runs import prior_runs
 from pyro_ebm.infer.scoring.conditional import depends_on_rows
-from pyro_ebm.mcmc.explain import explained
-from pyro_ebm.mcmc.group_terms import turn_of
+from pyro_ebm.mcmc.exchange.group_terms import turn_of
+from pyro_ebm.mcmc.targets.explain import explained
 from pyro_ebm.normalizers.exact import States
 from pyro_ebm.normalizers.held_nodes import MAX_DIM
 from pyro_ebm.ops.constraints import base_measure, finite_values, plain

@@ -31,7 +31,7 @@ from pyro_ebm.infer.bayes.posterior_result import Posterior
 from pyro_ebm.infer.bayes.properness import check_proper
 from pyro_ebm.infer.bayes.score_covariance import Choice
 from pyro_ebm.mcmc import HMC, MCMC
-from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
+from pyro_ebm.mcmc.targets.model_target import ModelTarget, target_of_model
 from pyro_ebm.ops.arguments import one_of, positive
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine.surrogate import SurrogateObjective, surrogate

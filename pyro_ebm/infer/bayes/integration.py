@@ -27,8 +27,8 @@ from pyro_ebm.infer.bayes.data_structure import SiteStructure
 from pyro_ebm.infer.bayes.integrated import MAX_ERROR, Integrated, OnBase, OnBox, Rule
 from pyro_ebm.infer.bayes.witnesses import witnesses_of
 from pyro_ebm.mcmc import HMC, MCMC
-from pyro_ebm.mcmc.exchange_target import UnnormalizedSites
-from pyro_ebm.mcmc.model_target import ModelTarget, target_of_model
+from pyro_ebm.mcmc.exchange.exchange_target import UnnormalizedSites
+from pyro_ebm.mcmc.targets.model_target import ModelTarget, target_of_model
 from pyro_ebm.normalizers.held_nodes import MAX_DIM
 from pyro_ebm.normalizers.laws import shared_law
 from pyro_ebm.normalizers.quadrature import Box, find_box

@@ -22,8 +22,8 @@ from pyro_ebm.infer.bayes.damped_newton import MAX_STEPS, damped_newton, derivat
 from pyro_ebm.infer.bayes.independent_units import units_of
 from pyro_ebm.infer.bayes.prior_runs import NUM_DRAWS, prior_runs
 from pyro_ebm.infer.scoring import trace_checks
-from pyro_ebm.mcmc.model_target import ModelTarget
-from pyro_ebm.mcmc.vmap_safe import vmap_safe_operations
+from pyro_ebm.mcmc.targets.model_target import ModelTarget
+from pyro_ebm.mcmc.targets.vmap_safe import vmap_safe_operations
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine.surrogate import (
     SurrogateMessenger,

@@ -57,7 +57,7 @@ from pyro_ebm.infer.scoring.conditional import check_rows
 from pyro_ebm.infer.scoring.contrast import rows_of
 from pyro_ebm.infer.scoring.frozen import FrozenObjective
 from pyro_ebm.mcmc import HMC, MCMC
-from pyro_ebm.mcmc.target import Target
+from pyro_ebm.mcmc.targets.target import Target
 from pyro_ebm.normalizers.chain_size import size_of_mean
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.rank_rhat import rank_rhat

@@ -22,7 +22,7 @@ from pyro_ebm.infer.discrete.discrete_fisher import DiscreteFisher
 from pyro_ebm.infer.discrete.pseudo_likelihood import PseudoLikelihood
 from pyro_ebm.infer.score.score_matching import ScoreMatching
 from pyro_ebm.mcmc import HMC, MCMC, Exchange, GroupedExchange, Kernel, Sweeps
-from pyro_ebm.mcmc.exchange_diagnostics import (
+from pyro_ebm.mcmc.exchange.exchange_diagnostics import (
     LONG_SWEEPS,
     ExchangeDiagnostics,
     exchange_diagnostics,

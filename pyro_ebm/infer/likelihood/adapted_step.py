@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.likelihood.transitions import check_one_support
-from pyro_ebm.mcmc.mala import MALA
+from pyro_ebm.mcmc.kernels.mala import MALA
 from pyro_ebm.ops.spaces import UnconstrainedSpace
 
 FIRST_SHARE = 0.5

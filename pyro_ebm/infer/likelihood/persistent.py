@@ -33,7 +33,7 @@ from pyro_ebm.infer.likelihood.tempered_langevin import TemperedLangevin
 from pyro_ebm.infer.likelihood.transitions import KernelFactory, Transition, replaced
 from pyro_ebm.infer.scoring import conditional
 from pyro_ebm.infer.scoring.contrast import Contrast, rows_of
-from pyro_ebm.mcmc.replay_buffer import Slots
+from pyro_ebm.mcmc.runs.replay_buffer import Slots
 from pyro_ebm.ops.arguments import share, whole
 
 

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.kernel import Info, Kernel, State, ran_off
+from pyro_ebm.mcmc.kernels.kernel import Info, Kernel, State, ran_off
+from pyro_ebm.mcmc.targets.captured import CapturedPotential
 from pyro_ebm.ops.arguments import positive, whole
 
 __all__ = ["TemperedLangevin"]

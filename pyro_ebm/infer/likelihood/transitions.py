@@ -24,11 +24,11 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import unvalidated
 from pyro_ebm.distributions.supports import tensors_in
 from pyro_ebm.infer.scoring.contrast import rows_of
-from pyro_ebm.mcmc.captured import CapturedPotential
-from pyro_ebm.mcmc.distribution_target import DistributionTarget
-from pyro_ebm.mcmc.kernel import Kernel
-from pyro_ebm.mcmc.replay_buffer import check_resumable
-from pyro_ebm.mcmc.target import GaussianPrior
+from pyro_ebm.mcmc.kernels.kernel import Kernel
+from pyro_ebm.mcmc.runs.replay_buffer import check_resumable
+from pyro_ebm.mcmc.targets.captured import CapturedPotential
+from pyro_ebm.mcmc.targets.distribution_target import DistributionTarget
+from pyro_ebm.mcmc.targets.target import GaussianPrior
 from pyro_ebm.ops.short_blocks import blocks_of
 
 __all__ = [

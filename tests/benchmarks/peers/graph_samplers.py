@@ -38,8 +38,8 @@ from pyro_ebm.energies.graph_statistics import (  # noqa: E402
     ties_of,
 )
 from pyro_ebm.mcmc import MCMC, Sweeps  # noqa: E402
-from pyro_ebm.mcmc.resampled import Resampled  # noqa: E402
-from pyro_ebm.mcmc.surrogate_exchange import SurrogateExchange  # noqa: E402
+from pyro_ebm.mcmc.exchange.resampled import Resampled  # noqa: E402
+from pyro_ebm.mcmc.exchange.surrogate_exchange import SurrogateExchange  # noqa: E402
 
 NUM_GRAPHS = 512  # of the pool, which the surrogate is made of as well
 NEWTON_SWEEPS = {

@@ -19,7 +19,7 @@ from pyro_ebm.infer.bayes.anchored_posterior import (
     anchored_posterior,
 )
 from pyro_ebm.infer.bayes.posterior import posterior
-from pyro_ebm.mcmc.exchange_target import exchange_target
+from pyro_ebm.mcmc.exchange.exchange_target import exchange_target
 from pyro_ebm.normalizers.anchor_error import AnchorError
 from pyro_ebm.ops.kaufman import torus_log_normalizer
 

@@ -26,8 +26,8 @@ from pyro_ebm.infer.bayes.integration import (
 from pyro_ebm.infer.bayes.posterior import posterior
 from pyro_ebm.infer.bayes.posterior_remarks import off_the_nodes
 from pyro_ebm.infer.bayes.witnesses import witnesses_of
-from pyro_ebm.mcmc.exchange_target import UnnormalizedSites
-from pyro_ebm.mcmc.model_target import target_of_model
+from pyro_ebm.mcmc.exchange.exchange_target import UnnormalizedSites
+from pyro_ebm.mcmc.targets.model_target import target_of_model
 from pyro_ebm.normalizers.quadrature import Box
 from pyro_ebm.poutine import surrogate
 

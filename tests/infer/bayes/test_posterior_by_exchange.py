@@ -12,7 +12,7 @@ from pyro_ebm.infer.bayes import posterior_ways
 from pyro_ebm.infer.bayes.data_structure import data_structure
 from pyro_ebm.infer.bayes.posterior import posterior
 from pyro_ebm.infer.bayes.posterior_remarks import why_together
-from pyro_ebm.mcmc import auxiliary
+from pyro_ebm.mcmc.exchange import auxiliary
 
 FEW = {"num_samples": 10, "warmup_steps": 10, "num_chains": 8}
 

@@ -18,8 +18,8 @@ from pyro_ebm.infer.bayes.nce_posterior import _Call, _check_at_draws, nce_poste
 from pyro_ebm.infer.bayes.posterior import posterior
 from pyro_ebm.infer.bayes.posterior_remarks import mixing_remarks
 from pyro_ebm.infer.bayes.posterior_result import Posterior
-from pyro_ebm.mcmc.exchange_target import UnnormalizedSites
-from pyro_ebm.mcmc.model_target import target_of_model
+from pyro_ebm.mcmc.exchange.exchange_target import UnnormalizedSites
+from pyro_ebm.mcmc.targets.model_target import target_of_model
 from pyro_ebm.poutine import surrogate
 
 SIZES = {"num_samples": 20, "warmup_steps": 20, "num_chains": 4}

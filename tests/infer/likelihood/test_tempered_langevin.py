@@ -9,7 +9,7 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.likelihood.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.infer.likelihood.tempered_langevin import TemperedLangevin
 from pyro_ebm.mcmc import ULA
-from pyro_ebm.mcmc.captured import CapturedPotential
+from pyro_ebm.mcmc.targets.captured import CapturedPotential
 from pyro_ebm.testing import assert_mean_close
 
 

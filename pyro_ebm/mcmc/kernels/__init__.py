@@ -1,0 +1,1 @@
+"""What a kernel is, one kernel a file, and what tunes them."""

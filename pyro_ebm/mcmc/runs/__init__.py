@@ -1,0 +1,1 @@
+"""Running kernels: drivers, sequential Monte Carlo, replay buffers, the short way."""

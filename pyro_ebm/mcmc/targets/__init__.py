@@ -1,0 +1,1 @@
+"""What kernels sample: potentials on real coordinates, for many chains at once."""
