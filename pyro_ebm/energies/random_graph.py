@@ -100,8 +100,10 @@ class ExponentialRandomGraph(ExponentialFamily):
             x: Graphs as dyads, ``(..., n(n-1)/2)``.
 
         Raises:
-            ValueError: If a statistic does not give one number for every graph.
+            ValueError: If a statistic does not give one number for every graph, or graphs are no
+                dyads.
         """
+        _check_dyads(x, self.event_shape, self.num_nodes)
         if not x.is_floating_point():
             dtype, size = torch.get_default_dtype(), x.shape[:-1].numel() * self.num_nodes**2
             if size > _MAX_CELLS and all(term.counts_in_bits for term in self.terms):
@@ -125,7 +127,7 @@ class ExponentialRandomGraph(ExponentialFamily):
         Args:
             x: One graph, ``(n(n-1)/2,)``.
         """
-        check_event_shape(x, self.event_shape, type(self).__name__)
+        _check_dyads(x, self.event_shape, self.num_nodes)
         return change_statistics(x, self.terms, self.num_nodes)
 
     def natural(self) -> Tensor:
@@ -135,6 +137,11 @@ class ExponentialRandomGraph(ExponentialFamily):
     def set_natural(self, natural: Tensor) -> None:
         """Sets the coefficients."""
         self.theta = natural
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns E(x) in nats, ``(...)``, for graphs as dyads."""
+        _check_dyads(x, self.event_shape, self.num_nodes)
+        return super().forward(x)
 
     # --- what is exact
 
@@ -203,7 +210,7 @@ class ExponentialRandomGraph(ExponentialFamily):
             x: Graphs, ``(...) + (n(n-1)/2,)``, where ``(...)`` broadcasts with ``batch``.
             num_sweeps: Sweeps, of as many dyads as there are.
         """
-        check_event_shape(x, self.event_shape, type(self).__name__)
+        _check_dyads(x, self.event_shape, self.num_nodes)
         batch = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
         flat = x.expand(batch + x.shape[-1:]).reshape(-1, x.shape[-1])
         theta = self.theta.expand(batch + self.theta.shape[-1:]).reshape(-1, len(self.terms))
@@ -212,6 +219,15 @@ class ExponentialRandomGraph(ExponentialFamily):
         for _ in range(num_sweeps):
             chains.sweep()
         return chains.ties().reshape(batch + x.shape[-1:]).to(x.dtype)
+
+
+def _check_dyads(x: Tensor, event_shape: torch.Size, num_nodes: int) -> None:
+    if x.shape[-2:] == (num_nodes, num_nodes) and x.shape[-1:] != event_shape:
+        raise ValueError(
+            f"a graph is the vector of its {event_shape[0]} dyads, got an adjacency matrix, "
+            f"{tuple(x.shape)}: graph_statistics.ties_of(adjacency) reads them off it"
+        )
+    check_event_shape(x, event_shape, ExponentialRandomGraph.__name__)
 
 
 def _check_terms(terms: tuple[GraphStatistic, ...], num_nodes: int) -> None:

@@ -7,7 +7,7 @@ from pyro_ebm.normalizers.anchoring import anchored_to
 from pyro_ebm.normalizers.base_importance import BaseImportance, base_importance
 from pyro_ebm.normalizers.bridge import bridge
 from pyro_ebm.normalizers.estimate import estimate_log_normalizer
-from pyro_ebm.normalizers.evidence import BayesFactor, bayes_factor, evidence
+from pyro_ebm.normalizers.evidence import BayesFactor, Evidence, bayes_factor, evidence
 from pyro_ebm.normalizers.exact import exact
 from pyro_ebm.normalizers.from_uniform import from_uniform
 from pyro_ebm.normalizers.gauss_hermite import gauss_hermite
@@ -24,6 +24,7 @@ __all__ = [
     "BaseImportance",
     "BayesFactor",
     "Box",
+    "Evidence",
     "TemperedRun",
     "ais",
     "anchored",

@@ -33,11 +33,16 @@ from pyro_ebm.normalizers.chain_size import MIN_CHAINS, effective_size
 from pyro_ebm.normalizers.displacement import MIN_SHARE, displacement, refuse
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.held_draws import HeldDraws
+from pyro_ebm.ops.log_normalizer import LogNormalizer
 
 MIN_SHARED = 5.0
 """Effective draws that link the anchors, as the curvature counts them."""
 
 _NEWTON_STEPS = 100
+
+
+class NoOverlapError(ValueError):
+    """Hardly any draw of one group of anchors could be one of the others."""
 
 
 class Anchored(HeldDraws):
@@ -46,8 +51,9 @@ class Anchored(HeldDraws):
     Args:
         anchors: Natural parameters, ``(K, p)``.
         statistics: Statistics of draws at each of them, ``(K, C, N, p)``, of C chains.
-        log_normalizer: Log Z at the first anchor in nats, if it is known; else log Z is up to a
-            constant, which inference does not see, and evidence does.
+        log_normalizer: Log Z at the first anchor in nats, if it is known, or an estimate, whose
+            standard error is then in that of evidence; else log Z is up to a constant, which
+            inference does not see, and evidence does (:meth:`with_log_normalizer`).
 
     Attributes:
         is_relative: Whether that constant is missing.
@@ -67,7 +73,11 @@ class Anchored(HeldDraws):
     """
 
     def __init__(
-        self, anchors: Tensor, statistics: Tensor, *, log_normalizer: float | None = None
+        self,
+        anchors: Tensor,
+        statistics: Tensor,
+        *,
+        log_normalizer: float | LogNormalizer | None = None,
     ) -> None:
         if statistics.dim() != 4 or statistics.shape[::3] != anchors.shape:
             raise ValueError(
@@ -77,13 +87,14 @@ class Anchored(HeldDraws):
         self.anchors = anchors.detach().double()
         self.statistics = statistics.detach().double()
         self.is_relative = log_normalizer is None
+        constant, self._error_of_constant = _known(log_normalizer)
         self._beyond = Beyond(
             "at parameters that the anchors say nothing of",
             "Add anchors (anchored_to places them)",
         )
         self._counts = self._effective_counts()
         self._rows, self._log_counts = self._pooled()
-        self.log_normalizers = self._solved() + (log_normalizer or 0.0)
+        self.log_normalizers = self._solved() + constant
         self._log_mixture = self._mixture(self._rows, self.log_normalizers)
 
     def _effective_counts(self) -> Tensor:
@@ -136,7 +147,7 @@ class Anchored(HeldDraws):
     def _check_overlap(self, curvature: Tensor) -> None:
         """Raises where hardly any draw of one group of anchors could be one of the others."""
         if len(curvature) > 1 and float(torch.linalg.eigvalsh(curvature)[1]) < MIN_SHARED:
-            raise ValueError(
+            raise NoOverlapError(
                 "the anchors do not overlap: put some between them, or take more draws of each"
             )
 
@@ -223,9 +234,49 @@ class Anchored(HeldDraws):
         num_anchors, num_chains = self.statistics.shape[:2]
         which = torch.randint(num_chains, (num_replicates, num_anchors, num_chains))
         rows = torch.arange(num_anchors)[:, None]
-        first = None if self.is_relative else float(self.log_normalizers[0])
         resampled = (self.statistics[rows, chains] for chains in which)
-        return [Anchored(self.anchors, each, log_normalizer=first) for each in resampled]
+        firsts = self._redrawn_constants(num_replicates)
+        return [
+            Anchored(self.anchors, each, log_normalizer=first)
+            for each, first in zip(resampled, firsts, strict=True)
+        ]
+
+    def _redrawn_constants(self, num_replicates: int) -> list[float] | list[None]:
+        """Log Z at the first anchor within its own error, for each replicate."""
+        if self.is_relative:
+            return [None] * num_replicates
+        noise = self._error_of_constant * torch.randn(num_replicates, dtype=torch.float64)
+        return (float(self.log_normalizers[0]) + noise).tolist()
+
+    def with_log_normalizer(self, log_normalizer: float | LogNormalizer) -> Anchored:
+        """Returns the same function with its constant, which evidence needs.
+
+        Args:
+            log_normalizer: Log Z at the first of :attr:`anchors` in nats, or an estimate of it.
+
+        Example:
+            >>> from pyro_ebm import EnergyDistribution
+            >>> from pyro_ebm.energies import Edges, ExponentialRandomGraph, Triangles
+            >>> from pyro_ebm.normalizers import from_uniform
+            >>> _ = torch.manual_seed(0)
+            >>> family = ExponentialRandomGraph([-1.0, 0.0], 7, [Edges(), Triangles()])
+            >>> anchors = torch.tensor([[-1.0, 0.0], [-1.0, 0.1]])
+            >>> log_z = anchored(family, anchors, num_draws=500, start=torch.zeros(21))
+            >>> first = family.with_natural(log_z.anchors[0].float())
+            >>> log_z = log_z.with_log_normalizer(from_uniform(EnergyDistribution(first)))
+            >>> exact = 21 * torch.tensor(-1.0).exp().log1p()  # ties are independent there
+            >>> bool((log_z(anchors[0]) - exact).abs() < 0.2)
+            True
+        """
+        return Anchored(self.anchors, self.statistics, log_normalizer=log_normalizer)
+
+
+def _known(log_normalizer: float | LogNormalizer | None) -> tuple[float, float]:
+    """Log Z in nats and its standard error; zero where it is not known."""
+    if not isinstance(log_normalizer, LogNormalizer):
+        return log_normalizer or 0.0, 0.0
+    error = log_normalizer.stderr
+    return float(log_normalizer.value), 0.0 if error is None else float(error)
 
 
 def anchored(

@@ -33,7 +33,7 @@ from torch import Tensor
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.normalizers.anchor_error import Naturals
-from pyro_ebm.normalizers.anchored import Anchored, anchored
+from pyro_ebm.normalizers.anchored import Anchored, NoOverlapError, anchored
 from pyro_ebm.normalizers.displacement import MAX_DISPLACEMENT, draws_wanted, times_as_many
 from pyro_ebm.ops.arguments import whole
 
@@ -72,8 +72,8 @@ def anchored_to(
         max_draws: Draws of the family at most, over all anchors.
 
     Raises:
-        RuntimeError: If the centre does not come to rest, or the rule is not met by that many
-            draws.
+        RuntimeError: If the centre does not come to rest, the rule is not met by that many
+            draws, or the posterior reaches a degenerate phase, whose draws are like no others.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -102,7 +102,7 @@ def anchored_to(
         per_anchor = math.ceil(max(wanted / len(anchors), _NUM_ROUGH / 2))
         if per_anchor * len(anchors) > max_draws:
             break
-        log_z = anchored(family, anchors, num_draws=per_anchor, start=start)
+        log_z = loop.anchored(anchors, per_anchor)
         cloud = loop.posterior(log_z, cloud.covariance, held=log_z(cloud.rows).isfinite())
         places = _places(cloud)
         worst = float(log_z.displacement(places, num_observations).max())
@@ -192,7 +192,7 @@ class _Loop:
         """The posterior under the quadratic at a centre that it leaves in place."""
         centre = first
         for _ in range(_MAX_SEARCH):
-            at_centre = anchored(self.family, centre[None], num_draws=_NUM_ROUGH, start=self.start)
+            at_centre = self.anchored(centre[None], _NUM_ROUGH)
             rough = _Rough(at_centre)
             cloud = self.posterior(rough, rough.covariance)
             step = cloud.mean - centre
@@ -204,6 +204,17 @@ class _Loop:
             f"the posterior of {type(self.family).__name__}'s parameters was not found from "
             f"first={first.tolist()} in {_MAX_SEARCH} steps: begin nearer to it"
         )
+
+    def anchored(self, anchors: Tensor, num_draws: int) -> Anchored:
+        """Log Z from this many draws at each of the anchors."""
+        try:
+            return anchored(self.family, anchors, num_draws=num_draws, start=self.start)
+        except NoOverlapError as error:
+            raise RuntimeError(
+                f"draws of {type(self.family).__name__} at neighbouring places of the posterior "
+                "have nothing in common: it reaches a degenerate phase, where they turn all at "
+                "once; use a tighter prior, or mcmc.Exchange"
+            ) from error
 
     def posterior(
         self, log_z: Callable[[Tensor], Tensor], covariance: Tensor, *, held: Tensor | None = None

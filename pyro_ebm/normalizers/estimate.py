@@ -18,6 +18,7 @@ from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.normalizers.ais import ais
 from pyro_ebm.normalizers.bridge import bridge, least_draws
+from pyro_ebm.normalizers.chain_size import divergence_remarks
 from pyro_ebm.normalizers.discrete_path import DiscretePath, draws_of_chains, is_discrete
 from pyro_ebm.normalizers.exact import States, exact
 from pyro_ebm.normalizers.from_uniform import from_uniform
@@ -170,11 +171,13 @@ def _bridged(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer:
         found, start = bridge(law, draws_of_chains(path)), path.start
     else:
         on_reals(law, "bridge sampling")
-        found, start = bridge(dist, _drawn(dist)), "support" if law.base is None else "base"
+        found, start = _of_chains(dist), "support" if law.base is None else "base"
     return replace(found, start=f"{start}{_THROUGH_CHAINS}")
 
 
-def _drawn(dist: EnergyDistribution) -> Tensor:
+def _of_chains(dist: EnergyDistribution) -> LogNormalizer:
     mcmc = MCMC(HMC(dist), 250, 300, num_chains=64, disable_progbar=True)
     mcmc.run()
-    return mcmc.get_samples()["x_latent" if isinstance(dist, GeneralizedEBM) else "x"]
+    draws = mcmc.get_samples()["x_latent" if isinstance(dist, GeneralizedEBM) else "x"]
+    found = bridge(dist, draws)
+    return replace(found, remarks=(*found.remarks, *divergence_remarks(mcmc.diagnostics())))

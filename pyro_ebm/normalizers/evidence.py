@@ -8,7 +8,8 @@ models also where there is one dependent observation, which leaves nothing to le
 What cancels in a posterior counts here: the log Z of every EBM site, constant or not, must be
 known, and priors must be proper. A log Z that is known up to a constant (``Anchored`` of a family
 that does not know its own) shifts the evidence by that constant, for each observation: the ratio of
-two models that share it is right, the evidence of one is not.
+two models that share it is right, the evidence of one is not. A log Z made of draws is NaN where
+those tell nothing, which a bridge leaves out, and a path from the prior cannot.
 
 References:
     Meng, Wong, Simulating ratios of normalizing constants via a simple identity, Statistica Sinica
@@ -22,7 +23,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import pyro
@@ -38,14 +39,17 @@ from pyro_ebm.chains.record import as_record
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import PERIODIC, innermost, is_normalized, is_periodic, mask_of
 from pyro_ebm.distributions.normalizer_guard import report
+from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.targets.model_target import ModelTarget, target_of_model
 from pyro_ebm.normalizers.bridge import bridge
+from pyro_ebm.normalizers.chain_size import divergence_remarks
 from pyro_ebm.normalizers.tempered import TemperedRun, tempered
 from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic
 from pyro_ebm.ops.arguments import one_of
 from pyro_ebm.ops.held_draws import HeldDraws, asked, replicated
 from pyro_ebm.ops.log_normalizer import LogNormalizer
+from pyro_ebm.ops.nan_energies import NaNCount
 from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.whole_data import check_site_unscaled, check_whole
 
@@ -60,6 +64,10 @@ _RELATIVE = (
     "log Z of an EBM site is known up to a constant only, which is part of the evidence: compare "
     "models that share this very function, or give Anchored its log_normalizer"
 )
+_NO_PATH = (
+    "a path from the prior needs log Z all over the prior, and draws that are held tell it near "
+    'their anchors, or base, only: use method="bridge", more anchors, or an exact log Z'
+)
 
 
 def evidence(
@@ -68,7 +76,7 @@ def evidence(
     posterior: Any = None,
     method: str = "bridge",
     kwargs: Mapping[str, Any] | None = None,
-) -> LogNormalizer:
+) -> Evidence:
     """Estimates the log marginal likelihood of a model's data.
 
     Args:
@@ -81,12 +89,13 @@ def evidence(
         kwargs: Keyword arguments of the model.
 
     Returns:
-        ``LogNormalizer``, the evidence in nats. Where log Z of an EBM site is a function made of
+        A ``LogNormalizer``, the evidence in nats. Where log Z of an EBM site is a function made of
         draws (``Anchored``, ``BaseImportance``) its standard error holds theirs, by resampling.
 
     Raises:
         MissingNormalizerError: If log Z of an EBM site is not known at every draw, or there is an
             energy factor, which has none.
+        NonFiniteEnergyError: If a path from the prior leads where a log Z made of draws is NaN.
         ValueError: If a prior is improper or periodic on the reals (VonMises), a plate is
             subsampled, a site is scaled, or latents have no draws.
 
@@ -108,18 +117,57 @@ def evidence(
     if bool((target.flat_terms(torch.ones(1, target.dim)) != 0).any()):
         raise ValueError(f"{target!r}: a latent has no density at all, so there is no evidence")
     positions = torch.empty(0)
+    remarks: tuple[str, ...] = ()
     if method == "bridge" or functions:
-        given = _drawn(model, args, kwargs) if posterior is None else posterior
-        positions = _positions(target, names, given)
+        if posterior is None:
+            posterior = _drawn(model, args, kwargs)
+            remarks = () if functions else divergence_remarks(posterior.diagnostics())
+        positions = _positions(target, names, posterior)
     if method == "bridge":
-        found = bridge(EnergyDistribution(_flat(target), event_shape=(target.dim,)), positions)
+        found = _bridged(target, positions, held=bool(functions))
     else:
-        law = _between(target, _Prior(model, args, kwargs, like=target))
-        found = _PATHS[method](law, _tempered(law))
+        prior = _Prior(model, args, kwargs, like=target)
+        found = _along(target, prior, method, held=bool(functions))
     if functions:
         found = _with_error_of_log_z(found, target, positions, functions)
-    start = "posterior" if method == "bridge" else "prior"
-    return replace(found, method=f"evidence by {found.method}", start=start, parameters=())
+    found = replace(
+        found,
+        stderr=_with_rounding(found, target.dtype),
+        method=f"evidence by {found.method}",
+        start="posterior" if method == "bridge" else "prior",
+        remarks=(*found.remarks, *remarks),
+        parameters=(),
+    )
+    relative_to = frozenset(f for f in functions if f.is_relative)
+    return Evidence(**_fields_of(found), relative_to=relative_to)
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence(LogNormalizer):
+    """A log evidence in nats.
+
+    Args:
+        relative_to: Functions for log Z that are known up to a constant only, which is part of it.
+    """
+
+    relative_to: frozenset[HeldDraws] = frozenset()
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Reasons not to trust value and error bar, a sentence each; empty if there is none."""
+        return (*super().doubts, *([_RELATIVE] if self.relative_to else []))
+
+
+def _with_rounding(found: LogNormalizer, dtype: torch.dtype) -> Tensor | None:
+    """The standard error with that of a sum over all data, which is rounded as a whole."""
+    if found.stderr is None:
+        return None
+    rounding = torch.finfo(dtype).eps * found.value.abs() / math.sqrt(12.0)
+    return torch.hypot(found.stderr, rounding.to(found.stderr))
+
+
+def _fields_of(found: LogNormalizer) -> dict[str, Any]:
+    return {f.name: getattr(found, f.name) for f in fields(found) if f.init}
 
 
 class BayesFactor(NamedTuple):
@@ -143,6 +191,9 @@ class BayesFactor(NamedTuple):
 def bayes_factor(one: LogNormalizer, other: LogNormalizer) -> BayesFactor:
     """Returns the log Bayes factor of two evidences of the same data.
 
+    Constants of the log Z that both share cancel; errors that they share do not, which makes the
+    stated one large.
+
     Raises:
         ValueError: If one of them has no standard error.
 
@@ -153,9 +204,17 @@ def bayes_factor(one: LogNormalizer, other: LogNormalizer) -> BayesFactor:
     """
     if one.stderr is None or other.stderr is None:
         raise ValueError("a Bayes factor needs two evidences with standard errors")
-    doubts = [f"{which}: {d}" for which, z in (("first", one), ("second", other)) for d in z.doubts]
     error = torch.hypot(one.stderr, other.stderr)
-    return BayesFactor(one.value - other.value, error, tuple(doubts))
+    return BayesFactor(one.value - other.value, error, _doubts_of_ratio(one, other))
+
+
+def _doubts_of_ratio(one: LogNormalizer, other: LogNormalizer) -> tuple[str, ...]:
+    """What speaks against either, told once; a constant that cancels does not."""
+    cancels = getattr(one, "relative_to", None) == getattr(other, "relative_to", None)
+    first, second = ([d for d in z.doubts if d != _RELATIVE or not cancels] for z in (one, other))
+    which = dict.fromkeys(first, "first") | dict.fromkeys(second, "second")
+    which |= dict.fromkeys((d for d in first if d in second), "both")
+    return tuple(f"{who}: {doubt}" for doubt, who in which.items())
 
 
 # --- what is refused
@@ -238,6 +297,20 @@ def _flat(target: ModelTarget) -> Callable[[Tensor], Tensor]:
     return potential
 
 
+def _bridged(target: ModelTarget, positions: Tensor, *, held: bool) -> LogNormalizer:
+    """The bridge; where log Z is made of held draws, a NaN is theirs and none of the user's."""
+    potential, seen = _flat(target), NaNCount()
+    energy = (lambda q: seen(potential(q))) if held else potential
+    found = bridge(EnergyDistribution(energy, event_shape=(target.dim,)), positions)
+    if not seen.number:
+        return found
+    remark = (
+        f"log Z of an EBM site is not told at {seen.number} positions near the posterior, and "
+        "what lies there is left out: use more held draws, or anchors there"
+    )
+    return replace(found, remarks=(*found.remarks, remark))
+
+
 # --- log Z's that are estimates
 
 
@@ -245,7 +318,7 @@ def _with_error_of_log_z(
     found: LogNormalizer, target: ModelTarget, positions: Tensor, functions: list[HeldDraws]
 ) -> LogNormalizer:
     """Adds what the evidence would change by, were the draws behind log Z others."""
-    remarks = [_RELATIVE] if any(f.is_relative for f in functions) else []
+    remarks = []
     rows = positions.reshape(-1, target.dim)
     kept = torch.linspace(0, len(rows) - 1, min(len(rows), _NUM_REWEIGHTED)).long()
     rows, potential = rows[kept.to(rows.device)], _flat(target)
@@ -273,6 +346,19 @@ def _between(target: ModelTarget, prior: _Prior) -> EnergyDistribution:
     """The posterior as a tilt of the prior by the log likelihood."""
     joint, before = _flat(target), _flat(prior.target)
     return EnergyDistribution(lambda q: joint(q) - before(q), base=prior)
+
+
+def _along(target: ModelTarget, prior: _Prior, method: str, *, held: bool) -> LogNormalizer:
+    """A path from the prior, which must not lead where held draws do not tell log Z."""
+    law = _between(target, prior)
+    if held and bool(law.energy(prior.sample((_NUM_CHAINS,))).isnan().any()):
+        raise NonFiniteEnergyError(_NO_PATH)
+    try:
+        return _PATHS[method](law, _tempered(law))
+    except NonFiniteEnergyError as error:
+        if held:
+            raise NonFiniteEnergyError(_NO_PATH) from error
+        raise
 
 
 def _tempered(law: EnergyDistribution) -> TemperedRun:

@@ -6,7 +6,9 @@ times as far out: this is looked at along random rays. A *ridge*, as that of :ma
 no random ray meets. In a few dims U is therefore followed through tubes of constant width, where it
 has to grow faster than :math:`\log r`: along coordinates, sums and differences of two of them, and
 the directions in which gradients far out do not point. A tube, and not a line, as a ridge may
-become so narrow far out that its mass is finite.
+become so narrow far out that its mass is finite; and one with its middle near 0, as tubes that lie
+far out to the side may run across a bent valley (a funnel, a banana), where U is so large that it
+underflows or rounds to a constant.
 
 This finds densities that do not fall off, and cannot prove that all others do.
 """
@@ -29,9 +31,11 @@ SCALE_UNKNOWN = 1e4  # beyond this, in any units of one's own, lies nothing that
 _NUM_RAYS = 32
 _UNBOUNDED = (constraints.real, constraints.positive, constraints.nonnegative)
 _FAR = (1e2, 1e3, 1e4)  # times the scale of the data
+_NEAR = 1e-3  # in the units of x
+_ROUNDING = 8.0  # of a difference of two energies, in units of eps times the larger
 _MAX_DIM, _MAX_PAIRED = 16, 8  # dims of ridges along coordinates, and along pairs of them
 _MAX_NUMBERS = 2**23  # in tubes of all rows at once; more are not looked at
-_NUM_OFFSETS = 2  # places in a tube
+_NUM_OFFSETS = 2  # places in a tube, besides its middle
 
 
 def check_grows(law: EnergyDistribution) -> None:
@@ -104,7 +108,7 @@ class _Far:
     def cone_is_flat(self) -> bool:
         """Whether the density falls off too slowly around a random ray."""
         rays = _unit(self._inside(self._of_rows(torch.randn(_NUM_RAYS, self.dim))), self.dim)
-        return bool(self._are_flat(rays, torch.zeros_like(rays), self.dim).any())
+        return bool(self._are_flat(rays, self._near(rays), self.dim).any())
 
     def tube_is_flat(self) -> bool:
         """Whether it falls off too slowly in a tube along one of the likely ridges."""
@@ -117,9 +121,11 @@ class _Far:
         rays += [self._without_gradient()] if self.is_signed else []
         rows = torch.broadcast_shapes(*(r.shape[1:] for r in rays))
         along = torch.cat([r.expand(len(r), *rows) for r in rays])
-        offsets = self._inside(self._of_rows(torch.randn(_NUM_OFFSETS * len(along), self.dim)))
-        flat = self._are_flat(along.repeat((_NUM_OFFSETS,) + (1,) * len(rows)), offsets, 1)
-        return bool(flat.reshape(_NUM_OFFSETS, len(along), -1).all(0).any())
+        flat = self._are_flat(along, self._near(along), 1)
+        for _ in range(_NUM_OFFSETS):
+            offsets = self._inside(self._of_rows(torch.randn(len(along), self.dim)))
+            flat &= self._are_flat(along, offsets, 1)
+        return bool(flat.any())
 
     def _of_rows(self, rays: Tensor) -> Tensor:
         """The same rays ``(R, d)`` for all rows."""
@@ -129,13 +135,24 @@ class _Far:
     def _inside(self, rays: Tensor) -> Tensor:
         return rays if self.is_signed else rays.abs()
 
+    def _near(self, like: Tensor) -> Tensor:
+        """Places next to 0, where energies may be infinite."""
+        return self._inside(_NEAR / self.scale * torch.randn(like.shape).to(like))
+
     def _are_flat(self, rays: Tensor, offsets: Tensor, dim: int) -> Tensor:
-        """Whether U grows by no more than ``dim log r`` along rays from their offsets, by row."""
-        heights = torch.stack([self.law.potential(self.scale * (r * rays + offsets)) for r in _FAR])
-        growth = heights.diff(dim=0)
-        rounding = 8.0 * torch.finfo(heights.dtype).eps * heights[1:].abs()
-        slow = growth <= dim * math.log(10.0) + rounding
-        return (torch.isfinite(growth) & slow).all(0)
+        """Whether U grows by no more than ``dim log r`` along rays from their offsets, by row.
+
+        A fall counts where it ends in a density that is not negligible beside that at the offset:
+        a straight line through a bent valley falls, too.
+        """
+        rays, offsets = self.scale * rays, self.scale * offsets
+        offsets = (_FAR[-1] * rays + offsets) - _FAR[-1] * rays  # as they round at the far end
+        heights = torch.stack([self.law.potential(r * rays + offsets) for r in (0.0, *_FAR)])
+        bound = dim * math.log(10.0) + _rounding(heights[2:])
+        growth = heights[1:].diff(dim=0)
+        rise, most = heights[-1] - heights[0], self.dim * float((self.scale * _FAR[-1]).log())
+        counts = (growth >= -bound).all(0) | (rise <= most + _rounding(heights[-1]))
+        return (torch.isfinite(growth) & (growth <= bound)).all(0) & counts
 
     def _without_gradient(self) -> Tensor:
         """Principal directions of gradients far out; along a ridge there are none."""
@@ -163,6 +180,10 @@ def _likely_ridges(dim: int, *, is_signed: bool) -> Tensor:
         found += [axes[one] + axes[other]] + [axes[one] - axes[other]] * is_signed
     along = torch.nn.functional.normalize(torch.cat(found))
     return torch.cat([along, -along]) if is_signed else along
+
+
+def _rounding(heights: Tensor) -> Tensor:
+    return _ROUNDING * torch.finfo(heights.dtype).eps * heights.abs()
 
 
 def _unit(x: Tensor, dim: int) -> Tensor:

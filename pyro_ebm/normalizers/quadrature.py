@@ -284,9 +284,15 @@ def _box_around(integrand: _Integrand, peaks: Peaks, depth: float) -> Box:
         high = high + width * torch.tensor([above for _, above in grows]).to(low)
     check_grows(integrand.law)
     reach = f"{float((high - low).max()):.2g}"
+    instead = (
+        ""
+        if low.dtype == torch.float64
+        else " In float32 it may be hidden at a singular edge of the support, and end in float64: "
+        "torch.set_default_dtype(torch.float64), parameters and base alike"
+    )
     raise NonFiniteEnergyError(
         f"{integrand.law!r}: the mass does not end within {reach} unconstrained units: is the "
-        "energy proper?"
+        f"energy proper?{instead}"
     )
 
 

@@ -16,6 +16,10 @@ for m weights, finite up to k = 1. As errors are believed only where the estimat
 those that are have one that came out low: k is raised, by nothing up to .3 and by two of its own
 standard errors at .7, but not beyond .75.
 
+Weights of discrete laws are tied. What is tied with the largest weight of the body belongs to the
+body, or where that leaves hardly a tail, to the tail. The threshold then lies halfway between them,
+as each value stands for those around it.
+
 References:
     Vehtari, Simpson, Gelman, Yao, Gabry, Pareto smoothed importance sampling, JMLR 25(72), 2024;
     Johansson, Estimating the mean of heavy-tailed distributions, Extremes 6, 2003 (the error);
@@ -88,20 +92,33 @@ def pareto_tail(log_weights: Tensor) -> ParetoTail:
     if size < _MIN_TAIL:
         return ParetoTail(math.inf, 0.0)
     weights = (log_weights - log_weights.max()).sort().values.exp()
-    body, excess = weights[:-size], weights[-size:] - weights[-size - 1]
-    if not float(excess[-1]) > 0:
+    body, tail = _parted(weights, size)
+    if len(tail) == 0 or bool(tail[0] == tail[-1] and len(tail) >= _MIN_TAIL):
         return ParetoTail(-math.inf, 0.0)
-    khat, scale = _shape_of(excess)
-    if khat <= 0 or size < _MIN_FITTED:
+    if len(tail) < _MIN_TAIL:
+        return ParetoTail(math.inf, 0.0)
+    is_tied = bool((body[-2:] == body[-1]).all()) and len(body) > 1
+    threshold = 0.5 * (body[-1] + tail[0]) if is_tied else body[-1]
+    khat, scale = _shape_of(tail - threshold)
+    if khat <= 0 or len(tail) < _MIN_FITTED:
         return ParetoTail(khat, 0.0)
-    return ParetoTail(khat, _error(body, size, khat, scale) / float(weights.mean()))
+    mean = float(threshold) + scale / (1.0 - min(khat, _MAX_SHAPE))
+    return ParetoTail(khat, _error(body, len(tail), khat, scale, mean) / float(weights.mean()))
 
 
-def _error(body: Tensor, size: int, khat: float, scale: float) -> float:
-    """The standard error of a mean of which the tail counts as its fit."""
+def _parted(weights: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Ordered weights up to a threshold, and those above it: about the ``size`` largest."""
+    threshold = weights[-size - 1]
+    is_body = weights <= threshold
+    if 0 < int((~is_body).sum()) < _MIN_TAIL and bool(weights[0] < threshold):
+        is_body = weights < threshold
+    return weights[is_body], weights[~is_body]
+
+
+def _error(body: Tensor, size: int, khat: float, scale: float, mean: float) -> float:
+    """The standard error of a mean of which the tail counts as its fit, of this ``mean``."""
     num = len(body) + size
     share, k = size / num, min(khat, _MAX_SHAPE)
-    mean = float(body[-1]) + scale / (1.0 - k)
     spread = (1.0 - share) * float(body.var()) + share * (1.0 - share) * (
         mean - float(body.mean())
     ) ** 2
@@ -120,7 +137,8 @@ def _shape_of(excess: Tensor) -> tuple[float, float]:
     quartile = excess[int(n / 4 + 0.5) - 1]
     theta = 1.0 / excess[-1] + (1.0 - torch.sqrt(num_grid / (grid - 0.5))) / (3.0 * quartile)
     k = torch.log1p(-theta[:, None] * excess).mean(1)
-    profile = n * (torch.log(-theta / k) - k - 1.0)
+    ratio = torch.where(k == 0, 1.0 / excess.mean(), -theta / k)  # its limit, where theta is zero
+    profile = n * (torch.log(ratio) - k - 1.0)
     mean = (profile.softmax(0) * theta).sum()
     shape = float(torch.log1p(-mean * excess).mean())
     return (n * shape + _PRIOR * 0.5) / (n + _PRIOR), -shape / float(mean)

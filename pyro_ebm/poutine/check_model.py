@@ -108,8 +108,20 @@ def has_energies(trace: Any) -> bool:
     return any(unwrap(s["fn"]) is not None or s["infer"].get("energy_factor") for s in sites)
 
 
-def check_structure(model: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> None:
+def check_structure(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Any,
+    *,
+    at: Mapping[str, Tensor] | None = None,
+) -> None:
     """Runs :func:`check_model` without slopes, for entry points that no gradient protects.
+
+    Args:
+        model: The model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        at: Values of latents at which the density is finite, where some are known.
 
     Raises:
         MissingNormalizerError: As :func:`check_model`.
@@ -119,12 +131,12 @@ def check_structure(model: Callable[..., Any], args: Sequence[Any], kwargs: Any)
     """
     try:
         with prototype_run():
-            check_model(partial(model, **kwargs), *args, num_samples=0)
+            check_model(partial(model, **kwargs), *args, at=at, num_samples=0)
     except MissingNormalizerError:
         raise
     except Exception as error:  # models may do anything with their values
         warnings.warn(
-            f"whether every log Z covers the model's discrete latents was not checked: {error}",
+            f"whether every log Z covers the latents of its energy was not checked: {error}",
             stacklevel=2,
         )
 

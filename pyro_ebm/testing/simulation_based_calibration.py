@@ -6,7 +6,8 @@ x, the rank of :math:`\theta` among the draws is uniform on 0, ..., L, for every
 
 Chains start where all runs start, spread over the unconstrained space and without knowledge of
 :math:`\theta`, and warm up: so a warm-up that is too short is seen as well as a wrong kernel. Draws
-are thinned until they are next to independent; a pilot run finds by how much. Ranks among
+are thinned until they are next to independent; a pilot run finds by how much, and goes on until it
+is long beside that. Ranks among
 correlated draws crowd at both ends, as those of a posterior that is too narrow do.
 
 References:
@@ -40,7 +41,9 @@ KernelOf = Callable[[EachChain], Kernel]
 """Makes a kernel for a model: a class such as ``HMC``, or a function that sets its options."""
 
 LOG_LIKELIHOOD = "log likelihood"
-_PILOT = 100  # steps that the thinning is found from
+_PILOT = 100  # steps that the thinning is first looked for in
+_LONGEST_PILOT = 1600
+_PILOT_LAGS = 8  # thinnings in a pilot run that is long enough to find them in
 _CORRELATED = 0.05  # what two draws may be
 _MIN_DRAWS = 8  # draws, to say how correlated they are
 _FEW = 0.7  # of the draws, that correlation leaves
@@ -89,12 +92,19 @@ class CalibrationResult:
             level: How often a right kernel fails, all quantities together.
 
         Raises:
-            AssertionError: If they are not; it says in which way.
+            AssertionError: If they are not; it says in which way, or that the draws of a chain are
+                too correlated for the ranks to say anything.
         """
         bad = [n for n, p in self.pvalues.items() if p * len(self.ranks) < level]
         if bad:
-            lines = [f"{self.kernel} is not calibrated", *map(self._of, bad), *self._remarks()]
+            lines = [self._verdict(), *map(self._of, bad), *self._remarks()]
             raise AssertionError("\n".join(lines))
+
+    def _verdict(self) -> str:
+        """What ranks say that are not uniform."""
+        if self._is_correlated:
+            return f"{self.kernel}: inconclusive, for a right kernel's ranks are not uniform either"
+        return f"{self.kernel} is not calibrated"
 
     def smallest_detectable(self, power: float = 0.9, level: float = 1e-4) -> Detectable:
         """Returns what errors of a Gaussian posterior :meth:`check` sees by chi-square alone.
@@ -122,9 +132,13 @@ class CalibrationResult:
         by = f"chi-square {test.chi_square:.2g}, ECDF {test.ecdf:.2g}"
         return f"{name}: p {test.pvalue:.2g} ({by}); {shape}"
 
+    @property
+    def _is_correlated(self) -> bool:
+        return self.effective_draws < _FEW * self.num_draws
+
     def _remarks(self) -> list[str]:
         remarks = []
-        if self.effective_draws < _FEW * self.num_draws:
+        if self._is_correlated:
             remarks.append("draws of a chain are correlated, which too looks ∪: set thinning=")
         if not self.has_log_likelihood:
             why = "its log Z is not known, or latents are summed out"
@@ -212,11 +226,25 @@ def _warmed_up(
     kernel: Kernel, num_chains: int, warmup_steps: int, thinning: int | None
 ) -> tuple[State, int]:
     """The chains after their warm-up, and how many steps make two draws next to independent."""
-    steps = 1 if thinning else _PILOT
-    pilot = MCMC(kernel, steps, warmup_steps, num_chains=num_chains, disable_progbar=True)
-    pilot.run()
-    assert pilot.state is not None
-    return pilot.state, thinning or _lag(pilot.get_samples(unconstrained=True))
+    state, draws = _pilot(kernel, num_chains, 1 if thinning else _PILOT, warmup_steps)
+    if thinning:
+        return state, thinning
+    steps, lag = _PILOT, _lag(draws)
+    while steps < min(_PILOT_LAGS * lag, _LONGEST_PILOT):
+        steps *= 2
+        state, draws = _pilot(kernel, num_chains, steps, 0, state)
+        lag = _lag(draws)
+    return state, lag
+
+
+def _pilot(
+    kernel: Kernel, num_chains: int, steps: int, warmup_steps: int, state: State | None = None
+) -> tuple[State, Values]:
+    """Where chains have come, and what they drew on their way."""
+    mcmc = MCMC(kernel, steps, warmup_steps, num_chains=num_chains, disable_progbar=True)
+    mcmc.run(initial_state=state)
+    assert mcmc.state is not None
+    return mcmc.state, mcmc.get_samples(unconstrained=True)
 
 
 def _ranks(truth: Values, data: Values, draws: Values, asked: Mapping[str, OfOne]) -> Values:

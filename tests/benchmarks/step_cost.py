@@ -6,7 +6,10 @@ one gradient of the energy by autograd and nothing else; the other columns are t
 divided by that of its gradients.
 
 *Training.* A network 16-128-128-1 on batches of 256 rows. *hand* is the time of a step of the same
-objective, written in torch with Adam and nothing else; the other columns are divided by it.
+objective, written in torch with Adam and nothing else; the other columns are divided by it. *stock*
+is that loss as a factor of a model under Pyro's ``SVI`` and ``Trace_ELBO``, *svi* the objective of
+this package there, with Pyro's validation off or on, and *own* what the latter, off, takes longer
+than the former: our share of a step.
 
 All are medians over blocks that alternate between the columns, on one thread. Libraries that are
 not installed, or do not have an objective, are left out (``make bench`` installs them).
@@ -164,6 +167,7 @@ def training_columns(name: str, x: Tensor, *, compiles: bool) -> dict[str, Calla
         "hand": training_steps.by_hand(name, x),
         "module": training_steps.by_module(name, x),
         "fit": training_steps.by_fit(name, x),
+        "stock": training_steps.by_stock_svi(name, x),
         "svi, off": training_steps.by_svi(name, x, validated=False),
         "svi, on": training_steps.by_svi(name, x, validated=True),
     }
@@ -196,7 +200,8 @@ def measure_training(name: str, blocks: int, *, compiles: bool) -> dict[str, flo
             times[label].append(seconds(step, calls))
     hand = torch.tensor(times["hand"])
     ratios = {k: float((torch.tensor(v) / hand).median()) for k, v in times.items()}
-    return {**ratios, "hand": float(hand.median())}
+    shares = torch.tensor(times["svi, off"]) / torch.tensor(times["stock"]) - 1.0
+    return {**ratios, "hand": float(hand.median()), "own": float(shares.median())}
 
 
 def print_samplers(blocks: int) -> None:
@@ -209,7 +214,7 @@ def print_samplers(blocks: int) -> None:
         print(f"{setting.name:32s} {1e6 * found['bare']:9.0f} {ratios}")
 
 
-COLUMNS = ("module", "fit", "capture", "compile", "svi, off", "svi, on")
+COLUMNS = ("module", "fit", "capture", "compile", "stock", "svi, off", "svi, on", "own")
 OTHERS = ("hand, comp", "ebmkit", "torchebm")
 
 

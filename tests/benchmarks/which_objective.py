@@ -12,8 +12,9 @@ bias      estimate minus truth, in standard errors of maximum likelihood with 10
           root of the number of rows. The estimate of maximum likelihood on the same rows, which is
           right on average, is subtracted
 variance  of the estimate, relative to maximum likelihood: the mean over parameters
-weight    the same for the weight of a mode: of N(-4, 1) and N(4, 1), mixed .3 to .7 (Gaussian
-          objectives); "blind" beyond 100, "biased" where it is wrong by more than five errors
+weight    the same for the weight of a mode: of N(-4, 1) and N(4, 1), mixed .3 to .7, or of eight
+          bits that are 1 with probability .03 and those with .97; "blind" beyond 100, "biased"
+          where it is wrong by more than five errors
 energies  evaluations of the energy per datum and step, those along derivatives counted once
 slopes    backward passes in x per datum and step
 
@@ -186,6 +187,26 @@ def ring() -> Problem:
         return states[torch.multinomial(weights, num, replacement=True)]
 
     options = {"event_shape": (8,), "support": constraints.independent(constraints.boolean, 1)}
+    return Problem(potential, truth, draw, log_z, None, options)
+
+
+def two_modes_of_bits() -> Problem:
+    """One parameter: the log odds of eight bits that are mostly 0 against mostly 1."""
+    share = math.log(0.03 / 0.97)
+
+    def potential(theta: Tensor, x: Tensor) -> Tensor:
+        ones = x.sum(-1)
+        return -torch.logaddexp(share * ones + theta[..., 0], share * (8 - ones))
+
+    def draw(num: int) -> Tensor:
+        ones = torch.where(torch.rand(num, 1) < 0.3, 0.03, 0.97)
+        return (torch.rand(num, 8) < ones).double()
+
+    def log_z(theta: Tensor) -> Tensor:
+        return torch.nn.functional.softplus(theta[..., 0]) - 8 * math.log(0.97)
+
+    options = {"event_shape": (8,), "support": constraints.independent(constraints.boolean, 1)}
+    truth = torch.tensor([math.log(0.3 / 0.7)], dtype=torch.float64)
     return Problem(potential, truth, draw, log_z, None, options)
 
 
@@ -546,9 +567,9 @@ def judged(problem: Problem, row: Row, rows: int, repeats: int) -> Judged:
     return Judged.of(influence, (exact, variance), found[0].energies, found[0].slopes, rows=1)
 
 
-def weight_of_modes(row: Row, rows: int) -> str:
+def weight_of_modes(problem: Problem, row: Row, rows: int) -> str:
     try:
-        found = judged(two_modes(), row, rows, 2)
+        found = judged(problem, row, rows, 2)
     except (ValueError, RuntimeError, torch.linalg.LinAlgError):
         return "n/a"
     if abs(found.bias) > 5 * found.error:
@@ -575,18 +596,15 @@ def lines(options: Any) -> dict[str, dict[str, Callable[[], str]]]:
     """What makes every line of the two tables, by its name."""
     rows, repeats = options.rows, options.repeats
 
-    def plain(row: Row) -> str:
-        return line(judged(PLANE, row, rows, repeats), weight_of_modes(row, rows))
+    def plain(problem: Problem, modes: Problem, row: Row) -> str:
+        return line(judged(problem, row, rows, repeats), weight_of_modes(modes, row, rows))
 
-    continuous = {name: partial(plain, row) for name, row in CONTINUOUS.items()}
+    continuous = {n: partial(plain, PLANE, two_modes(), row) for n, row in CONTINUOUS.items()}
     for name, compared in BATCHED.items():
         num = rows * repeats // (2 * BATCH)
         continuous[name] = partial(lambda c, n: line(judged_on_batches(c, n), "n/a"), compared, num)
     continuous["WassersteinCritic"] = partial(cost_of_critic, rows)
-    spins = {
-        name: partial(lambda row: line(judged(ring(), row, rows, repeats), ""), row)
-        for name, row in DISCRETE.items()
-    }
+    spins = {n: partial(plain, ring(), two_modes_of_bits(), row) for n, row in DISCRETE.items()}
     return {"Gaussian": continuous, "spins": spins}
 
 

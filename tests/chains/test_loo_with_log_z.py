@@ -236,6 +236,26 @@ def test_the_error_of_held_draws_is_told_beside_loo():
     assert 0.55 < np.sqrt(np.mean(gaps**2)) / errors.mean() < 1.7
 
 
+@pytest.mark.filterwarnings("ignore:log_likelihood. log Z is made of held draws")
+def test_sites_that_share_held_draws_count_them_twice():
+    """Rows in two sites or in one: the same error of their sum."""
+    x, t = torch.randn(40) / 2**0.5, 1.0 + 0.2 * torch.rand(2, 10)
+    held = base_importance(dist.Normal(0.0, 1.0), num_draws=1000)
+
+    def error_of(*sites):
+        def model():
+            tilt = pyro.sample("t", dist.Gamma(2.0, 1.0))
+            for i, rows in enumerate(sites):
+                with pyro.plate(f"rows{i}", len(rows)):
+                    pyro.sample(f"x{i}", tilted(tilt, lambda law, t: held(law)), obs=rows)
+
+        torch.manual_seed(0)  # the same resampled draws
+        found = to_arviz({"t": t}, model=model, log_likelihood=True)
+        return found.log_likelihood.attrs["elpd_mcse_logz"]
+
+    assert error_of(x[:20], x[20:]) == pytest.approx(error_of(x), rel=1e-6)
+
+
 def test_a_large_error_of_held_draws_is_warned_of():
     """200 draws of the base: 40 rows move by over a nat, where dse would be nothing."""
     x = torch.randn(40) / 2**0.5

@@ -572,12 +572,17 @@ BAD = {
     "an adjacency matrix": (
         lambda: ExponentialRandomGraph([0.1], 4, [Edges()])(torch.ones(4, 4)),
         ValueError,
-        r"inputs of shape \(..., 6\)",
+        r"vector of its 6 dyads, .*ties_of\(adjacency\) reads",
+    ),
+    "counted matrix": (
+        lambda: ExponentialRandomGraph([0.1], 4, [Edges()]).statistics(torch.ones(4, 4)),
+        ValueError,
+        r"vector of its 6 dyads, .*ties_of\(adjacency\) reads",
     ),
     "swept matrix": (
         lambda: ExponentialRandomGraph([0.1], 4, [Edges()]).sweep(torch.ones(4, 4), 1),
         ValueError,
-        r"inputs of shape \(..., 6\)",
+        r"vector of its 6 dyads, .*ties_of\(adjacency\) reads",
     ),
     "too many": (
         lambda: ExponentialRandomGraph([0.1, 0.2], 7, TERMS).log_normalizer(),

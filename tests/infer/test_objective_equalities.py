@@ -479,6 +479,7 @@ def test_one_pool_for_every_subsample(name, size, attach):
 SHIFTED = [EnergyDiscrepancy, ConditionalNCE]  # by the guide's law, from the data
 
 
+@pytest.mark.filterwarnings("ignore:.*noise does not cover the data")
 @pytest.mark.parametrize("make", [NCE, RankingNCE, KALE, DonskerVaradhan, SelfNormalized, *SHIFTED])
 def test_contrast_of_the_guide_follows_the_subsample(make):
     """Rows of the mini-batch meet the guide's parameters of the same rows, not others'."""

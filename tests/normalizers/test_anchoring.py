@@ -11,6 +11,7 @@ from pyro_ebm.energies import Ising
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.normalizers import anchored, anchoring
 from pyro_ebm.normalizers.anchor_error import mcse_logz
+from pyro_ebm.normalizers.anchored import NoOverlapError
 from pyro_ebm.normalizers.anchoring import _Cloud, _places, _Rough, _spread, anchored_to
 from pyro_ebm.normalizers.displacement import MAX_DISPLACEMENT, draws_wanted
 
@@ -234,3 +235,23 @@ def test_what_does_not_come_about_is_said(monkeypatch):
     monkeypatch.setattr(anchoring, "_MAX_SEARCH", 1)
     with pytest.raises(RuntimeError, match=r"was not found from first=\[0.0\] in 1 steps"):
         anchored_to(lattices, ten_lattices(), first=far, **options)
+
+
+def test_a_degenerate_phase_is_named(monkeypatch):
+    """Where neighbouring anchors have nothing in common, which the caller did not place."""
+
+    def apart(family, anchors, **options):
+        if len(anchors) > 1:
+            raise NoOverlapError("the anchors do not overlap")
+        return anchored(family, anchors, **options)
+
+    monkeypatch.setattr(anchoring, "anchored", apart)
+    with pytest.raises(RuntimeError, match="reaches a degenerate phase.* tighter prior, or mcmc"):
+        anchored_to(
+            lattices,
+            ten_lattices(),
+            family=Ising(0.0, SHAPE),
+            natural=natural,
+            first=torch.tensor([0.3]),
+            num_observations=10,
+        )

@@ -1,6 +1,7 @@
 """Evidence against closed forms and quadrature, and models that have none."""
 
 import math
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -10,7 +11,7 @@ from pyro.infer import config_enumerate
 
 from pyro_ebm import EnergyDistribution, energy_factor
 from pyro_ebm.energies import Ising
-from pyro_ebm.errors import MissingNormalizerError
+from pyro_ebm.errors import MissingNormalizerError, NonFiniteEnergyError
 from pyro_ebm.normalizers import Anchored, anchored, base_importance
 from pyro_ebm.normalizers.evidence import bayes_factor, evidence
 from pyro_ebm.ops.log_normalizer import LogNormalizer
@@ -72,6 +73,16 @@ def test_the_bridge_is_the_closed_form():
     seen = evidence(precision, x)
     assert seen.is_trusted
     assert abs(float(seen.value) - evidence_of_precision(x)) < 5 * float(seen.stderr) < 0.05
+
+
+def test_sums_over_many_rows_in_single_precision_are_rounded():
+    """100 000 rows: nats by the tens of thousands have an error in their third decimal."""
+    torch.set_default_dtype(torch.float32)
+    x = torch.randn(100_000)
+    draws = {n: d.reshape(20, 100) for n, d in exact_draws(x).items()}
+    seen = evidence(precision, x, posterior=draws)
+    assert float(seen.stderr) >= 2.0**-23 * float(seen.value.abs()) / 12**0.5 > 1e-3
+    assert abs(float(seen.value) - evidence_of_precision(x.double())) < 5 * float(seen.stderr)
 
 
 def test_two_latents_in_closed_form():
@@ -179,6 +190,49 @@ def test_one_lattice_with_an_anchored_log_z():
     log_z = anchored(Ising(0.0, (4, 4)), anchors, num_draws=4000)
     seen = evidence(lattice, LATTICE, log_z, posterior=draws_of_lattice((20, 200)))
     assert abs(float(seen.value) - evidence_of_lattice()) < 4 * float(seen.stderr) < 0.6
+
+
+def near_anchors():
+    anchors = torch.tensor([[0.1], [0.2], [0.3]])
+    return anchored(Ising(0.0, (8, 8)), anchors, num_draws=500)
+
+
+def wide(x, log_z):
+    energy = Ising(pyro.sample("k", dist.Normal(torch.tensor(0.0), 1.0)), (8, 8))
+    law = EnergyDistribution(energy, log_normalizer=lambda: log_z(energy.natural()))
+    pyro.sample("x", law, obs=x)
+
+
+@pytest.mark.filterwarnings("ignore:log Z was asked")
+def test_a_path_leads_where_held_draws_tell_nothing():
+    draws = {"k": 0.2 + 0.01 * torch.randn(20, 50)}
+    log_z = near_anchors()
+    with pytest.raises(NonFiniteEnergyError, match='near their anchors.* use method="bridge"'):
+        evidence(wide, torch.ones(8, 8), log_z, posterior=draws, method="stepping_stones")
+
+
+@pytest.mark.filterwarnings("ignore:log Z was asked")
+def test_a_bridge_names_positions_where_held_draws_tell_nothing():
+    """The proposal is as wide as the draws, which are between the anchors."""
+    draws = {"k": 0.05 + 0.3 * torch.rand(20, 50)}
+    found = evidence(wide, torch.ones(8, 8), near_anchors(), posterior=draws)
+    assert any("is not told at" in doubt for doubt in found.doubts)
+    assert not any("return inf" in doubt for doubt in found.doubts)
+
+
+class Diverging(dict):
+    """Draws of chains whose trajectories all diverge."""
+
+    def diagnostics(self):
+        return {"diverging": torch.ones(20, 100)}
+
+
+def test_chains_that_diverge_are_a_doubt(monkeypatch):
+    x = torch.randn(20)
+    monkeypatch.setattr(
+        sys.modules[evidence.__module__], "_drawn", lambda *args: Diverging(exact_draws(x))
+    )
+    assert any("100.0% of the trajectories diverge" in d for d in evidence(precision, x).doubts)
 
 
 def tilt(x, log_z):
@@ -335,6 +389,36 @@ def test_errors_of_a_bayes_factor_add_in_squares():
         LogNormalizer(torch.tensor(v), torch.tensor(e)) for v, e in ((1.0, 3.0), (0.0, 4.0))
     )
     assert float(bayes_factor(one, other).stderr) == pytest.approx(5.0)
+
+
+def test_the_error_of_a_constant_is_in_that_of_the_evidence():
+    """Of one lattice whose log Z at the anchor is known to a nat: known to a tenth by 50 draws."""
+    draws = Ising(0.2, (4, 4)).statistics(Ising(0.2, (4, 4)).sample((50, 20))).double()
+    log_z = Anchored(torch.tensor([[0.2]]), draws[None])
+    posterior = {"k": 0.15 + 0.1 * torch.rand(20, 100)}
+    known = log_z.with_log_normalizer(LogNormalizer(torch.tensor(9.0), torch.tensor(1.0)))
+    found = evidence(one_lattice_through, known, LATTICE, posterior=posterior)
+    assert 0.6 < float(found.stderr) < 1.5
+    exactly = evidence(
+        one_lattice_through, log_z.with_log_normalizer(9.0), LATTICE, posterior=posterior
+    )
+    assert float(exactly.stderr) < 0.3
+    assert float(found.value - exactly.value) == pytest.approx(0.0, abs=0.1)
+
+
+def test_a_constant_that_two_models_share_cancels():
+    """A doubt of each of the evidences is none of their ratio; one of another function stays."""
+    draws = Ising(0.2, (4, 4)).statistics(Ising(0.2, (4, 4)).sample((50, 20))).double()
+    one, other = (Anchored(torch.tensor([[0.2]]), draws[None]) for _ in range(2))
+    posterior = {"k": 0.15 + 0.1 * torch.rand(20, 100)}
+    found = [evidence(one_lattice_through, z, LATTICE, posterior=posterior) for z in (one, other)]
+
+    def told(*pair):
+        return [d.split(":")[0] for d in bayes_factor(*pair).doubts if "constant only" in d]
+
+    assert told(found[0], found[0]) == []
+    assert told(*found) == ["both"]
+    assert told(found[0], LogNormalizer(*torch.ones(2))) == ["first"]
 
 
 def one_lattice_through(log_z, x):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pyro_ebm import EnergyDistribution
+from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.normalizers import bridge, quadrature, stepping_stones
 from pyro_ebm.normalizers.ais import finer
 
@@ -38,6 +39,17 @@ def test_a_finer_ladder_ends_at_one():
     for inner in 0.5 * torch.rand(100, 5):
         ladder = torch.cat([inner.sort().values, torch.ones(1)])
         assert float(finer(ladder, 12)[0][-1]) == 1.0
+
+
+def test_a_singular_edge_asks_for_double_precision():
+    """Gamma(1/2) at 0: rounding hides where its mass ends."""
+    gamma = EnergyDistribution(
+        lambda x: 0.5 * x.log() + x, event_shape=(), support=dist.constraints.positive
+    )
+    with pytest.raises(NonFiniteEnergyError, match="at a singular edge .* end in float64"):
+        quadrature(gamma)
+    torch.set_default_dtype(torch.float64)
+    assert float(quadrature(gamma).value) == pytest.approx(math.lgamma(0.5), abs=1e-6)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from pyro import poutine
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.mcmc import HMC, Exchange, RandomWalk, Sweeps
+from pyro_ebm.mcmc.kernels.kernel import Kernel
 from pyro_ebm.mcmc.targets.each_chain import EachChain
 from pyro_ebm.testing.calibration_power import (
     detection_probability,
@@ -33,6 +34,7 @@ from pyro_ebm.testing.simulation_based_calibration import (
     _effective,
     _lag,
     _ranks,
+    _warmed_up,
     simulation_based_calibration,
 )
 from pyro_ebm.testing.simulator import Simulator, scalars
@@ -132,6 +134,32 @@ def test_the_thinning_is_found():
     close = simulation_based_calibration(conjugate, ["x"], RandomWalk, thinning=1, **few)
     assert close.effective_draws < 6
     assert "draws of a chain are correlated" in str(close)
+
+
+class Slow(Kernel):
+    """An AR(1) with coefficient .98, whose correlation falls to .05 after 148 steps."""
+
+    needs_gradient = False
+
+    def step(self, potential, state):
+        q = 0.98 * state.position + (1 - 0.98**2) ** 0.5 * torch.randn_like(state.position)
+        return replace(state, position=q, potential=potential.value(q)), {}
+
+
+def test_the_pilot_run_grows_with_the_thinning():
+    """A hundred steps of such chains look correlated for 20 only, by their own longest lags."""
+    made = Slow(EachChain(conjugate, Simulator(conjugate, ["x"]).joint(200)[1]))
+    assert 110 < _warmed_up(made, 200, 300, None)[1] < 190
+
+
+def test_correlated_draws_are_inconclusive():
+    """Where ranks crowd at the ends by correlation alone, the kernel is not to blame."""
+    ranks = {"m": torch.arange(400) % 2 * 7}
+    alone = CalibrationResult(ranks, 7, 1, 7.0, "HMC", has_log_likelihood=True)
+    with pytest.raises(AssertionError, match="HMC is not calibrated"):
+        alone.check()
+    with pytest.raises(AssertionError, match=r"(?s)HMC: inconclusive.*set thinning="):
+        replace(alone, effective_draws=4.8).check()
 
 
 def test_sizes_that_last_are_seen_where_signs_forget():

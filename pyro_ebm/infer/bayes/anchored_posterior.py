@@ -91,7 +91,8 @@ def anchored_posterior(
     Raises:
         TypeError: If the model is none.
         ValueError: If there is not exactly one such site.
-        RuntimeError: If the anchors do not find the posterior, or would need more draws.
+        RuntimeError: If the anchors do not find the posterior, would need more draws, or the
+            posterior reaches a degenerate phase.
 
     Example:
         >>> import pyro, pyro.distributions as dist

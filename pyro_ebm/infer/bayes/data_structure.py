@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pyro_ebm.distributions import EnergyDistribution, unwrap
-from pyro_ebm.distributions.layers import mask_of
+from pyro_ebm.distributions.layers import is_normalized, mask_of
 from pyro_ebm.distributions.supports import check_observed
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.infer.bayes.prior_runs import prior_runs
@@ -228,6 +228,9 @@ def check_model(model: Any, what: str) -> None:
 
 def _without_observed(sites: list[Any]) -> str:
     """A sentence on a model that observes no EBM."""
+    mixed = [s for s in sites if s["is_observed"] and not is_normalized(s["fn"])]
+    if mixed:
+        return _of_mixture(mixed[0])
     laws = {s["name"]: unwrap(s["fn"]) for s in sites}
     latent = [name for name, law in laws.items() if law is not None and not law.is_normalized]
     if not latent:
@@ -236,6 +239,18 @@ def _without_observed(sites: list[Any]) -> str:
         f"the model observes no EBM, and its EBM sites {latent} are latent with log Z unknown: if "
         "their energies depend on no other latent, mcmc.HMC samples them as they are; else log Z "
         "is part of the density of those latents, give the distribution a log_normalizer"
+    )
+
+
+def _of_mixture(site: Any) -> str:
+    """A sentence on a distribution that adds the density of an EBM to another."""
+    name, kind = site["name"], type(site["fn"]).__name__
+    return (
+        f"site {name!r}: {kind} adds the density of an EBM to another, and log Z is had of sites "
+        "that are EBMs only. Draw which of them it is, and mask: for zeros too many, inside the "
+        "plate, absent = pyro.sample('absent', dist.Bernoulli(gate), infer={'enumerate': "
+        f"'parallel'}}), pyro.sample({name!r}, ebm.mask(absent == 0), obs=y), pyro.sample('zero', "
+        "dist.Delta(torch.zeros(())).mask(absent == 1), obs=y)"
     )
 
 

@@ -32,7 +32,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -91,12 +91,23 @@ class _Site(NamedTuple):
 
 
 class _Set(NamedTuple):
-    """Draws ``(chains, draws) + event_shape`` under one noise set."""
+    """Draws ``(chains, draws) + event_shape`` under one noise set.
+
+    Args:
+        draws: By latent.
+        stats: Of the chains.
+        sites: What the noise says of every site.
+        free: Sites whose log Z is drawn.
+        dim: Unconstrained coordinates, those log Z's included.
+        rhat: The largest of the chains.
+        seconds: What they took.
+    """
 
     draws: Arrays
     stats: Arrays
     sites: dict[str, _Site]
     free: tuple[str, ...]
+    dim: int
     rhat: float
     seconds: float
 
@@ -206,16 +217,18 @@ def _check_rows(call: _Call) -> None:
         _check_one_law(run)
 
 
-def _sites_of(run: Trace) -> list[tuple[str, EnergyDistribution, Tensor]]:
-    """Name, law and data of the observed EBM sites of a run."""
-    sites = [(name, run.nodes[name]) for name in run.observation_nodes]
+def _sites_of(
+    run: Trace, held: Collection[str] = ()
+) -> list[tuple[str, EnergyDistribution, Tensor]]:
+    """Name, law and data of the observed EBM sites of a run, without latents that are held."""
+    sites = [(name, run.nodes[name]) for name in run.observation_nodes if name not in held]
     laws = [(name, unwrap(site["fn"]), site["value"]) for name, site in sites]
     return [(name, law, law.broadcast_value(x)) for name, law, x in laws if law is not None]
 
 
-def _check_one_law(run: Trace) -> None:
+def _check_one_law(run: Trace, held: Collection[str] = ()) -> None:
     """Raises ``ConditionalEnergyError`` if rows of a run need a log Z each."""
-    for name, law, x in _sites_of(run):
+    for name, law, x in _sites_of(run, held):
         if law.is_normalized:
             continue
         try:
@@ -237,7 +250,8 @@ def _check_at_draws(call: _Call, target: Target, q: Tensor) -> None:
     for values in map(target.constrain, q[:: -(-len(q) // NUM_DRAWS)].unsqueeze(1)):
         at = poutine.condition(call.model, {name: value[0] for name, value in values.items()})
         with aside():
-            _check_one_law(poutine.trace(at).get_trace(*call.args, **call.kwargs))
+            run = poutine.trace(at).get_trace(*call.args, **call.kwargs)
+            _check_one_law(run, held=values.keys())
 
 
 def _read(mcmc: MCMC, call: _Call, frozen: FrozenObjective, objective: NCE) -> _Set:
@@ -252,7 +266,7 @@ def _read(mcmc: MCMC, call: _Call, frozen: FrozenObjective, objective: NCE) -> _
     draws |= _corrected(mcmc.get_samples(unconstrained=True), scales)
     kept = mcmc.diagnostics().items()
     stats = {name: to_numpy(value) for name, value in kept if name != "lp"}  # c has been moved
-    return _Set(draws, stats, sites, free, _largest_rhat(positions), mcmc.seconds)
+    return _Set(draws, stats, sites, free, target.dim, _largest_rhat(positions), mcmc.seconds)
 
 
 def _name_of(site: str) -> str:
@@ -331,7 +345,10 @@ def _pooled(sets: Sequence[_Set], num_noise: int) -> Posterior:
 
 
 def _spread(sets: Sequence[_Set]) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
-    """Per latent the sd of its mean between noise sets, absolute and in posterior sds."""
+    """Per latent the sd of its mean between noise sets, absolute and in posterior sds.
+
+    Entries that stand still by construction, as those of a Cholesky factor, have neither.
+    """
     if len(sets) == 1:
         return {}
     found = {}
@@ -339,7 +356,8 @@ def _spread(sets: Sequence[_Set]) -> dict[str, tuple[NDArray[Any], NDArray[Any]]
         values = [one.draws[name].astype(np.float64) for one in sets]
         between = np.std([v.mean((0, 1)) for v in values], axis=0, ddof=1).reshape(-1)
         within = np.sqrt(np.mean([v.var((0, 1)) for v in values], axis=0)).reshape(-1)
-        found[name] = (between, between / within)
+        relative = np.divide(between, within, out=np.zeros_like(between), where=within > 0)
+        found[name] = (between, relative)
     return found
 
 
@@ -376,12 +394,11 @@ def _remarks(sets: Sequence[_Set], accuracy: Mapping[str, float]) -> list[str]:
 
 def _on_few_rows(one: _Set) -> list[str]:
     num_rows = sum(site.num_rows for site in one.sites.values())
-    dim = sum(draws[0, 0].size for draws in one.draws.values())
-    if num_rows >= ENOUGH_ROWS * dim:
+    if num_rows >= ENOUGH_ROWS * one.dim:
         return []
     return [
-        f"There are {num_rows} rows for {dim} latents and log Z's, and the width is right for many "
-        f"rows only: with fewer than {ENOUGH_ROWS} for each it is rough."
+        f"There are {num_rows} rows for {one.dim} latents and log Z's, and the width is right for "
+        f"many rows only: with fewer than {ENOUGH_ROWS} for each it is rough."
     ]
 
 

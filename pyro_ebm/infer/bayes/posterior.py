@@ -22,7 +22,7 @@ from typing import Any
 
 from pyro_ebm.errors import ConditionalEnergyError
 from pyro_ebm.infer.bayes.data_structure import DataStructure, SiteStructure, data_structure
-from pyro_ebm.infer.bayes.posterior_remarks import mixing_remarks, structure_of
+from pyro_ebm.infer.bayes.posterior_remarks import mixing_remarks, of_sites, structure_of
 from pyro_ebm.infer.bayes.posterior_result import Posterior
 from pyro_ebm.infer.bayes.posterior_ways import MAX_TERMS, WAYS, Run
 from pyro_ebm.infer.bayes.properness import check_proper
@@ -106,7 +106,7 @@ def posterior(
         found = WAYS[name](run, structure)
     if name in _CHECKED:
         doubts = ()
-    told = tuple(structure_of(site) for site in structure.sites)
+    told = of_sites("the data of", structure.sites, structure_of)
     # Of an NCE posterior R-hat contains what the noise sets change, of which it speaks itself.
     mixing = () if name == "nce" else mixing_remarks(found)
     return replace(found, reasons=told + found.reasons, remarks=found.remarks + mixing + doubts)

@@ -5,6 +5,7 @@ How the data hang together, what log Z was summed over, and whether the chains h
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pyro_ebm.chains import summary
@@ -15,17 +16,42 @@ from pyro_ebm.mcmc import MCMC
 
 MAX_RHAT = 1.05  # of many short chains: about sqrt(1 + 1 / effective draws of a chain)
 MIN_ESS = 400
+_MAX_NAMES = 3
+
+
+def of_sites(
+    subject: str, sites: Iterable[SiteStructure], predicate: Callable[[SiteStructure], str]
+) -> tuple[str, ...]:
+    """Returns a sentence for all sites of which the same can be said.
+
+    Args:
+        subject: How it begins, before the names.
+        sites: The sites.
+        predicate: How it ends for one of them.
+    """
+    alike: dict[str, list[str]] = {}
+    for site in sites:
+        alike.setdefault(predicate(site), []).append(repr(site.name))
+    return tuple(f"{subject} {_named(names)} {said}." for said, names in alike.items())
+
+
+def _named(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"site {names[0]}"
+    if len(names) <= _MAX_NAMES:
+        return f"sites {', '.join(names)}, each,"
+    return f"sites {names[0]}, ..., {names[-1]} ({len(names)}), each,"
 
 
 def structure_of(site: SiteStructure) -> str:
-    """Returns how the data of a site hang together."""
+    """Returns how the data of a site hang together, as the end of a sentence."""
     what = {
         "independent rows": f"are independent rows ({site.num_rows}) of one law",
         "conditional": f"are rows ({site.num_rows}) with a law each",
         "hierarchical": f"lie in groups of plate {', '.join(map(repr, site.plates))}",
         "one observation": "are one dependent observation",
     }
-    return f"the data of site {site.name!r} {what[site.kind]}."
+    return what[site.kind]
 
 
 def why_together(structure: DataStructure) -> tuple[str, ...]:
@@ -52,13 +78,13 @@ def why_together(structure: DataStructure) -> tuple[str, ...]:
 
 
 def how_summed(site: SiteStructure, nodes: Integrals | None) -> str:
-    """Returns what log Z of a site was summed over, or integrated by."""
+    """Returns what log Z of a site was summed over, or integrated by: the end of a sentence."""
     if nodes is not None and site.name in nodes.objective.rules:
         dim, rule = site.law.event_shape.numel(), nodes.objective.rules[site.name]
         dims = "one dim" if dim == 1 else f"{dim} dims"
-        return f"log Z of site {site.name!r} is an integral over {dims}, by {rule}."
+        return f"is an integral over {dims}, by {rule}"
     number = site.num_terms / site.law.batch_shape.numel()
-    return f"log Z of site {site.name!r} is a sum over {number:.0f} states."
+    return f"is a sum over {number:.0f} states"
 
 
 def off_the_nodes(mcmc: MCMC, nodes: Integrals | None) -> tuple[str, ...]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pyro_ebm.chains import Record, summary, to_arviz
 from pyro_ebm.poutine import surrogate
 
@@ -48,6 +51,14 @@ class Posterior:
     def summary(self) -> Any:
         """Returns a table with mean, sd, rank R-hat and effective sample sizes."""
         return summary(self.record)
+
+    def get_samples(self) -> dict[str, Tensor]:
+        """Returns the draws by site, chains joined, as ``pyro.infer.Predictive`` wants them.
+
+        Shape ``(chains * draws,) + event_shape``, chain after chain.
+        """
+        draws = self.record.draws.items()
+        return {name: torch.as_tensor(values).flatten(0, 1) for name, values in draws}
 
     def to_arviz(self, **options: Any) -> Any:
         """Returns the draws for ArviZ; ``options`` are those of :func:`pyro_ebm.to_arviz`.

@@ -15,7 +15,7 @@ from pyro_ebm.infer.bayes.enumerated import Enumerated
 from pyro_ebm.infer.bayes.generalized_bayes import generalized_posterior
 from pyro_ebm.infer.bayes.integration import Integrals, integrals_of
 from pyro_ebm.infer.bayes.nce_posterior import nce_posterior
-from pyro_ebm.infer.bayes.posterior_remarks import how_summed, off_the_nodes, why_together
+from pyro_ebm.infer.bayes.posterior_remarks import how_summed, of_sites, off_the_nodes, why_together
 from pyro_ebm.infer.bayes.posterior_result import Posterior
 from pyro_ebm.infer.bayes.prior_runs import prior_runs
 from pyro_ebm.infer.discrete.discrete_fisher import DiscreteFisher
@@ -84,7 +84,7 @@ def _exact(run: Run, structure: DataStructure) -> Posterior:
     _check_summable(structure, run)
     objective = Enumerated(MAX_TERMS) if run.nodes is None else run.nodes.objective
     mcmc = run.by(HMC(surrogate(run.model, objective)))
-    reasons = tuple(how_summed(site, run.nodes) for site in structure.sites)
+    reasons = of_sites("log Z of", structure.sites, lambda site: how_summed(site, run.nodes))
     remarks = off_the_nodes(mcmc, run.nodes)
     return Posterior(mcmc.record, "exact log Z", reasons, remarks, scored_by=objective)
 

@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.poutine import Trace
 
+from pyro_ebm.distributions.call_stack import prototype_run
 from pyro_ebm.poutine.aside import aside
 
 NUM_DRAWS = 16
@@ -26,6 +27,8 @@ def prior_runs(
 ) -> list[Trace]:
     """Returns traces of a model at draws of its prior, without slopes.
 
+    How good the draws of latent EBMs are is not told: they only show how the model hangs together.
+
     Args:
         model: A Pyro model.
         args: Its arguments.
@@ -38,5 +41,5 @@ def prior_runs(
         >>> len({float(run.nodes["a"]["value"]) for run in runs})
         16
     """
-    with torch.no_grad(), aside():
+    with torch.no_grad(), aside(), prototype_run():
         return [poutine.trace(model).get_trace(*args, **kwargs) for _ in range(num_draws)]

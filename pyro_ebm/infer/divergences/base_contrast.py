@@ -32,6 +32,7 @@ from pyro_ebm.infer.scoring.conditional_generators import check_generator
 from pyro_ebm.infer.scoring.contrast import Contrast, contrast_law, rows_of
 from pyro_ebm.infer.scoring.held import hold_parameters
 from pyro_ebm.infer.scoring.objective import Objective
+from pyro_ebm.infer.scoring.second_derivatives import check_second_derivatives
 
 
 class BaseContrast(Objective):
@@ -79,7 +80,10 @@ class BaseContrast(Objective):
             _warn_of_idle(law, points, type(self).__name__)
         if noise is None or not _has_density(law):
             return Contrast(points, between=between)
-        return Contrast(points, law.log_prob(points), between=between)
+        log_noise = law.log_prob(points)
+        if self.schedule is None:  # else the law follows the data
+            self.evaluation.noise = lambda: (law.log_prob(x.to(points.dtype)), log_noise)
+        return Contrast(points, log_noise, between=between)
 
     def check_unconditional(
         self, name: str, p: EnergyDistribution, x: Tensor, known: Tensor | None
@@ -88,8 +92,13 @@ class BaseContrast(Objective):
 
         A generator of every row's own is one law of rows and contexts together, if the energy sees
         the contexts too or log Z is known for each.
+
+        Raises:
+            NotImplementedError: If slopes are penalized, and torch cannot differentiate them.
         """
         super().check_unconditional(name, p, x, known)
+        if self.gradient_penalty:
+            check_second_derivatives(name, p, x, f"the gradient_penalty of {type(self).__name__}")
         is_joint = known is not None or p.conditional or depends_on_rows(p, x)
         if self.pools_rows or not is_joint:
             law = self.evaluation.once("law", lambda: None)  # what was drawn from

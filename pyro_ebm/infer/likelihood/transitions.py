@@ -155,7 +155,8 @@ class Mover:
             default: Makes the kernel where it :meth:`takes_default`.
 
         Raises:
-            TypeError: If a kernel was given and the support is not continuous.
+            TypeError: If a kernel was given and the support is not continuous, or it is none of
+                :mod:`pyro_ebm.mcmc`.
             ValueError: If a kernel has no step size, or a transition returns another shape.
             NotImplementedError: Without a transition, on mixed supports or where rows have supports
                 of their own.
@@ -174,6 +175,7 @@ class Mover:
 
     def _by_kernel(self, law: EnergyDistribution, x: Tensor, make: KernelFactory) -> Moved:
         kernel = make(law)
+        _check_ours(kernel, self.user)
         check_resumable(kernel, self.user)
         target = EachRow(law, x)
         potential = CapturedPotential(target, capture=False)
@@ -271,6 +273,16 @@ def _check_callable(name: str, given: Any, user: str) -> None:
     if given is not None and (isinstance(given, Kernel) or not callable(given)):
         how = "functools.partial(MALA, step_size=0.1)" if name == "kernel" else "(p, x) -> x'"
         raise TypeError(f"{user}: {name} must be a function such as {how}, got {given!r}")
+
+
+def _check_ours(kernel: Any, user: str) -> None:
+    if not isinstance(kernel, Kernel):
+        kind = f"{type(kernel).__module__}.{type(kernel).__name__}"
+        raise TypeError(
+            f"{user}: kernel must make a kernel of pyro_ebm.mcmc, which steps all chains at once, "
+            "such as functools.partial(pyro_ebm.mcmc.NUTS, step_size=0.1) instead of "
+            f"pyro.infer.NUTS, got {kind}"
+        )
 
 
 def _check_moved(moved: Any, x: Tensor, user: str) -> None:

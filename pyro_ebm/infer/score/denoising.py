@@ -22,7 +22,9 @@ estimates the mean of :math:`\sigma^2 J_\sigma` over levels. Every level has a l
 the energy must know the level. An ``EnergyDistribution`` calls its energy with x alone, so the
 energy takes the level as a keyword with a default, ``energy(x, noise_std=0.01)``: as it stands in
 the model it is the law at the default level, and the objective asks for others. Otherwise one
-energy serves all levels as :math:`U(x) / \sigma`.
+energy serves all levels as :math:`U / \sigma`, U the potential in unconstrained coordinates: **then
+the model's own site is the law at no level**, and draws and densities of it are at another
+temperature. In both cases :meth:`DenoisingScoreMatching.law` returns what was learned at a level.
 
 **ReLUs.** The identity above needs no derivative of s, so values are right also for an energy whose
 slope jumps. Gradients are not: moving a kink changes the expectation, but the slope at no fixed
@@ -39,17 +41,21 @@ References:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Transform
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.score.score_objective import ScoreObjective
 from pyro_ebm.infer.scoring.contrast import rows_of
 from pyro_ebm.infer.scoring.unconstrained import Unconstrained
-from pyro_ebm.ops.arguments import whole
+from pyro_ebm.ops.arguments import positive, whole
+from pyro_ebm.typing import EnergyFn
 
 Conditioning = Literal["none", "argument", "scale"]
 Weighting = Literal["uniform", "variance"]
@@ -102,8 +108,9 @@ class DenoisingScoreMatching(ScoreObjective):
             :func:`geometric_levels`.
         num_noise: M, noise draws per datum.
         conditioning: How the energy knows the level: ``"argument"`` calls it as ``energy(x,
-            noise_std=...)``, with levels shaped as rows of x; ``"scale"`` takes :math:`U(x) /
-            \sigma`; ``"none"`` for a single level.
+            noise_std=...)``, with levels shaped as rows of x; ``"scale"`` takes :math:`U / \sigma`,
+            so that the model's site itself is not what was learned, but :meth:`law` is; ``"none"``
+            for a single level.
         weighting: ``"variance"`` multiplies the loss by :math:`\sigma^2`, ``"uniform"`` does not;
             ``None`` is ``"variance"`` for several levels, of which the smallest would drown the
             others, and ``"uniform"`` for one.
@@ -116,6 +123,9 @@ class DenoisingScoreMatching(ScoreObjective):
         ValueError: If an argument is out of range, the data are integers, the guide holds a
             contrast, or the energy's slope jumps.
         TypeError: If the energy takes no ``noise_std`` and ``conditioning="argument"``.
+
+    Warns:
+        SurrogateWarning: If ``conditioning="scale"``, of which sites do not have the learned law.
 
     Example:
         >>> import pyro
@@ -161,12 +171,55 @@ class DenoisingScoreMatching(ScoreObjective):
                 "level: conditioning='argument' calls it as energy(x, noise_std=...), "
                 "conditioning='scale' uses U(x) / noise_std"
             )
+        if value == "scale":
+            warnings.warn(
+                "DenoisingScoreMatching(conditioning='scale') learns the laws of U / noise_std, and"
+                " the model's own site, its draws and its density, is none of them: take those of "
+                "objective.law(p, noise_std)",
+                SurrogateWarning,
+                stacklevel=3,
+            )
         return value
 
     def _weighting(self, value: Weighting | None) -> Weighting:
         if value not in (None, "uniform", "variance"):
             raise ValueError(f"weighting must be 'uniform', 'variance' or None, got {value!r}")
         return value or ("variance" if len(self.levels) > 1 else "uniform")
+
+    def law(self, p: EnergyDistribution, noise_std: float | None = None) -> EnergyDistribution:
+        r"""Returns the law that was learned at a level: that of the data, blurred by it.
+
+        With ``conditioning="scale"`` its potential in unconstrained coordinates is :math:`U /
+        \sigma`, with ``"argument"`` its energy is called at the level, and with ``"none"`` it is
+        ``p`` itself.
+
+        Args:
+            p: The distribution of the model's site; its base and support are kept.
+            noise_std: The level :math:`\sigma` in units of (unconstrained) x, also one between
+                those that were learned; the smallest of these by default.
+
+        Raises:
+            ValueError: If the level is not positive, or not the one of ``conditioning="none"``.
+
+        Example:
+            >>> import warnings
+            >>> with warnings.catch_warnings(action="ignore"):
+            ...     objective = DenoisingScoreMatching([0.1, 1.0], conditioning="scale")
+            >>> learned = EnergyDistribution(lambda x: 0.05 * x.square(), event_shape=())
+            >>> objective.law(learned, 0.1).potential(torch.tensor(2.0))  # of the standard normal
+            tensor(2.)
+        """
+        level = min(self.levels) if noise_std is None else positive("noise_std", noise_std)
+        if self.conditioning == "argument":
+            return _at_level(p, level)
+        if self.conditioning == "scale":
+            return _with_energy(p, _divided(p, self.space(p).transform, level))
+        if level not in self.levels:
+            raise ValueError(
+                f"this DenoisingScoreMatching has learned the law at noise_std={self.levels[0]:g} "
+                f"alone, got {level:g}: give several levels and conditioning='argument' or 'scale'"
+            )
+        return p
 
     def draw_at(self, space: Unconstrained, u: Tensor) -> Noise:
         """Draws noise beside every datum, and a level for each."""
@@ -238,13 +291,31 @@ def _beside_event(noise_std: Tensor, like: Tensor) -> Tensor:
     return noise_std.reshape(noise_std.shape + (1,) * (like.dim() - noise_std.dim()))
 
 
-def _at_level(p: EnergyDistribution, noise_std: Tensor) -> EnergyDistribution:
-    """Returns the law whose energy is that of ``p`` at the given levels, one for every row."""
+def _at_level(p: EnergyDistribution, noise_std: Tensor | float) -> EnergyDistribution:
+    """Returns the law whose energy is that of ``p`` at the given level, or one for every row."""
 
     def energy(x: Tensor) -> Tensor:
+        levels = torch.as_tensor(noise_std, dtype=x.dtype, device=x.device)
+        rows = x.shape[: x.dim() - len(p.event_shape)]
         with p.fixed_weights():
-            return p.energy_function(x, noise_std=noise_std)  # type: ignore[call-arg]
+            return p.energy_function(x, noise_std=levels.expand(rows))  # type: ignore[call-arg]
 
+    return _with_energy(p, energy)
+
+
+def _divided(p: EnergyDistribution, transform: Transform, noise_std: float) -> EnergyFn:
+    """Returns the energy, as to the base of ``p``, of its potential in u divided by the level."""
+
+    def energy(x: Tensor) -> Tensor:
+        log_det = transform.log_abs_det_jacobian(transform.inv(x), x)
+        divided = (p.potential(x) - log_det) / noise_std + log_det
+        return divided if p.base is None else divided + p.base.log_prob(x)
+
+    return energy
+
+
+def _with_energy(p: EnergyDistribution, energy: EnergyFn) -> EnergyDistribution:
+    """Returns the law of another energy on the same base and support."""
     if p.base is not None:
         return EnergyDistribution(energy, p.base)
     return EnergyDistribution(

@@ -30,6 +30,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.scoring.conditional import depends_on_rows
 from pyro_ebm.infer.scoring.deterministic import DeterministicObjective
+from pyro_ebm.infer.scoring.second_derivatives import check_second_derivatives
 from pyro_ebm.infer.scoring.unconstrained import Unconstrained, check_interior
 from pyro_ebm.ops.arguments import one_of
 from pyro_ebm.ops.kernels import (
@@ -97,6 +98,7 @@ class KernelStein(DeterministicObjective):
             )
         u = Unconstrained(p, "KernelStein").coordinates(p.broadcast_value(x))
         check_interior(name, p, u, "KernelStein")
+        check_second_derivatives(name, p, x, "KernelStein")
 
     def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns the mean of the Stein kernel between a row and all rows that count.

@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.score.smoothness import refuse_jumps
 from pyro_ebm.infer.scoring.objective import Objective
+from pyro_ebm.infer.scoring.second_derivatives import remedies_named
 from pyro_ebm.infer.scoring.unconstrained import Unconstrained
 
 __all__ = ["Probes", "ScoreObjective", "probed_loss", "signs"]
@@ -81,9 +82,14 @@ class ScoreObjective(Objective):
         self.check_smooth(name, self.space(p), x)
 
     def check_smooth(self, name: str, space: Unconstrained, x: Tensor) -> None:
-        """Raises ``ValueError`` if the slope in these coordinates moves by jumps and must not."""
+        """Raises ``ValueError`` if the slope in these coordinates moves by jumps and must not.
+
+        Raises:
+            NotImplementedError: If torch has no second derivative of the energy.
+        """
         if self.why_smooth is not None:
-            refuse_jumps(name, space, x, self.why_smooth)
+            with remedies_named(name, type(self).__name__):
+                refuse_jumps(name, space, x, self.why_smooth)
 
 
 def signs(u: Tensor, num: int) -> Tensor:

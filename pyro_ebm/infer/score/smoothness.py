@@ -21,7 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.distributions.known_normalizer import parameters_of_modules
 from pyro_ebm.infer.scoring.unconstrained import Unconstrained, check_interior
+from pyro_ebm.ops.module_calls import buffers_restored
 
 __all__ = ["has_jumps", "refuse_jumps"]
 
@@ -41,34 +44,54 @@ def refuse_jumps(name: str, space: Unconstrained, x: Tensor, why: str) -> None:
         why: What is wrong with jumps, ``{who}`` standing for the objective.
 
     Raises:
-        ValueError: If the slope of the energy moves by jumps, or data lie on the support's border.
+        ValueError: If the slope of the energy moves by jumps, be it by rounding, or data lie on the
+            support's border.
     """
     u = space.coordinates(space.p.broadcast_value(x))
     check_interior(name, space.p, u, space.who)
-    if has_jumps(space, u):
+    with torch.autocast(u.device.type, enabled=False):  # whose rounding is jumps, too
+        if not has_jumps(space, u):
+            return
+    coarse = _coarser_dtype(space.p, u)
+    if coarse is not None:
         raise ValueError(
-            f"EBM site {name!r}: the energy's slope jumps at kinks, as that of a ReLU network or "
-            f"of absolute values does, and {why.format(who=space.who)}: use smooth activations "
-            "(SiLU, softplus, tanh) or NCE"
+            f"EBM site {name!r}: the energy has weights of {coarse} at data of {u.dtype}, whose "
+            f"rounding cannot be told from jumps of its slope, and {space.who} differentiates that "
+            f"slope: call network.to({u.dtype}), or use NCE"
         )
+    raise ValueError(
+        f"EBM site {name!r}: the energy's slope jumps at kinks, as that of a ReLU network or "
+        f"of absolute values does, and {why.format(who=space.who)}: use smooth activations "
+        "(SiLU, softplus, tanh) or NCE"
+    )
+
+
+def _coarser_dtype(p: EnergyDistribution, x: Tensor) -> torch.dtype | None:
+    """A floating dtype of the energy's weights that rounds more than that of ``x``, if any."""
+    dtypes = {t.dtype for t in parameters_of_modules(p) if t.is_floating_point()}
+    eps = torch.finfo(x.dtype).eps
+    return next((dtype for dtype in dtypes if torch.finfo(dtype).eps > eps), None)
 
 
 def has_jumps(space: Unconstrained, u: Tensor) -> bool:
     """Whether the slope jumps on the ways between rows of ``u``, ``rows + event``.
 
-    Of a random energy, as under dropout, nothing can be said.
+    Of a random energy, as under dropout, nothing can be said. One whose modules keep a state, such
+    as the vectors of spectral norms, is looked at in the state that it is in now.
     """
     start, along = _ways(u, space)
+    score = buffers_restored()(space.score)
 
+    @buffers_restored()
     def slope(t: Tensor) -> tuple[Tensor, Tensor]:
         """The first two derivatives on every way in nats, of opposite sign, ``rows``."""
         at = start + t.reshape(t.shape + (1,) * space.event_dim) * along
-        score, second = space.score_and_curvatures(at, along.unsqueeze(0))
-        return space.event_sum(score * along), second[0]
+        here, second = space.score_and_curvatures(at, along.unsqueeze(0))
+        return space.event_sum(here * along), second[0]
 
     found = _bisected(slope, u.new_zeros(space.rows(u)))
     bends = float(found.double().mean()) > MIN_SHARE
-    return bends and torch.allclose(space.score(u), space.score(u))
+    return bends and torch.allclose(score(u), score(u))
 
 
 class _Stretch(NamedTuple):

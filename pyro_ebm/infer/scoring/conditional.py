@@ -21,6 +21,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
 from pyro_ebm.errors import ConditionalEnergyError, SurrogateWarning
 from pyro_ebm.infer.scoring.contrast import rows_of
+from pyro_ebm.ops.module_calls import buffers_restored
 from pyro_ebm.ops.same_values import same_values
 from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.paired_runs import without_value_checks
@@ -37,11 +38,11 @@ def check_rows(name: str, p: EnergyDistribution, x: Tensor, who: str) -> None:
 @torch.no_grad()
 def depends_on_rows(p: EnergyDistribution, x: Tensor) -> bool:
     """Returns whether energies depend on more of a row than its ``x``."""
-    value = p.unnormalized_log_prob(x)
+    value = _in_this_state(p, x)
     rows = x.dim() - len(p.event_shape)
     for dim in range(rows):
         if x.shape[dim] > 1:
-            moved = p.unnormalized_log_prob(x.roll(1, dim))
+            moved = _in_this_state(p, x.roll(1, dim))
             if not same_values(moved, value.roll(1, dim - rows)):
                 return not _is_random(p, x)
     return False
@@ -49,7 +50,7 @@ def depends_on_rows(p: EnergyDistribution, x: Tensor) -> bool:
 
 def _is_random(p: EnergyDistribution, x: Tensor) -> bool:
     """Whether two evaluations at one point differ; nothing can be said of such an energy."""
-    if torch.allclose(p.unnormalized_log_prob(x), p.unnormalized_log_prob(x), equal_nan=True):
+    if torch.allclose(_in_this_state(p, x), _in_this_state(p, x), equal_nan=True):
         return False
     warnings.warn(
         f"{p!r} is random (dropout?), so it could not be checked whether it depends on row-wise "
@@ -58,6 +59,12 @@ def _is_random(p: EnergyDistribution, x: Tensor) -> bool:
         stacklevel=2,
     )
     return True
+
+
+@buffers_restored()
+def _in_this_state(p: EnergyDistribution, x: Tensor) -> Tensor:
+    """-U(x) in nats; modules with a state, as of spectral norms, are left in the one they had."""
+    return p.unnormalized_log_prob(x)
 
 
 def needs_arguments(p: EnergyDistribution, x: Tensor) -> bool:

@@ -1,12 +1,14 @@
 """Contexts that do not show by comparing the rows of one step: one row, or one context for all.
 
-A loop over groups calls the model with the data of a group and a number that belongs to it. If the
-energy depends on that number, so does log Z, though no two rows of a step differ in it. It shows
-when it changes: then the model is run on the earlier value, too, and the energies are compared.
+A loop over groups calls the model with the data of a group and a number that belongs to it, or with
+a tensor that holds this number once for each row. If the energy depends on that number, so does log
+Z, though no two rows of a step differ in it. It shows when it changes: then the model is run on the
+earlier value, too, and the energies are compared.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ from pyro_ebm.infer.scoring.conditional import (
     refuse,
     warn_unchecked,
 )
+from pyro_ebm.ops.module_calls import buffers_restored
 from pyro_ebm.ops.powers_of_two import is_power_of_two
 from pyro_ebm.ops.same_values import same_values
 from pyro_ebm.poutine.aside import aside
@@ -32,7 +35,7 @@ class ContextChecks:
 
     def __init__(self) -> None:
         self._seen_alone: set[str] = set()
-        self._first: dict[str, SharedArguments] = {}
+        self._first: dict[str, dict[str, SharedArguments]] = defaultdict(dict)
 
     def check(
         self,
@@ -61,16 +64,15 @@ class ContextChecks:
             check_arguments(name, model, args, kwargs, values(), who)
         num_rows = x.shape[0] if x.dim() > len(p.event_shape) else 1
         now = SharedArguments(args, kwargs, num_rows)
-        before = self._first.setdefault(name, now)
-        if before is not now and now.differing(before) and before.is_due():
-            check_shared_arguments(name, p, x, model, now, before, values(), who)
+        for before in now.earliest(self._first[name]):
+            if now.differing(before) and before.is_due():
+                check_shared_arguments(name, p, x, model, now, before, values(), who)
 
 
 class SharedArguments:
-    """Arguments of the model that all rows of a call share: numbers, and tensors without rows.
+    """Arguments of the model that all rows of a call share, whatever its number of rows.
 
-    A context that is one for all rows of a step does not show by comparing them. It shows when it
-    changes from step to step.
+    Numbers, tensors without rows, and what the rows of a tensor have in common if they are equal.
 
     Args:
         args: The model's arguments.
@@ -80,10 +82,20 @@ class SharedArguments:
 
     def __init__(self, args: Any, kwargs: Any, num_rows: int) -> None:
         named = {**{f"argument {i}": a for i, a in enumerate(args)}, **kwargs}
-        self._shared = {k: a for k, a in named.items() if _is_shared(a, num_rows)}
+        shared = {k: _shared_value(a, num_rows) for k, a in named.items()}
+        self._shared = {k: a for k, a in shared.items() if a is not None}
         self.args: Any = args if self._shared else ()  # else the model is not run on them again
         self.kwargs: Any = kwargs if self._shared else {}
         self.num_changes = 0
+
+    def earliest(self, first: dict[str, SharedArguments]) -> list[SharedArguments]:
+        """Returns the calls in which all rows shared one of these arguments for the first time.
+
+        Args:
+            first: Such a call for every argument; gets this one where there is none yet.
+        """
+        calls = dict.fromkeys(first.setdefault(name, self) for name in self._shared)
+        return [call for call in calls if call is not self]
 
     def is_due(self) -> bool:
         """Counts a call with other values; true for the first, second, fourth, ..."""
@@ -126,8 +138,7 @@ def check_shared_arguments(
     try:
         with torch.no_grad(), without_value_checks(), aside():
             run = poutine.trace(poutine.condition(model, values))
-            sites = [run.get_trace(*at.args, **at.kwargs).nodes[name] for at in (now, before)]
-            laws: Any = (p, *(unwrap(site["fn"]) for site in sites))
+            laws = (p, _law_in(run, now, name), _law_in(run, before, name))
             one, again, other = (_at_one_event(law, event) for law in laws)
             if not same_values(one, again):
                 raise ValueError("two runs on the same arguments differ: dropout?")
@@ -138,16 +149,29 @@ def check_shared_arguments(
         refuse(name, p, who, f" ({what})")
 
 
+@buffers_restored()
+def _law_in(run: poutine.trace, call: SharedArguments, name: str) -> Any:
+    """The law of a site in a run of the model on the arguments of a call."""
+    return unwrap(run.get_trace(*call.args, **call.kwargs).nodes[name]["fn"])
+
+
+@buffers_restored()
 def _at_one_event(law: Any, event: Tensor) -> Tensor:
     """The energy of one event in the first row of a law."""
     rows = event.expand(law.batch_shape + law.event_shape)
     return law.unnormalized_log_prob(rows).flatten()[:1]
 
 
-def _is_shared(value: Any, num_rows: int) -> bool:
-    if isinstance(value, Tensor):
-        return value.dim() == 0 or len(value) != num_rows
-    return isinstance(value, (int, float))
+def _shared_value(value: Any, num_rows: int) -> Any:
+    """Returns what all rows have of an argument, or ``None`` where they differ.
+
+    A single row has nothing in common with another.
+    """
+    if not isinstance(value, Tensor):
+        return value if isinstance(value, (int, float)) else None
+    if value.dim() == 0 or len(value) != num_rows:
+        return value
+    return value[0] if num_rows > 1 and bool((value == value[0]).all()) else None
 
 
 def _equal(one: Any, other: Any) -> bool:

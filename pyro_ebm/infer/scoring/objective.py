@@ -43,11 +43,13 @@ from pyro_ebm.infer.scoring.known import (
     log_normalizer_of_rows,
     shared_with_store,
 )
+from pyro_ebm.infer.scoring.newest_means import NewestMeans
 from pyro_ebm.infer.scoring.separation import Separation
 from pyro_ebm.infer.scoring.surrogate_elbo import SurrogateELBO
 from pyro_ebm.ops.graph_recording import is_recording
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.powers_of_two import is_power_of_two
+from pyro_ebm.ops.rng import rng_preserved
 
 _instances = itertools.count()
 
@@ -87,6 +89,8 @@ class Objective(SurrogateELBO):
         draws_noise: Flag; whether what it draws and weights is noise rather than draws of a base.
         log_normalizers: Learned log Z by site, in nats.
         examples: The data of every site at its last evaluation; not part of the state.
+        held_out_noise: Log density in nats of the noise at a site's data, ``sample + batch``, of
+            its last evaluation without gradients, where its loss refers to a noise.
         fitted: What was fitted to the first batch of every site, by its name; part of the state.
         why_not_frozen: What speaks against fixing it and what to do instead, or ``None``.
     """
@@ -108,7 +112,9 @@ class Objective(SurrogateELBO):
         self._name = f"{type(self).__name__}_{next(_instances)}"
         self.examples: dict[str, Tensor] = {}
         self.evaluation = Evaluation()
+        self.held_out_noise: dict[str, Tensor] = {}
         self.separations: dict[str, Separation] = defaultdict(Separation)
+        self.means: dict[str, NewestMeans] = defaultdict(NewestMeans)
         self._checked: dict[str, int] = {}
         self.contexts = ContextChecks()
 
@@ -160,6 +166,7 @@ class Objective(SurrogateELBO):
         if trains:
             rows = rows_of(self.sites[site], self.examples[site])
             self.separations[site].see(notes, rows.numel())
+            self.means[site].see(notes)
 
     # --- log Z
 
@@ -195,7 +202,8 @@ class Objective(SurrogateELBO):
         learned = _key(name) in self.log_normalizers
         known = log_normalizer_of_rows(p, x) if covers_parameters(p, learned=learned) else None
         if self.is_check_due(name):
-            self.check_unconditional(name, p, x, known)
+            with rng_preserved():  # of random energies, whose steps are those without a check
+                self.check_unconditional(name, p, x, known)
         if known is not None or not self.learns_log_normalizer:
             return known
         key = _key(name)
@@ -215,6 +223,13 @@ class Objective(SurrogateELBO):
         """Whether log Z of a site is one number that this objective has learned."""
         learned = _key(site) in self.log_normalizers
         return learned and not covers_parameters(self.sites[site], learned=True)
+
+    def leaves_out_log_normalizer(self, site: str) -> bool:
+        """Whether log Z of a site moves with what is trained, and is neither known nor learned."""
+        p = self.sites[site]
+        if _key(site) in self.log_normalizers or covers_parameters(p, learned=True):
+            return False
+        return any(t.requires_grad for t in parameters_of(p, self.examples[site]))
 
     def is_check_due(self, name: str) -> bool:
         """Whether to check a site: at first sight, then ever more rarely while training.
@@ -303,10 +318,19 @@ class Objective(SurrogateELBO):
                 refuse_coupled(name, p, data)
         if self.is_checked_now(name):
             degenerate.not_degenerate(name, evaluation, self, self._checked[name])
+        if evaluation.noise is not None and observed and not evaluation.has_graph:
+            self.held_out_noise[name] = evaluation.noise()[0].detach()
         if observed and not x.requires_grad:
             return -loss
         held = hold_parameters(p.unnormalized_log_prob, p.broadcast_value(x), len(p.event_shape))
-        return held + (loss.detach() - loss)
+        return held - self._given_or_learned(name, p, data) + (loss.detach() - loss)
+
+    def _given_or_learned(self, name: str, p: EnergyDistribution, x: Tensor) -> Tensor | float:
+        """Log Z in nats as far as there is one, held: it moves no parameter, but makes values."""
+        if _key(name) in self.log_normalizers and not covers_parameters(p, learned=True):
+            return self.log_normalizers[_key(name)].detach()
+        known = log_normalizer_of_rows(p, x)
+        return 0.0 if known is None else known.detach()
 
     def site_loss(
         self, name: str, p: EnergyDistribution, x: Tensor, noise: Any, log_z: Tensor | None
@@ -375,6 +399,7 @@ class Objective(SurrogateELBO):
     def __getstate__(self) -> dict[str, Any]:
         seen: dict[str, Any] = {"examples": {}, "evaluation": Evaluation()}
         seen |= {"contexts": ContextChecks(), "separations": defaultdict(Separation)}
+        seen |= {"means": defaultdict(NewestMeans), "held_out_noise": {}}
         return {**super().__getstate__(), **seen}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

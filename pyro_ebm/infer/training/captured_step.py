@@ -33,8 +33,8 @@ from torch.fx.experimental.proxy_tensor import (
 )
 
 from pyro_ebm.errors import SurrogateWarning
-from pyro_ebm.infer.scoring.objective import Objective
 from pyro_ebm.infer.scoring.surrogate_elbo import SurrogateELBO
+from pyro_ebm.infer.training.stock_elbo import objectives_of
 from pyro_ebm.ops.graph_memory import separate_outputs
 from pyro_ebm.ops.graph_recording import ConstantReads
 from pyro_ebm.ops.graph_simplification import simplify
@@ -172,17 +172,13 @@ class CapturedStep:
         self._agreed.add(key)
         self._unsure.pop(key, None)
 
-    def _objectives(self) -> list[Objective]:
-        """The objective and its members."""
-        return [part for part in self.objective.modules() if isinstance(part, Objective)]
-
     def _judge(self, found: Pass) -> None:
         for site, notes in found.notes.items():
             self.objective.objective_of(site).judge(site, notes, trains=True)
 
     def _key(self, batch: Batch, parameters: Mapping[str, Tensor]) -> Any:
         shapes = tuple((t.shape, t.dtype, t.device) for t in batch)
-        turns = tuple(part.is_second_players_turn for part in self._objectives())
+        turns = tuple(part.is_second_players_turn for part in objectives_of(self.objective))
         return (shapes, turns, self._switches(parameters))
 
     def _switches(self, parameters: Mapping[str, Tensor]) -> Any:
@@ -248,8 +244,8 @@ class CapturedStep:
         state = deepcopy(self.objective.state_dict())
         buffers = [(b, b.clone()) for m in modules.values() for b in m.buffers()]
         notes = self.objective.diagnostics
-        parts = self._objectives()
-        separations = [deepcopy(part.separations) for part in parts]
+        parts = objectives_of(self.objective)
+        seen = [deepcopy((part.separations, part.means)) for part in parts]
         try:
             with rng_preserved():
                 yield
@@ -259,8 +255,8 @@ class CapturedStep:
                 for buffer, kept in buffers:
                     buffer.copy_(kept)
             self.objective.diagnostics = notes
-            for part, kept_separations in zip(parts, separations, strict=True):
-                part.separations = kept_separations
+            for part, (separations, means) in zip(parts, seen, strict=True):
+                part.separations, part.means = separations, means
 
     def _same(self, ours: Any, theirs: Any) -> bool:
         """Whether two nested states agree, tensors up to rounding, and so numbers if compiled."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from pyro.infer import Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
@@ -109,8 +109,9 @@ def fit(
         TypeError: If ``data`` are no tensors, ``objective`` is none or ``optim`` is no class.
         ValueError: If arguments are out of range, ``data`` have no rows or differ in length, a
             checkpoint is of other data, there is nothing to train, the guide keeps latents for the
-            rows of one batch, ``patience`` is given where the loss does not distinguish better from
-            worse, or ``validation`` where no plate tells the terms of rows from others.
+            rows of one batch, ``patience`` or ``ReduceLROnPlateau`` would go by a loss that does
+            not distinguish better from worse, or ``validation`` is given where no plate tells the
+            terms of rows from others.
         NonFiniteEnergyError: If a surrogate, the loss or a gradient is not finite; names site and
             step. The parameters of the last good step are in the checkpoint, if any.
 
@@ -160,11 +161,7 @@ def fit(
         run = TrainingRun(model, guide or _no_guide, loss, batches, options)
         if patience is not None:
             _check_points(options, num_steps)
-            check_criterion(
-                loss,
-                has_validation=validation is not None,
-                has_criterion=criterion is not None,
-            )
+            check_criterion(loss, options, "patience")
         if options.checkpoint is not None and options.checkpoint.exists():
             load_checkpoint(options.checkpoint, run)
         _train(run, num_steps)
@@ -241,8 +238,12 @@ def _tensors_in(data: Any) -> str:
 def _check_objective(objective: Any, optim: Any) -> None:
     """Raises for a class of objectives, an optimizer in place of its class, or with its own lr."""
     if not isinstance(objective, Trace_ELBO):
-        got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
-        hint = f": make one, {got}()" if isinstance(objective, type) else ""
+        kind = objective if isinstance(objective, type) else type(objective)
+        got, hint = kind.__name__, ""
+        if issubclass(kind, ELBO) and not issubclass(kind, Trace_ELBO):
+            hint = ": train with it by pyro.infer.SVI. Objectives sum out enumerated sites, too"
+        elif kind is objective:
+            hint = f": make one, {got}()"
         raise TypeError(f"objective must be an Objective or a Trace_ELBO, got {got}{hint}")
     if not callable(optim) or isinstance(optim, (torch.optim.Optimizer, PyroOptim)):
         raise TypeError(

@@ -28,6 +28,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_ebm.distributions.layers import is_point
+from pyro_ebm.infer.training.early_stopping import check_latents, check_noise
 from pyro_ebm.infer.training.minibatch import Batches, DryRun, PlateFactors, dry_run
 from pyro_ebm.infer.training.stock_elbo import Loss
 from pyro_ebm.ops.evaluation_mode import evaluation_mode
@@ -48,7 +49,8 @@ class HeldOutLoss:
         batches: What is trained on, N rows.
 
     Raises:
-        ValueError: By ``prepare``, if the guide draws latents and no plate follows the rows.
+        ValueError: By ``prepare``, if the guide draws latents and no plate follows the rows; where
+            something goes by the curve, if values at two points do not compare.
     """
 
     def __init__(
@@ -65,27 +67,34 @@ class HeldOutLoss:
         self.num_passes = 1
         self.scaling = PlateFactors({})
         self.is_prepared = False
+        self.reader: str | None = None
+        self.first_noise: dict[str, Tensor] = {}
 
     def __call__(self) -> float:
         """Returns the loss, leaving the objective's diagnostics as they were."""
         kept = dict(self.objective.diagnostics)
         losses = [self._one_pass() for _ in range(self.num_passes)]
         self.objective.diagnostics = kept
+        if self.reader is not None:
+            self.first_noise = check_noise(self.objective, self.first_noise, self.reader)
         return math.fsum(losses) / self.num_passes / self.num_rows
 
     def _one_pass(self) -> float:
         with self.scaling:
             return float(self.objective.differentiable_loss(self.model, self.guide, *self.data))
 
-    def prepare(self, trained: Mapping[str, int]) -> None:
+    def prepare(self, trained: Mapping[str, int], reader: str | None = None) -> None:
         """Finds out which plates follow the rows and whether the guide draws latents.
 
         Args:
             trained: How many rows each plate stands for in the training, by name.
+            reader: What goes by the curve, if anything does.
         """
         run = dry_run(self.model, self.guide, self.data)
         factors = self._factors(run, trained)
         latents = _latents(run)
+        if reader is not None:
+            check_latents(self.objective, latents, reader)
         if not factors and len(self.data[0]) != self.batches.num_rows:
             _check_nothing_counts_once(latents)
             self.num_rows = len(self.data[0])
@@ -93,7 +102,7 @@ class HeldOutLoss:
         over_rows = alike.union(factors)
         if any(_is_global(run.guide_trace.nodes[name], over_rows) for name in latents):
             self.num_passes = math.ceil(NUM_DRAWS / self.objective.num_particles)
-        self.scaling, self.is_prepared = PlateFactors(factors), True
+        self.scaling, self.reader, self.is_prepared = PlateFactors(factors), reader, True
 
     def _factors(self, run: DryRun, trained: Mapping[str, int]) -> dict[str, float]:
         """How many times larger each plate over rows is in the training; of one size, no others."""

@@ -12,6 +12,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer.scoring.objective import Objective
 from pyro_ebm.infer.scoring.surrogate_elbo import SurrogateELBO
 
 
@@ -73,3 +74,8 @@ def as_loss(given: Trace_ELBO) -> Loss:
 def as_given(loss: Loss) -> Trace_ELBO:
     """Returns what the user has handed over, which messages and settings are about."""
     return loss.elbo if isinstance(loss, StockELBO) else loss
+
+
+def objectives_of(loss: Loss) -> list[Objective]:
+    """Returns the objective and those that it consists of; none if it is a stock ELBO."""
+    return [part for part in loss.modules() if isinstance(part, Objective)]

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
-from pyro_ebm.infer.scoring.objective import Objective
 from pyro_ebm.infer.training import divergence
 from pyro_ebm.infer.training.captured_step import CapturedStep
 from pyro_ebm.infer.training.checkpoint import save_checkpoint
-from pyro_ebm.infer.training.early_stopping import EarlyStopping, checked_value
+from pyro_ebm.infer.training.early_stopping import EarlyStopping, check_criterion, checked_value
 from pyro_ebm.infer.training.fit_options import Options
 from pyro_ebm.infer.training.fit_result import FitResult
 from pyro_ebm.infer.training.held_out import HeldOutLoss, held_out
@@ -27,10 +26,11 @@ from pyro_ebm.infer.training.optimizers import new_optimizer
 from pyro_ebm.infer.training.run_modules import modules_of
 from pyro_ebm.infer.training.run_settings import settings_of
 from pyro_ebm.infer.training.run_state import restore, state_of
-from pyro_ebm.infer.training.stock_elbo import Loss, StockELBO, as_given
+from pyro_ebm.infer.training.stock_elbo import Loss, StockELBO, as_given, objectives_of
 from pyro_ebm.ops.module_calls import noting_calls
 
 _OWN = "log_normalizer of "
+_PLATEAU = ReduceLROnPlateau.__name__
 _UNDECAYED = {"weight_decay": 0.0}  # log Z is as large as it is: shrinking it bends the energy
 
 
@@ -107,6 +107,7 @@ class TrainingRun:
             NonFiniteEnergyError: If the loss or a gradient is not finite; nothing has moved then.
             ValueError: If there is nothing to train.
         """
+        torch.clear_autocast_cache()  # an autocast around the whole fit keeps the first weights
         self.batches.identify_plates(self.model, self.guide)
         loss = float(self._loss_and_grads(*next(self.batches)))
         self._check_trains()
@@ -159,16 +160,13 @@ class TrainingRun:
 
     def _check_trains(self) -> None:
         """Raises ``ValueError`` if there is neither a parameter nor a log Z that is learned."""
-        if self.optimizer is None and not any(part.log_normalizers for part in self._objectives()):
+        parts = objectives_of(self.objective)
+        if self.optimizer is None and not any(part.log_normalizers for part in parts):
             raise ValueError(
                 "there is nothing to train: model, guide and objective have no parameter that "
                 "requires gradients. Was the network frozen, as for sampling? Call "
                 "network.requires_grad_(True).train() before fit"
             )
-
-    def _objectives(self) -> list[Objective]:
-        """The objective and those that it consists of; none if it is a stock ELBO."""
-        return [part for part in self.objective.modules() if isinstance(part, Objective)]
 
     def _move(self, loss: float) -> None:
         step = self.result.num_steps + 1
@@ -193,6 +191,13 @@ class TrainingRun:
         if criterion is not None or rows is None:
             return criterion
         return HeldOutLoss(self.objective, self.model, self.guide, rows, self.batches)
+
+    @property
+    def _reader(self) -> str | None:
+        """What goes by the curve of the criterion, if anything does."""
+        if self.stopping is not None:
+            return "patience"
+        return _PLATEAU if isinstance(self.scheduler, ReduceLROnPlateau) else None
 
     def _new_capture(self) -> CapturedStep | None:
         options, objective = self.options, self.objective
@@ -281,11 +286,8 @@ class TrainingRun:
         self.optimizer = new_optimizer(options.optim, made, options.lr)
         if options.lr_schedule is not None:
             self.scheduler = options.lr_schedule(self.optimizer)
-            if isinstance(self.scheduler, ReduceLROnPlateau) and self._criterion is None:
-                raise ValueError(
-                    "ReduceLROnPlateau moves at validation points, of which there are none: give "
-                    "validation= (held-out data) or criterion="
-                )
+            if isinstance(self.scheduler, ReduceLROnPlateau):
+                check_criterion(self.objective, options, _PLATEAU)
 
     def regroup(self, groups: list[list[str]]) -> None:
         """Makes the optimizer anew for groups in the order in which they once turned up."""
@@ -311,7 +313,7 @@ class TrainingRun:
             divergence.warn_running_away(losses, self.objective)
         if isinstance(self._criterion, HeldOutLoss) and not self._criterion.is_prepared:
             with held_out(modules_of(self).values()):  # what it refuses, it refuses at once
-                self._criterion.prepare(self.plates.full_sizes)
+                self._criterion.prepare(self.plates.full_sizes, self._reader)
         if self._criterion is not None and step % options.validate_every == 0:
             self._validate(step)
         if options.checkpoint is not None and step % options.checkpoint_every == 0:
@@ -364,7 +366,7 @@ class TrainingRun:
     @contextmanager
     def _unnoted(self) -> Iterator[None]:
         """Keeps what is noted in a run that is no training step out of the curves."""
-        parts = self._objectives()
+        parts = objectives_of(self.objective)
         kept = [dict(part.diagnostics) for part in parts]
         try:
             yield

@@ -79,7 +79,7 @@ class ExchangeKernel(TunedKernel):
         Raises:
             TypeError: If an energy is not an exponential family, or has a base.
         """
-        target = exchange_target(self.given, args, kwargs)
+        target = exchange_target(self.given, args, kwargs, initial_params=initial_params)
         families = target.families()
         if families is None:
             others = [type(e).__name__ for e in target.energies.values()]

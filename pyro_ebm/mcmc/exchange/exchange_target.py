@@ -7,7 +7,7 @@ functions of the latents, vectorized over chains by running the model under ``vm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import pyro
@@ -75,8 +75,8 @@ class ExchangeTarget(ModelTarget):
         self._run = lambda: model(*args, **kwargs)
         self._scored = VmapSafe()(surrogate(model, UnnormalizedSites()))
         self._arguments = args, kwargs
-        with torch.no_grad(), aside(), _Sites() as sites:
-            poutine.condition(self._run, self.constrain(self.draw_start(1)[0]))()
+        with torch.no_grad(), aside():
+            sites = self._sites_at(self.first)
         if not sites.laws:
             raise ValueError(
                 f"{self.name} has no observed EBM site without log Z: HMC or NUTS samples it"
@@ -123,7 +123,7 @@ class ExchangeTarget(ModelTarget):
 
     def _sites_at(self, q: Tensor) -> _Sites:
         """The EBM sites at one position."""
-        with poutine.block(), _Sites() as sites:
+        with poutine.block(), _Sites(self._shapes.keys()) as sites:
             poutine.condition(self._run, self.on_support(q))()
         return sites
 
@@ -150,19 +150,25 @@ class ExchangeTarget(ModelTarget):
 
 
 class _Sites(Messenger):
-    """Collects the observed EBM sites whose log Z is not known."""
+    """Collects the observed EBM sites whose log Z is not known.
 
-    def __init__(self) -> None:
+    Args:
+        latents: Names of sites that are held at values, and are no data for it.
+    """
+
+    def __init__(self, latents: Collection[str]) -> None:
         super().__init__()
+        self.latents = latents
         self.laws: dict[str, EnergyDistribution] = {}
         self.observed: Values = {}
         self.weights: Values = {}
 
     def _pyro_post_sample(self, msg: Any) -> None:
         law = unwrap(msg["fn"])
-        if law is None or not msg["is_observed"] or law.is_normalized:
-            return
         name, x = msg["name"], msg["value"]
+        is_data = msg["is_observed"] and name not in self.latents
+        if law is None or not is_data or law.is_normalized:
+            return
         if x.dim() > len(law.batch_shape + law.event_shape):
             raise ValueError(_sentence(name, x, law))
         self.laws[name] = law
@@ -198,7 +204,11 @@ def _check_unscaled(weights: Values) -> None:
 
 
 def exchange_target(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    initial_params: Mapping[str, Tensor] | None = None,
 ) -> ExchangeTarget:
     """Returns the target of a Pyro model with these arguments.
 
@@ -206,6 +216,7 @@ def exchange_target(
         model: The model.
         args: Its arguments.
         kwargs: Its keyword arguments.
+        initial_params: As for :func:`~pyro_ebm.mcmc.targets.model_target.set_up`.
 
     Raises:
         TypeError: If the model is not a function.
@@ -218,7 +229,10 @@ def exchange_target(
         )
     each = model if isinstance(model, EachChain) else None
     scored = surrogate(model, UnnormalizedSites())
-    target = ExchangeTarget(*set_up(scored, args, kwargs, each=each, name=name_of(model)))
+    ready = set_up(
+        scored, args, kwargs, initial_params=initial_params, each=each, name=name_of(model)
+    )
+    target = ExchangeTarget(*ready)
     target.hold_flat()
     target.watch(model, args, kwargs)
     return target

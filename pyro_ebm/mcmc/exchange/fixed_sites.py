@@ -23,7 +23,7 @@ from pyro_ebm.mcmc.targets.target import Values
 from pyro_ebm.ops.rng import rng_preserved
 
 NUM_POSITIONS = 64
-SPREADS = (1.0, 5.0)  # of the positions, in units of where chains start
+SPREADS = (1.0, 5.0)  # of the positions around the first one, as chains start around zero
 _NUM_EPS = 1e3  # units in the last place by which vmap may be off
 
 
@@ -51,13 +51,13 @@ def check_fixed_sites(
         ValueError: If one does; the message names the site.
     """
     with rng_preserved(), pyro.validation_enabled(is_validate=False):
+        _check_graphs(look, target.first, observed)
         q = target.draw_start(target.num_rows(NUM_POSITIONS))
-        _check_graphs(look, q[0], observed)
         with torch.no_grad():
-            first = _terms(look(q[0]), observed)
+            first = _terms(look(target.first), observed)
             for spread in SPREADS:
                 with suppress(torch.linalg.LinAlgError):  # by the values, far out
-                    _check_values(target, look, observed, first, spread * q)
+                    _check_values(target, look, observed, first, target.first + spread * q)
 
 
 def _check_graphs(look: Callable[[Tensor], SeenSites], q: Tensor, observed: Values) -> None:

@@ -20,6 +20,7 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc.targets.captured import CapturedPotential
 from pyro_ebm.mcmc.targets.distribution_target import DistributionTarget
+from pyro_ebm.mcmc.targets.first_point import first_chain
 from pyro_ebm.mcmc.targets.model_target import ModelTarget, Potential, target_of_model
 from pyro_ebm.mcmc.targets.target import Target
 from pyro_ebm.ops.arguments import positive
@@ -145,7 +146,8 @@ class Kernel(ABC):
 
         Args:
             *args: Arguments of the model.
-            initial_params: The run's starting values, which say what a ``potential_fn`` takes.
+            initial_params: The run's starting values, which say what a ``potential_fn`` takes and
+                where a model is first run.
             **kwargs: Keyword arguments of the model.
 
         Raises:
@@ -160,15 +162,13 @@ class Kernel(ABC):
                     f"{type(self).__name__} samples {self.given!r}, which takes no arguments"
                 )
             return DistributionTarget(self.given.temper(self.inverse_temperature))
-        return target_of_model(self.given, args, kwargs)
+        return target_of_model(self.given, args, kwargs, initial_params=initial_params)
 
     def _shapes_of(self, initial_params: Any) -> dict[str, Tensor]:
         """One value per name, of this run or of the one before."""
         if initial_params:
-            self._like = {
-                name: value[0] if isinstance(value, Tensor) and value.dim() else torch.zeros(())
-                for name, value in initial_params.items()  # the driver says what is wrong
-            }
+            first = first_chain(initial_params)  # the driver says what is wrong with others
+            self._like = {name: first.get(name, torch.zeros(())) for name in initial_params}
         if not hasattr(self, "_like"):
             raise ValueError("potential_fn= needs initial_params=, one value per name and chain")
         return self._like

@@ -58,11 +58,12 @@ class Starts:
             q = self._first_positions(initial_params)
             self.potential.check_density(q)
             state = self.kernel.init(self.potential, q)
-        bad = int((~torch.isfinite(state.potential)).sum())
+        bad = (~torch.isfinite(state.potential)).nonzero()[:, 0].tolist()
         if bad:
             raise NonFiniteEnergyError(
-                f"{self.target!r}: the potential is not finite where {bad} of {self.num_chains} "
-                "chains start, and they could not leave: give other initial_params"
+                f"{self.target!r}: the potential is not finite where {len(bad)} of "
+                f"{self.num_chains} chains start, and they could not leave: the first of them is "
+                f"chain {bad[0]}. Give other initial_params"
             )
         self._check_resolution(state)
         return state

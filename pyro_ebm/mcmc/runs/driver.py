@@ -120,7 +120,9 @@ class MCMC:
 
         Args:
             *args: Arguments of the model.
-            initial_params: Site name to unconstrained values, ``(num_chains, ...)``.
+            initial_params: Site name to unconstrained values, as Pyro's are, ``(num_chains, ...)``.
+                The model is first run at those of the first chain, so that its density need be
+                finite nowhere else; else where draws from (-2, 2) find it so.
             initial_state: A former run's :attr:`state`: its chains go on from there, as they were
                 tuned, without a warm-up; bit for bit if :meth:`State.restore_rng` is called first.
             **kwargs: Keyword arguments of the model.

@@ -33,7 +33,9 @@ def explained(
         return NonFiniteEnergyError(
             f"{name_of(model)}: no starting point of finite density was found. Look for NaN in the "
             "data (masked entries too must hold some number of the support), for data outside the "
-            "support of their distribution, and for supports that depend on other latents"
+            "support of their distribution, and for supports that depend on other latents; where "
+            "the density is finite in a narrow region only, start in it: pass initial_params= to "
+            "MCMC.run()"
         )
     if "subsample sites" in str(error):
         return TypeError(

@@ -21,6 +21,7 @@ from pyro_ebm.distributions.supports import check_observed
 from pyro_ebm.errors import MissingNormalizerError
 from pyro_ebm.mcmc.targets.each_chain import EachChain, over_rows
 from pyro_ebm.mcmc.targets.explain import explained, first_line, name_of
+from pyro_ebm.mcmc.targets.first_point import AtValues, first_chain
 from pyro_ebm.mcmc.targets.fixed_supports import check_fixed_supports
 from pyro_ebm.mcmc.targets.target import Target, Values, check_names, lead_of
 from pyro_ebm.mcmc.targets.vmap_safe import VmapSafe, vmap_safe_operations
@@ -35,10 +36,14 @@ class ModelTarget(Target):
 
     Args:
         potential_fn: Named unconstrained values, without a chain dim, to a 0-d potential in nats.
-        like: One value per name, for shapes and dtypes.
+        like: One value per name, for shapes and dtypes: where the model was first run.
         transforms: Name to the transform *to* unconstrained space; missing names are real.
         name: What messages call it.
         each: The model behind it, if every chain has data of its own.
+
+    Attributes:
+        first: The position of ``like``, ``(D,)``: of a model, one of finite density, or the first
+            chain's start if a run was given one.
 
     Raises:
         ValueError: If there is nothing to sample.
@@ -64,6 +69,7 @@ class ModelTarget(Target):
         self.dtype, self.device = first.dtype, first.device
         self.is_vectorized = self._try_vmap()
         self._flat: Tensor | None = None
+        self.first = torch.cat([value.detach().reshape(-1) for value in like.values()])
 
     def __repr__(self) -> str:
         return self.name
@@ -255,7 +261,11 @@ class SetUp(NamedTuple):
 
 
 def target_of_model(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    initial_params: Mapping[str, Tensor] | None = None,
 ) -> ModelTarget:
     """Returns the target of a Pyro model with these arguments.
 
@@ -263,13 +273,14 @@ def target_of_model(
         model: The model.
         args: Its arguments.
         kwargs: Its keyword arguments.
+        initial_params: As for :func:`set_up`.
 
     Raises:
         MissingNormalizerError: If a latent would be inferred through an EBM without its log Z.
         ValueError: If a site cannot be sampled; the message names it.
         NonFiniteEnergyError: If there is nowhere to start.
     """
-    target = ModelTarget(*set_up(model, args, kwargs))
+    target = ModelTarget(*set_up(model, args, kwargs, initial_params=initial_params))
     target.hold_flat()
     return target
 
@@ -279,6 +290,7 @@ def set_up(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
+    initial_params: Mapping[str, Tensor] | None = None,
     each: EachChain | None = None,
     name: str | None = None,
 ) -> SetUp:
@@ -288,6 +300,9 @@ def set_up(
         model: The model.
         args: Its arguments.
         kwargs: Its keyword arguments.
+        initial_params: The run's starting values, unconstrained, ``(num_chains, ...)`` by site: the
+            model is first run at those of the first chain. Whether its density is finite there is
+            asked where the chains start.
         each: What gives every chain its data, where the model is a handler around it.
         name: What messages call it, where it is a handler around what users know.
 
@@ -299,12 +314,19 @@ def set_up(
     each = model if isinstance(model, EachChain) else each
     if each is not None:
         each.check(args, kwargs)
+    start = first_chain(initial_params)
     try:
         checks = pyro.validation_enabled(is_validate=False)
         with checks, poutine.block(), torch.enable_grad(), vmap_safe_operations():
             params, potential_fn, transforms, trace = initialize_model(
-                VmapSafe()(model), args, kwargs
+                VmapSafe()(model),
+                args,
+                kwargs,
+                init_strategy=AtValues(start),
+                initial_params=start or None,  # no search for others
             )
+            if start:
+                params = {n: to(trace.nodes[n]["value"].detach()) for n, to in transforms.items()}
     except MissingNormalizerError:
         raise
     except Exception as error:  # Pyro and models fail in many ways
@@ -314,6 +336,7 @@ def set_up(
         raise better from error
     check_fixed_supports(model, args, kwargs)
     if has_energies(trace):
-        check_structure(model, args, kwargs)
+        at = {name: to.inv(params[name]) for name, to in transforms.items()}
+        check_structure(model, args, kwargs, at=at)
         _check_data(trace)
     return SetUp(potential_fn, params, transforms, name or name_of(model), each)

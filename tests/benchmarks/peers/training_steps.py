@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI
+from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -247,6 +247,31 @@ def by_hand(name: str, x: Tensor, *, compiled: bool = False) -> Step:
     return step
 
 
+def by_stock_svi(name: str, x: Tensor) -> Step:
+    """Returns the step of Pyro's ``SVI`` with its own ``Trace_ELBO``: by hand, as a factor."""
+    family, energy = FAMILIES[name], new_energy()
+    loss_of, label = family.by_hand(), f"by hand {next(_numbers)}"
+    held = torch.zeros(())
+
+    def model(x: Tensor) -> None:
+        pyro.module(label, energy)
+        log_z = pyro.param(f"{label} log_z", torch.zeros(())) if family.learns_log_z else held
+        pyro.factor("loss", -len(x) * loss_of(energy, log_z, x))
+
+    return svi_step(model, Trace_ELBO(), x, validated=False)
+
+
+def svi_step(model: Callable[[Tensor], None], loss: Any, x: Tensor, *, validated: bool) -> Step:
+    """Returns the step of Pyro's ``SVI`` of a model without latents."""
+    svi = SVI(model, no_guide, pyro.optim.Adam({"lr": RATE}), loss=loss)
+
+    def step() -> float:
+        with pyro.validation_enabled(validated):
+            return svi.step(x)
+
+    return step
+
+
 # --- by this package
 
 
@@ -292,14 +317,7 @@ def by_module(name: str, x: Tensor) -> Step:
 
 def by_svi(name: str, x: Tensor, *, validated: bool) -> Step:
     """Returns the step of stock ``SVI``."""
-    objective = FAMILIES[name].ours()
-    svi = SVI(model_of(name)[0], no_guide, pyro.optim.Adam({"lr": RATE}), loss=objective)
-
-    def step() -> float:
-        with pyro.validation_enabled(validated):
-            return svi.step(x)
-
-    return step
+    return svi_step(model_of(name)[0], FAMILIES[name].ours(), x, validated=validated)
 
 
 def by_fit(name: str, x: Tensor, **options: bool) -> Step:

@@ -730,6 +730,11 @@ def test_kernels_that_do_not_fit():
         draw(kernel=partial(ULA, inverse_temperature=2.0))
     with pytest.raises(TypeError, match="ContrastiveDivergence keeps positions"):
         draw(kernel=ParallelTempering)
+    message = (
+        r"kernel of pyro_ebm\.mcmc.*partial\(pyro_ebm\.mcmc\.NUTS.*got pyro\.infer\.mcmc\.nuts"
+    )
+    with pytest.raises(TypeError, match=message):
+        draw(kernel=pyro.infer.NUTS)
     mixed = EnergyDistribution(
         lambda x: x.sum(-1),
         event_shape=(2,),

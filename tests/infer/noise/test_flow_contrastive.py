@@ -262,6 +262,19 @@ def test_throttle_overrules_the_schedule(skill, turn):
         assert moves(Game(), objective, 1) == [{turn or scheduled}]
 
 
+def test_skill_is_the_accuracy_of_about_ten_steps():
+    """A step weighs a tenth; the first is all there is."""
+    game, objective = Game(), FlowContrastive(throttle=(0.0, 1.0))
+    moves(game, objective, 1)
+    first = float(objective.diagnostics["x"]["accuracy"])
+    assert float(objective.skill) == pytest.approx(first, abs=1e-6)
+    objective.skill = torch.tensor(0.0)
+    moves(game, objective, 1)
+    second = float(objective.diagnostics["x"]["accuracy"])
+    assert second > 0.3
+    assert float(objective.skill) == pytest.approx(0.1 * second, abs=1e-6)
+
+
 def test_throttle_keeps_the_accuracy_in_its_band():
     """Ten energy steps to a flow step, data narrower than the flow: the energy runs away with the
     game unless the flow may take its turn.

@@ -233,6 +233,21 @@ def test_waymarks_between_shifted_gaussians():
     torch.testing.assert_close(weights, torch.tensor([0.25, 0.5, 0.75, 1.0]), rtol=0, atol=2e-3)
 
 
+def test_waymarks_where_one_mean_and_another_variance_move():
+    """The speed squared is m^2 + (v' / v)^2 / 2: integrated here by the trapezoid rule."""
+    shift, spread = 3.0, 0.1
+    z = torch.randn(500, 2)
+    z = z / z.std(0)
+    start = z * torch.tensor([1.0, spread]) - (z * torch.tensor([1.0, spread])).mean(0)
+    end = (z - z.mean(0)) + torch.tensor([shift, 0.0])
+    weights = equal_steps(start, end, 4)
+    a = torch.linspace(0, 1, 100_001)
+    log_slope = 2 * a * (1 - spread**2) / (spread**2 + (1 - spread**2) * a**2)
+    length = torch.cumulative_trapezoid((shift**2 + 0.5 * log_slope**2).sqrt(), a)
+    at = length[torch.searchsorted(a[1:], weights.clamp_max(1.0))]
+    torch.testing.assert_close(at / length[-1], torch.arange(1, 5) / 4.0, rtol=0, atol=2e-3)
+
+
 def fitted(objective, energy, x, mask=True):
     def model(x):
         pyro.module("energy", energy)

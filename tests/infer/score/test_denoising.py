@@ -4,11 +4,13 @@ import math
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch.distributions import constraints
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.score.denoising import DenoisingScoreMatching, Noise, geometric_levels
 
 NUM = 40_000
@@ -180,10 +182,54 @@ def test_weighting_one_level_is_a_factor():
     )
 
 
+def told(conditioning, *args):
+    """An objective, and that the model's own site is not what ``"scale"`` learns."""
+    if conditioning != "scale":
+        return DenoisingScoreMatching(*args, conditioning=conditioning)
+    with pytest.warns(SurrogateWarning, match="the model's own site, .* is none of them: take"):
+        return DenoisingScoreMatching(*args, conditioning="scale")
+
+
+BENT = {
+    "real": {"event_shape": (3,)},
+    "positive": {"event_shape": (3,), "support": constraints.independent(constraints.positive, 1)},
+    "simplex": {"event_shape": (3,), "support": constraints.simplex},
+    "normal base": {"base": dist.Normal(0.3, 1.5).expand([3]).to_event(1)},
+    "gamma base": {"base": dist.Gamma(2.0, 1.5).expand([3]).to_event(1)},
+}
+
+
+@pytest.mark.parametrize("conditioning", ["argument", "scale", "none"])
+@pytest.mark.parametrize("where", BENT)
+def test_the_learned_law_is_the_one_whose_scores_the_loss_compares(where, conditioning):
+    """At one level, the loss is that of its law without any conditioning."""
+    torch.manual_seed(8)
+
+    def energy(x, noise_std=1.0):
+        return ((1 + torch.as_tensor(noise_std)).unsqueeze(-1) * x.cos()).sum(-1)
+
+    p = EnergyDistribution(energy, **BENT[where])
+    x = torch.rand(5, 3) + 0.1
+    x = x / x.sum(-1, keepdim=True) if where == "simplex" else x
+    objective, plain = told(conditioning, 0.4), DenoisingScoreMatching(0.4)
+    noise, law = objective.draw(p, x, None), objective.law(p, 0.4)
+    want = objective.per_datum(p, x, noise, ZERO)
+    torch.testing.assert_close(plain.per_datum(law, x, noise, ZERO), want)
+    assert law.base is p.base
+    torch.testing.assert_close(objective.law(p).potential(x), law.potential(x))
+
+
+def test_levels_that_were_not_learned():
+    with pytest.raises(ValueError, match="learned the law at noise_std=0.4 alone, got 0.2"):
+        DenoisingScoreMatching(0.4).law(gaussian(1.0), 0.2)
+    with pytest.raises(ValueError, match="noise_std must be positive"):
+        told("scale", 0.4).law(gaussian(1.0), 0.0)
+
+
 def test_the_scaled_energy_at_a_level_is_the_tempered_law():
     """U / sigma: what one level learns is the law at inverse temperature 1 / sigma."""
     p, x = gaussian(1.3), torch.randn(5, 3)
-    scaled = DenoisingScoreMatching(0.4, conditioning="scale")
+    scaled = told("scale", 0.4)
     noise = scaled.draw(p, x, None)
     want = DenoisingScoreMatching(0.4).per_datum(p.temper(1 / 0.4), x, noise, ZERO)
     torch.testing.assert_close(scaled.per_datum(p, x, noise, ZERO), want)
@@ -191,7 +237,7 @@ def test_the_scaled_energy_at_a_level_is_the_tempered_law():
 
 def test_every_level_is_drawn():
     torch.manual_seed(7)
-    objective = DenoisingScoreMatching([0.1, 1.0, 5.0], 2, conditioning="scale")
+    objective = told("scale", [0.1, 1.0, 5.0], 2)
     noise = objective.draw(gaussian(1.0), torch.zeros(3000, 3), None)
     assert noise.noise_std.shape == (2, 3000)
     for level in (0.1, 1.0, 5.0):

@@ -29,6 +29,8 @@ from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.ops.constraints import spins
 from pyro_ebm.poutine import surrogate
 
+pytestmark = pytest.mark.filterwarnings("ignore:DenoisingScoreMatching.conditioning='scale'")
+
 NUM_ROWS = 5
 LEVELS = (0.2, 0.9)
 MAKERS = {

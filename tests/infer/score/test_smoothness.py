@@ -1,12 +1,20 @@
 """Which energies are refused for jumps of their slope, and which are not."""
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import spectral_norm
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer.divergences.kale import KALE
+from pyro_ebm.infer.score.denoising import DenoisingScoreMatching
+from pyro_ebm.infer.score.kernel_stein import KernelStein
+from pyro_ebm.infer.score.score_matching import ScoreMatching
+from pyro_ebm.infer.score.sliced import SlicedScoreMatching
 from pyro_ebm.infer.score.smoothness import has_jumps
 from pyro_ebm.infer.scoring.unconstrained import Unconstrained
 
@@ -117,3 +125,95 @@ def test_the_order_and_symmetry_of_rows_do_not_matter(name, arrange):
     x = arrange(torch.randn(100, 2))
     space = Unconstrained(EnergyDistribution(make(), BASES[base]()), "ScoreMatching")
     assert has_jumps(space, x) == (name in JUMPING)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU])
+def test_networks_that_move_with_every_call_are_looked_at_standing_still(activation, seed):
+    """Spectral norms in training: five of six smooth ones would be taken for ReLUs."""
+    torch.manual_seed(seed)
+    sizes = ((2, 64), (64, 64), (64, 1))
+    layers = [part for a, b in sizes for part in (spectral_norm(nn.Linear(a, b)), activation())]
+    net = nn.Sequential(*layers[:-1], nn.Flatten(-2)).train()
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    space = Unconstrained(EnergyDistribution(net, event_shape=(2,)), "ScoreMatching")
+    with torch.no_grad():
+        assert has_jumps(space, torch.randn(200, 2)) == (activation is nn.ReLU)
+    for name, buffer in net.named_buffers():
+        torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
+
+
+def loss_of(objective, energy, x):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros(x.shape[1:], dtype=x.dtype), 1.5).to_event(x.dim() - 1)
+            pyro.sample("x", EnergyDistribution(energy, base, conditional=False), obs=x)
+
+    return objective.differentiable_loss(model, lambda x: None, x)
+
+
+class OfWords(nn.Module):
+    """The energy of sequences of five pairs by attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(2, 1, batch_first=True).to(torch.float64)
+
+    def forward(self, x):
+        rows = x.reshape(-1, 5, 2)
+        mixed = self.attention(rows, rows, rows, need_weights=False)[0]
+        return mixed.square().sum((-2, -1)).reshape(x.shape[:-2])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ScoreMatching(trace="hutchinson"),
+        SlicedScoreMatching,
+        lambda: DenoisingScoreMatching(0.1),
+        KernelStein,
+        lambda: KALE(gradient_penalty=1.0),
+    ],
+    ids=["hutchinson", "sliced", "denoising", "stein", "gradient penalty"],
+)
+def test_attention_has_a_second_derivative_by_the_kernel_that_is_named(make):
+    energy, x = OfWords(), torch.randn(40, 5, 2)
+    with pytest.raises(NotImplementedError, match="'x': .*twice.*SDPBackend.MATH") as raised:
+        loss_of(make(), energy, x)
+    assert "aten::_scaled_dot_product" in str(raised.value.__cause__)
+    with sdpa_kernel(SDPBackend.MATH):
+        loss_of(make(), energy, x).backward()
+    assert energy.attention.in_proj_weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU])
+def test_rounding_of_half_precision_is_no_jump(activation):
+    """Under autocast slopes move by steps of the rounding; jumps are looked for without it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 16), activation(), nn.Linear(16, 1), nn.Flatten(-2)).float()
+    x, half = torch.randn(50, 2, dtype=torch.float32), torch.autocast("cpu", torch.bfloat16)
+    if activation is nn.ReLU:
+        with half, pytest.raises(ValueError, match="jumps at kinks"):
+            loss_of(ScoreMatching(), net, x)
+        return
+    with half:
+        found = loss_of(ScoreMatching(), net, x)
+    want = loss_of(ScoreMatching(), net, x)
+    assert found.item() == pytest.approx(want.item(), rel=0.05)
+    assert found.item() != want.item()
+
+
+def test_weights_of_half_precision_are_named():
+    torch.manual_seed(0)
+
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(2, 16), nn.SiLU(), nn.Linear(16, 1)).bfloat16()
+
+        def forward(self, x):
+            return self.net(x.bfloat16()).float().squeeze(-1)
+
+    x = torch.randn(50, 2, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"weights of torch.bfloat16 .* network.to\(torch.float32"):
+        loss_of(ScoreMatching(), Half(), x)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI
+from torch import nn
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
@@ -26,6 +27,7 @@ from pyro_ebm.infer import (
     PerSite,
     RankingNCE,
     ScoreMatching,
+    SelfNormalized,
 )
 
 BASE = dist.Normal(torch.zeros((), dtype=torch.float64), 2.0)
@@ -33,6 +35,7 @@ TIMES = (-1.0, 0.0, 1.0)
 FOR_ALL = {
     "nce": lambda: NCE(5, BASE),
     "kale": KALE,
+    "snl": lambda: SelfNormalized(5, BASE),
     "pcd": lambda: PersistentContrastiveDivergence(2),
 }
 
@@ -50,10 +53,17 @@ def steps(objective, model, calls):
         svi.step(*call)
 
 
-@pytest.mark.parametrize("as_tensor", [False, True])
+SHARED = {
+    "number": lambda t, rows: t,
+    "tensor": lambda t, rows: torch.tensor(t),
+    "one per row": lambda t, rows: torch.full((rows,), t),
+}
+
+
+@pytest.mark.parametrize("form", SHARED)
 @pytest.mark.parametrize("name", FOR_ALL)
-def test_a_context_that_changes_between_calls_is_refused(name, as_tensor):
-    calls = [(torch.randn(6), torch.tensor(t) if as_tensor else t) for t in TIMES]
+def test_a_context_that_changes_between_calls_is_refused(name, form):
+    calls = [(torch.randn(n), SHARED[form](t, n)) for n, t in zip((6, 4, 5), TIMES, strict=True)]
     with pytest.raises(ValueError, match="argument 1, which changes from step to step"):
         steps(FOR_ALL[name](), model, calls)
 
@@ -86,6 +96,49 @@ def test_a_context_whose_weight_is_zero_at_first_is_found_later():
         rests.step(torch.randn(6), t)
     with pytest.raises(ValueError, match="changes from step to step"):
         steps(objective, model, [(torch.randn(6), t) for t in (*TIMES, 2.0, 3.0)])
+
+
+def test_a_class_per_batch_is_found_after_a_batch_of_both():
+    """At first b = 0, and the batch of both classes shows nothing; later none has both."""
+
+    def model(x, weight, y):
+        b = pyro.param("b", torch.tensor(0.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", EnergyDistribution(lambda v: 0.5 * (b * y).exp() * v**2, BASE), obs=x)
+
+    objective = NCE(5, BASE)
+    steps(objective, model, [(torch.randn(4), 1.0, torch.tensor([0.0, 1.0, 0.0, 1.0]))])
+    pyro.get_param_store()["b"] = torch.tensor(1.0)
+    with pytest.raises(ValueError, match="argument 2, which changes from step to step"):
+        steps(objective, model, [(torch.randn(3), 1.0, torch.full((3,), y)) for y in (0.0, 1.0)])
+
+
+class Moving(nn.Module):
+    """An energy whose state moves with every call, more than that of a spectral norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return 0.1 * x**2 * (2 - 1 / self.calls)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_what_the_rows_of_a_batch_have_in_common_by_chance_is_no_context(rows):
+    """Two classes that the energy does not use, data that are equal, and a state that moves."""
+    energy = Moving()
+
+    def model(x, y):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", EnergyDistribution(energy, BASE), obs=x)
+            pyro.sample("y", dist.Bernoulli(pyro.param("p", torch.tensor(0.5))), obs=y)
+
+    draws = [(torch.randn(()).expand(rows), torch.full((rows,), k % 2.0)) for k in range(8)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SurrogateWarning)
+        steps(NCE(200, BASE), model, draws)
 
 
 def test_what_cannot_be_run_again_is_told():

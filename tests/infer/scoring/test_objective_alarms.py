@@ -9,12 +9,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer import KALE, NCE, DonskerVaradhan, EnergyDiscrepancy, RankingNCE, fit
 from pyro_ebm.infer.divergences.self_normalized import SelfNormalized
 from pyro_ebm.infer.likelihood.persistent import PersistentContrastiveDivergence
+from pyro_ebm.infer.scoring.conditional import depends_on_rows
 from pyro_ebm.infer.scoring.per_site import PerSite
 from pyro_ebm.infer.scoring.separation import Separation
 from pyro_ebm.poutine import surrogate
@@ -52,7 +55,8 @@ def located(base):
     def model(x):
         loc = pyro.param("loc", torch.tensor(0.0))
         with pyro.plate("data", len(x)):
-            pyro.sample("x", EnergyDistribution(lambda x: 0.5 * (x - loc) ** 2, base), obs=x)
+            ebm = EnergyDistribution(lambda x: 0.5 * (x - loc) ** 2, base, event_shape=())
+            pyro.sample("x", ebm, obs=x)
 
     return model
 
@@ -67,11 +71,28 @@ def test_noise_that_does_not_cover_the_data_is_told_at_once(make):
 
 
 @pytest.mark.parametrize("make", [NCE, RankingNCE, SelfNormalized])
+def test_one_noise_draw_per_row_tells_noise_that_does_not_cover(make):
+    """Of 64 rows four sds off at least 20 lie beyond 64 draws: 2^-20 of the chance of noise."""
+    data = 4.0 + torch.randn(64)
+    loss = make(1, noise=dist.Normal(0.0, 1.5)).differentiable_loss
+    with pytest.warns(SurrogateWarning, match=r"noise does not cover the data"):
+        loss(located(STANDARD), no_guide, data)
+
+
+def test_noise_of_the_data_is_seldom_told():
+    """Of 64 rows and 64 draws of one law: by chance once in 10^4 batches, here in none of 1000."""
+    objective = RankingNCE(1, noise=STANDARD)
+    for _ in range(1000):
+        objective.differentiable_loss(located(STANDARD), no_guide, torch.randn(64))
+        objective._checked.clear()
+
+
+@pytest.mark.parametrize("make", [NCE, RankingNCE, SelfNormalized])
 def test_noise_that_covers_the_data_is_not_told(make):
-    """As wide as the data, or one level for all states; and where draws are too few to say."""
-    for draws, noise in ((10, dist.Normal(0.0, 1.0)), (1, dist.Normal(0.0, 0.1))):
-        objective = make(draws, noise=noise)
-        objective.differentiable_loss(located(STANDARD), no_guide, torch.randn(50))
+    """As wide as the data, or one level for all states; and where there are too few to say."""
+    for draws, sd, num_rows in ((10, 1.0, 50), (1, 1.0, 64), (1, 0.1, 6)):
+        objective = make(draws, noise=dist.Normal(0.0, sd))
+        objective.differentiable_loss(located(STANDARD), no_guide, torch.randn(num_rows))
 
     def model(x):
         weight = pyro.param("weight", torch.tensor(0.1))
@@ -154,6 +175,77 @@ def test_weights_that_are_worth_few_draws_are_told():
     data = 9.0 + 0.01 * torch.randn(400)
     with pytest.warns(SurrogateWarning, match="effective sample size of the base draws"):
         train(DonskerVaradhan(), tilted(STANDARD), data, 140)
+
+
+def settled(objective, data, *slopes):
+    """As many steps as are judged together, of which the last is looked at."""
+    objective.num_steps_taken.fill_(129 - len(slopes))
+    for slope in slopes:
+        pyro.get_param_store()["slope"] = torch.tensor(slope)
+        objective.differentiable_loss(tilted(STANDARD), no_guide, data)
+
+
+def test_weights_that_are_worth_few_of_64_draws_are_told():
+    """A tilt by 4 makes weights of relative variance e^16: two draws or so count."""
+    with pytest.warns(SurrogateWarning, match=r"step 128: the effective .* is [12]\.\d of 64"):
+        settled(DonskerVaradhan(), 4.0 + torch.randn(64), *[4.0] * 16)
+
+
+@pytest.mark.parametrize("make", [KALE, DonskerVaradhan])
+def test_one_batch_of_poor_weights_is_no_alarm(make):
+    """Tilted by 1.2 about 17 of 64 weights count, and in the last of 16 steps a single one."""
+    objective = make()
+    settled(objective, 1.2 + torch.randn(64), *[1.2] * 15, 9.0)
+    assert 64 * objective.diagnostics["x"]["weight_ess"] < 2
+
+
+@pytest.mark.parametrize("make", [KALE, DonskerVaradhan])
+@pytest.mark.parametrize("far", [False, True])
+def test_a_bound_that_base_draws_cannot_support_is_told(make, far, recwarn):
+    """The energy falls between base draws and data, by more than 64 draws can tell, or by less.
+
+    A step of h nats at 4 leaves all weights alike, so that the bound is h of any number of draws.
+    """
+    height = 9.0 if far else 6.0
+
+    def model(x):
+        scale = pyro.param("scale", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            ebm = EnergyDistribution(lambda x: -height * scale * (20 * (x - 7)).sigmoid(), STANDARD)
+            pyro.sample("x", ebm, obs=x)
+
+    objective = make()
+    objective.num_steps_taken.fill_(128)
+    objective.differentiable_loss(model, no_guide, 10.0 + 0.1 * torch.randn(64))
+    told = [str(w.message) for w in recwarn if "64 base draws support" in str(w.message)]
+    assert len(told) == far
+
+
+def beside_the_data(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(0.0, 1e-4))
+
+
+@pytest.mark.parametrize("make", [KALE, DonskerVaradhan])
+def test_a_bound_on_the_density_is_no_divergence(make):
+    """Against a contrast of known density it is the mean log density, of any size: here 7.8."""
+
+    def model(x):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        ebm = EnergyDistribution(lambda x: 0.5 * ((x - loc) / 1e-4).square(), event_shape=())
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", ebm, obs=x)
+
+    objective = make()
+    objective.num_steps_taken.fill_(128)
+    objective.differentiable_loss(model, beside_the_data, 1e-4 * torch.randn(64))
+    assert objective.diagnostics["x"]["bound"] > 7.4
+
+
+@pytest.mark.parametrize("make", [KALE, DonskerVaradhan])
+def test_a_contrast_of_the_guide_that_does_not_cover_the_data_is_told(make):
+    with pytest.warns(SurrogateWarning, match="noise does not cover the data: 100% of them"):
+        make().differentiable_loss(located(None), beside_the_data, 1.0 + 0.1 * torch.randn(64))
 
 
 def tilted(base):
@@ -288,3 +380,12 @@ def test_a_random_energy_is_not_called_conditional():
 
     with pytest.warns(SurrogateWarning, match="is random .dropout"):
         NCE().differentiable_loss(model, no_guide, torch.randn(5))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_spectral_norm_is_not_called_random(seed):
+    """Its vectors move with every call in training; any warning is an error here."""
+    torch.manual_seed(seed)
+    net = spectral_norm(nn.Linear(64, 64)).train()
+    p = EnergyDistribution(lambda y: net(y).sum(-1), event_shape=(64,))
+    assert not depends_on_rows(p, torch.randn(40, 64))

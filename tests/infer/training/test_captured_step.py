@@ -427,6 +427,29 @@ def test_modes_of_modules_are_those_of_the_step():
     assert run(True) == pytest.approx(run(False), abs=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.*is random .dropout")
+@pytest.mark.parametrize("make", [NCE, KALE])
+def test_dropout_is_replayed_whatever_is_checked_beside_a_step(make):
+    """Checks of a random energy draw nothing from the generator of the training."""
+    data = torch.randn(22, 2)
+
+    def run(capture):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Dropout(0.2), nn.Linear(8, 1))
+
+        def model(x):
+            pyro.module("net", net)
+            with pyro.plate("data", len(x)):
+                energy = EnergyDistribution(lambda y: net(y).squeeze(-1), base=BASE)
+                pyro.sample("x", energy, obs=x)
+
+        options = {"num_steps": 35, "batch_size": 11, "lr": 0.05, "seed": 3, **QUIET}
+        return fit(model, data, make(), capture=capture, **options).losses
+
+    assert run(True) == pytest.approx(run(False), abs=1e-12)  # giving up would be an error here
+
+
 class Remembers(RankingNCE):
     """Keeps a running mean outside of tensors that a graph could write to."""
 

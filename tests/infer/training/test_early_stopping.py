@@ -6,6 +6,7 @@ The models have one parameter and the losses are quadratics, so that every point
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -20,6 +21,8 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError, SurrogateWarning
 from pyro_ebm.infer.divergences.kale import KALE, DonskerVaradhan
+from pyro_ebm.infer.divergences.self_normalized import SelfNormalized
+from pyro_ebm.infer.likelihood.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.infer.noise.nce import NCE, RankingNCE
 from pyro_ebm.infer.score.score_matching import ScoreMatching
 from pyro_ebm.infer.scoring.per_site import PerSite
@@ -400,6 +403,178 @@ def test_patience_needs_a_criterion(objective, options, match):
 
     with pytest.raises(ValueError, match=match):
         fit(model, torch.randn(9), objective, **options, **QUIET)
+
+
+@pytest.mark.parametrize("reader", ["patience", "ReduceLROnPlateau"])
+@pytest.mark.parametrize(
+    ("objective", "match"),
+    [
+        (Adversarial(), "no measure of how good a model is, so that {} cannot go"),
+        (ContrastiveDivergence(1), "no measure of how good a model is, so that {} cannot go"),
+        (KALE(schedule=(2, 1)), "a base that moves, so that {} cannot go"),
+    ],
+    ids=["adversary", "cd", "game"],
+)
+def test_neither_patience_nor_a_plateau_goes_by_any_curve(objective, match, reader):
+    options = {"patience": 2} if reader == "patience" else {"lr_schedule": ReduceLROnPlateau}
+    with pytest.raises(ValueError, match=match.format(reader)):
+        fit(energy_on(fixed_base), torch.randn(9), objective, **watched(options))
+
+
+def watched(options, num_steps=3):
+    validation = {"validation": torch.randn(40), "validate_every": 1, "num_steps": num_steps}
+    return {**validation, **options, **QUIET}
+
+
+def energy_on(base):
+    """A trained slope on what a function makes for a base."""
+
+    def model(x):
+        slope = pyro.param("slope", torch.tensor(0.1))
+        law = EnergyDistribution(lambda y: slope * y, base=base())
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", law, obs=x)
+
+    return model
+
+
+def fixed_base():
+    return dist.Normal(0.0, 2.0)
+
+
+def trained_base():
+    return dist.Normal(pyro.param("loc", torch.tensor(1.0)), 2.0)
+
+
+def trained_elsewhere(x):
+    """A guide that holds the noise, at the place of a latent that the ELBO moves."""
+    loc = pyro.param("loc", torch.tensor(1.0))
+    pyro.sample("z", dist.Normal(loc, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, 2.0))
+
+
+@pytest.mark.parametrize("reader", ["patience", "ReduceLROnPlateau"])
+@pytest.mark.parametrize("make", [NCE, RankingNCE, SelfNormalized])
+@pytest.mark.parametrize("held_by", ["base", "guide"])
+def test_a_curve_against_noise_that_moves_is_refused_at_its_second_point(make, held_by, reader):
+    """Whatever moves it: the base is trained by the loss, the guide's noise with a latent of it."""
+
+    def with_latent(x):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        energy_on(fixed_base)(x)
+
+    model, guide = energy_on(trained_base), None
+    if held_by == "guide":
+        model, guide = with_latent, trained_elsewhere
+    options = {"patience": 9} if reader == "patience" else {"lr_schedule": ReduceLROnPlateau}
+    options |= {"guide": guide, "lr": 0.1, "validate_every": 2}
+    data = torch.randn(9)
+    with pytest.raises(ValueError, match=f"noise of EBM site 'x' moves.*so that {reader} cannot"):
+        fit(model, data, make(), **watched(options, num_steps=4))
+    pyro.clear_param_store()
+    del options["lr_schedule" if "lr_schedule" in options else "patience"]
+    assert len(fit(model, data, make(), **watched(options, num_steps=4)).validation) == 2
+
+
+@pytest.mark.parametrize("make", [NCE, partial(NCE, noise="gaussian"), ScoreMatching])
+def test_noise_that_stays_serves_patience_whatever_its_parameters(make):
+    """Parameters of a guide's noise do not move under NCE; nor does noise beside a trained base."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(1.0)), 2.0))
+
+    held = make is NCE
+    model = energy_on(fixed_base if held else trained_base)
+    options = {"patience": 9, "guide": guide if held else None}
+    assert len(fit(model, torch.randn(9), make(), **watched(options)).validation) == 3
+
+
+# --- latent energies
+
+
+def latent_energy(x, **known):
+    """z ~ exp(-(1 + tilt) z^2 / 2) on a standard normal base, x ~ N(z, 1/2)."""
+    tilt = pyro.param("tilt", torch.tensor(0.1))
+    base = dist.Normal(0.0, 1.0)
+    known = {name: make(tilt) for name, make in known.items()}
+    with pyro.plate("data", len(x)):
+        law = EnergyDistribution(lambda z: 0.5 * tilt * z.square(), base, **known)
+        z = pyro.sample("z", law)
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def latent_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.8 * x, 0.4))
+
+
+def log_z_of_tilt(tilt):
+    return lambda: -0.5 * (1 + tilt).log()
+
+
+@pytest.mark.parametrize("reader", ["patience", "ReduceLROnPlateau"])
+@pytest.mark.parametrize(
+    "make",
+    [ScoreMatching, RankingNCE, lambda: PerSite({"z": RankingNCE()})],
+    ids=["score matching", "ranking", "per site"],
+)
+def test_a_latent_energy_without_log_z_is_refused_at_once(make, reader):
+    options = {"patience": 9} if reader == "patience" else {"lr_schedule": ReduceLROnPlateau}
+    options |= {"guide": latent_guide, "num_steps": 500}
+    with pytest.raises(ValueError, match=f"without log Z of latent EBM site 'z', so that {reader}"):
+        fit(latent_energy, torch.randn(9), make(), **watched(options, num_steps=10**6))
+
+
+def test_values_of_a_latent_energy_hold_its_log_z():
+    """Learned or known, of one number or not: the value is the negative ELBO of a known log Z."""
+    x, tilt = torch.randn(9), torch.tensor(0.6)
+    pyro.param("tilt", tilt)
+    known = partial(latent_energy, log_normalizer=log_z_of_tilt)
+    losses = {}
+    for make, model in ((NCE, latent_energy), (KALE, latent_energy), (ScoreMatching, known)):
+        objective = make()
+        for grad in (True, False):
+            pyro.set_rng_seed(0)
+            with torch.set_grad_enabled(grad):
+                loss = objective.differentiable_loss(model, latent_guide, x)
+            if model is latent_energy:  # the error of what was learned is not the matter here
+                loss = loss - 9 * (objective.log_normalizers["z"] + 0.5 * (1 + tilt).log())
+            losses[make, grad] = loss.item()
+    pyro.set_rng_seed(0)
+    q = dist.Normal(0.8 * x, 0.4)
+    z = q.rsample()
+    normal = dist.Normal(0.0, (1 + tilt) ** -0.5).log_prob(z)
+    want = (q.log_prob(z) - normal - dist.Normal(z, 0.5).log_prob(x)).sum().item()
+    assert list(losses.values()) == pytest.approx([want] * 6, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "model"),
+    [
+        (NCE(), latent_energy),
+        (ScoreMatching(), partial(latent_energy, log_normalizer=log_z_of_tilt)),
+    ],
+    ids=["learned", "known"],
+)
+def test_a_latent_energy_with_log_z_serves_patience(objective, model):
+    """The held-out value is lowest where the ELBO is: at the tilt of the latents' posterior."""
+    options = {"patience": 9, "guide": latent_guide, "validate_every": 1}
+    assert len(fit(model, torch.randn(9), objective, **watched(options)).validation) == 3
+
+
+def test_a_latent_energy_that_is_not_trained_serves_patience():
+    """Its log Z is one number at all points."""
+
+    def model(x):
+        noise = pyro.param("noise", torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            law = EnergyDistribution(lambda z: z**4, base=dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(pyro.sample("z", law), noise), obs=x)
+
+    options = {"patience": 9, "guide": latent_guide}
+    assert len(fit(model, torch.randn(9), ScoreMatching(), **watched(options)).validation) == 3
 
 
 def test_a_criterion_serves_an_objective_whose_loss_does_not():

@@ -136,6 +136,27 @@ def test_natural_parameters_follow_the_latents():
     torch.testing.assert_close(target.naturals(q)["x"], q.sigmoid())
 
 
+class WithoutLogZ(ConwayMaxwellPoisson):
+    is_tractable = False
+
+
+def of_counts(prior, y):
+    rate = pyro.sample("rate", prior)
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", EnergyDistribution(WithoutLogZ(rate, 1.0)), obs=y)
+
+
+def test_an_ebm_as_the_prior_of_a_parameter_is_no_data():
+    """The energy of a normal law, without its log Z, gives the posterior that the law does."""
+    y = torch.tensor([2.0, 3, 1, 0, 4, 2])
+    prior = EnergyDistribution(lambda v: 0.5 * v**2, event_shape=())
+    rate = torch.linspace(-6.0, 6.0, 4001, dtype=torch.float64)
+    weights = (y.sum() * rate - len(y) * rate.exp() - 0.5 * rate**2).softmax(0)
+    mean = float(weights @ rate)
+    sd = float((weights @ (rate - mean).square()).sqrt())
+    check(run(Exchange(of_counts), prior, y).get_samples()["rate"], mean, sd)
+
+
 def regression(covariate, x):
     slope = pyro.sample("slope", dist.Uniform(torch.tensor(0.0), 1.0))
     pyro.sample("x", EnergyDistribution(Lattice(slope * covariate, (3, 3))), obs=x)
