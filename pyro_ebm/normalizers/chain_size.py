@@ -24,7 +24,7 @@ MIN_CHAINS = 20
 """Chains below which neither their spread nor resampling them is a measure of an error."""
 
 MAX_DIVERGING = 0.005
-"""Share of diverging trajectories that passes: of narrow valleys it is a hundredth and more."""
+"""Share of diverging trajectories that passes."""
 
 
 def effective_size(draws: Tensor) -> float:

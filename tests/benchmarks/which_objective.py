@@ -419,8 +419,11 @@ DISCRETE: dict[str, Row] = {
     "DiscreteED(flips .1, M=32)": Row(partial(DiscreteEnergyDiscrepancy, BernoulliFlips(0.1), 32)),
     "DiscreteED(one site, M=32)": Row(partial(DiscreteEnergyDiscrepancy, SiteFlip(), 32)),
     "DiscreteED(masked, M=32)": Row(partial(DiscreteEnergyDiscrepancy, MaskedSite(), 32)),
-    "DiscreteED(heat, M=32)": Row(
+    "DiscreteED(heat .3, M=32)": Row(
         partial(DiscreteEnergyDiscrepancy, HeatKernel("uniform", 0.3), 32)
+    ),
+    "DiscreteED(heat 1, M=32)": Row(
+        partial(DiscreteEnergyDiscrepancy, HeatKernel("uniform", 1.0), 32)
     ),
     "NCE(10), fair coins": Row(lambda: NCE(10, fair_coins())),
     "RankingNCE(10), fair coins": Row(lambda: RankingNCE(10, fair_coins())),

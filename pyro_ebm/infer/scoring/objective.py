@@ -325,12 +325,13 @@ class Objective(SurrogateELBO):
         held = hold_parameters(p.unnormalized_log_prob, p.broadcast_value(x), len(p.event_shape))
         return held - self._given_or_learned(name, p, data) + (loss.detach() - loss)
 
+    @torch.no_grad()
     def _given_or_learned(self, name: str, p: EnergyDistribution, x: Tensor) -> Tensor | float:
         """Log Z in nats as far as there is one, held: it moves no parameter, but makes values."""
         if _key(name) in self.log_normalizers and not covers_parameters(p, learned=True):
-            return self.log_normalizers[_key(name)].detach()
+            return self.log_normalizers[_key(name)].clone()
         known = log_normalizer_of_rows(p, x)
-        return 0.0 if known is None else known.detach()
+        return 0.0 if known is None else known
 
     def site_loss(
         self, name: str, p: EnergyDistribution, x: Tensor, noise: Any, log_z: Tensor | None

@@ -6,9 +6,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from calibrated_models import Precision as Calibrated
 
 from pyro_ebm import EnergyDistribution
-from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.mcmc import HMC, MCMC, NUTS, Exchange, Sweeps
 from pyro_ebm.mcmc.exchange.exchange_target import exchange_target
 from pyro_ebm.mcmc.targets.captured import CapturedPotential
@@ -28,22 +28,8 @@ def eager(target, q):
     return CapturedPotential(target, capture=False)(q)
 
 
-class Precision(ExponentialFamily):
-    """N(0, 1 / precision) without its log Z."""
-
-    coefficients = ("precision",)
-    is_sampleable = True
-
-    def __init__(self, precision):
-        super().__init__((), dist.constraints.real)
-        self._set("precision", precision)
-
-    def statistics(self, x):
-        return -0.5 * x.square().unsqueeze(-1)
-
-    def sample(self, shape=()):
-        shape = torch.Size(shape) + self.precision.shape
-        return torch.randn(shape, dtype=self.precision.dtype) / self.precision.sqrt()
+class Precision(Calibrated):
+    """One whose sweeps can be seen."""
 
     def sweep(self, x, num_sweeps):
         """Keeps no law: shows where the sweeps began."""
