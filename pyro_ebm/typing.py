@@ -8,7 +8,7 @@ satisfying :class:`Tractable`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -58,3 +58,13 @@ class ExactSampler(Protocol):
 
     def sample(self, shape: torch.Size) -> Tensor:
         """Returns exact draws of shape ``shape + batch_shape + event_shape``."""
+
+
+def is_tractable(energy: Any) -> TypeGuard[Tractable]:
+    """Whether an energy satisfies :class:`Tractable`; for most energies far faster to tell."""
+    return hasattr(energy, "log_normalizer") and isinstance(energy, Tractable)
+
+
+def is_exact_sampler(energy: Any) -> TypeGuard[ExactSampler]:
+    """Whether an energy satisfies :class:`ExactSampler`; for most energies far faster to tell."""
+    return hasattr(energy, "is_sampleable") and isinstance(energy, ExactSampler)

@@ -20,7 +20,7 @@ from pyro_ebm.errors import ApproximateSampleWarning
 from pyro_ebm.ops.initial_points import initial_points, like_of
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.ops.short_chain import short_chain
-from pyro_ebm.typing import ExactSampler
+from pyro_ebm.typing import is_exact_sampler
 
 MIN_CHAINS = 16
 MAX_RHAT = 1.2
@@ -79,7 +79,7 @@ def draw_exactly(target: Target, shape: torch.Size) -> Tensor:
 
 def own_batch(energy: Any) -> torch.Size:
     """Returns the batch shape of an energy that knows it: that of its parameters."""
-    if isinstance(energy, ExactSampler):
+    if is_exact_sampler(energy):
         return energy.batch_shape
     return energy.log_normalizer().shape
 

@@ -37,7 +37,7 @@ from pyro_ebm.energies.exponential_family import ExponentialFamily
 from pyro_ebm.ops.autograd import grad_of
 from pyro_ebm.ops.constraints import base_measure, finite_values
 from pyro_ebm.ops.inheritance import is_own
-from pyro_ebm.typing import BaseMeasure, EnergyFn, ExactSampler, Tractable
+from pyro_ebm.typing import BaseMeasure, EnergyFn, is_exact_sampler, is_tractable
 
 Sampler = Callable[["EnergyDistribution", torch.Size], Tensor]
 
@@ -436,7 +436,7 @@ def _check_callable(energy: Any) -> None:
 def _is_exact(energy: EnergyFn, support: Constraint, event_shape: torch.Size) -> bool:
     """Whether the energy knows its log Z *on this support*, not only on its own."""
     return (
-        isinstance(energy, Tractable)
+        is_tractable(energy)
         and getattr(energy, "is_tractable", True)
         and is_own(type(energy), "log_normalizer", _ENERGY)
         and _lives_on(energy, support, event_shape)
@@ -444,7 +444,7 @@ def _is_exact(energy: EnergyFn, support: Constraint, event_shape: torch.Size) ->
 
 
 def _draws_exactly(energy: EnergyFn, support: Constraint, event_shape: torch.Size) -> bool:
-    if isinstance(energy, ExactSampler):
+    if is_exact_sampler(energy):
         able = energy.is_sampleable
     else:
         able = _is_exact(energy, support, event_shape)

@@ -13,7 +13,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_ebm.distributions.layers import PERIODIC, is_normalized, is_periodic, layers
 from pyro_ebm.ops.constraints import event_support, finite_values, plain
-from pyro_ebm.typing import Tractable
+from pyro_ebm.typing import is_tractable
 
 # Sets that differ in boundary points only carry the same densities.
 _KINDS = {
@@ -50,7 +50,7 @@ def resolve(
 def _of_energy(
     energy: Any, support: Constraint | None, event_shape: torch.Size | None
 ) -> tuple[Constraint, torch.Size]:
-    if isinstance(energy, Tractable):
+    if is_tractable(energy):
         event_shape = energy.event_shape if event_shape is None else event_shape
         support = energy.support if support is None else support
     if event_shape is None and support is None:

@@ -115,7 +115,8 @@ class PerturbationContrast(Objective):
         potential = space.potential(points)
         differences = potential[:1] - potential[1:]
         stabilizer = torch.full_like(differences[:1], math.log(self.stabilization))
-        self.evaluation.note(accuracy=(differences < 0).double())
+        held = differences.detach()
+        self.evaluation.note(accuracy=lambda: (held < 0).double())
         if contrast.log_ratio is not None and contrast.log_mass is not None:
             differences = differences + contrast.log_ratio
             stabilizer = stabilizer + contrast.log_mass

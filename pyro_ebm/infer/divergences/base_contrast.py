@@ -132,7 +132,7 @@ class BaseContrast(Objective):
         Relative to the base; with a contrast of known density, minus U and over that density.
         """
         values = self.evaluation.once("log_ratios", lambda: _log_ratios(p, x, contrast))
-        self.evaluation.note(weight_ess=self.evaluation.relative_ess(values[1:].detach()))
+        self.evaluation.note_weights("weight_ess", values[1:])
         return values[0], values[1:]
 
     def penalty(self, p: EnergyDistribution, x: Tensor, contrast: Contrast) -> Tensor | float:

@@ -105,7 +105,8 @@ class KALE(BaseContrast):
         pooled = self.evaluation.log_mean_exp(log_weights)
         log_mass = log_mean_exp(log_weights) if log_z.dim() else pooled
         loss = -data + log_z + log_mass.exp() - 1.0
-        self.evaluation.note(bound=-loss, log_z=log_z, log_z_gap=-pooled)
+        held = loss.detach()
+        self.evaluation.note(bound=lambda: -held, log_z=log_z, log_z_gap=-pooled)
         return loss + self.penalty(p, x, contrast)
 
     def initial_log_normalizer(

@@ -57,6 +57,7 @@ class TemperedLangevin(Kernel):
     """
 
     adjusted = False
+    evaluates_last = True
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ from pyro_ebm.distributions.supports import tensors_in
 from pyro_ebm.infer.scoring.contrast import rows_of
 from pyro_ebm.mcmc.kernels.kernel import Kernel
 from pyro_ebm.mcmc.runs.replay_buffer import check_resumable
-from pyro_ebm.mcmc.targets.captured import CapturedPotential
+from pyro_ebm.mcmc.targets.captured import CapturedPotential, ValueOnly
 from pyro_ebm.mcmc.targets.distribution_target import DistributionTarget
 from pyro_ebm.mcmc.targets.target import GaussianPrior
 from pyro_ebm.ops.short_blocks import blocks_of
@@ -179,10 +179,11 @@ class Mover:
         check_resumable(kernel, self.user)
         target = EachRow(law, x)
         potential = CapturedPotential(target, capture=False)
+        last = ValueOnly(target, capture=False) if kernel.evaluates_last else potential
         state = kernel.init(potential, target.draw_start(law.batch_shape.numel()))
         lost, rates = ~state.potential.isfinite(), []
-        for _ in range(self.num_steps):
-            state, info = kernel.step(potential, state)
+        for i in range(self.num_steps):
+            state, info = kernel.step(last if i == self.num_steps - 1 else potential, state)
             if "acceptance_rate" in info:
                 rates.append(info["acceptance_rate"])
         lost = lost | ~(state.potential.isfinite() & state.position.isfinite().all(-1))

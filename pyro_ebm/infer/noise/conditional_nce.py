@@ -188,7 +188,8 @@ class ConditionalNCE(Objective):
         """Returns the logistic loss of telling a datum from its noisy copies, in nats."""
         potential = p.potential(with_data(x, contrast.points))
         logits = potential[1:] - potential[:1] + contrast.log_ratio
-        self.evaluation.note(accuracy=(logits > 0).double())
+        held = logits.detach()
+        self.evaluation.note(accuracy=lambda: (held > 0).double())
         return softplus(-logits).mean(0)
 
 

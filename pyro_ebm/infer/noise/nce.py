@@ -118,13 +118,17 @@ class NCE(NoiseContrast):
 
     @torch.no_grad()
     def _diagnose(self, data: Tensor, noise: Tensor, noise_ratios: Tensor, log_z: Tensor) -> None:
-        correct = (data > 0).double() + self.num_noise * (noise < 0).double().mean(0)
+        evaluation, num_noise = self.evaluation, self.num_noise
+        data, noise = data.detach(), noise.detach()
         weights = noise_ratios - log_z  # of mean 1 if log Z is right, row by row
-        self.evaluation.note(
-            accuracy=correct / (1 + self.num_noise),
-            noise_ess=self.evaluation.relative_ess(weights),
-            log_z=log_z,
-            log_z_gap=-self.evaluation.log_mean_exp(weights),
+
+        def accuracy() -> Tensor:
+            correct = (data > 0).double() + num_noise * (noise < 0).double().mean(0)
+            return correct / (1 + num_noise)
+
+        evaluation.note_weights("noise_ess", weights)
+        evaluation.note(
+            accuracy=accuracy, log_z=log_z, log_z_gap=lambda: -evaluation.log_mean_exp(weights)
         )
 
     def initial_log_normalizer(
@@ -197,5 +201,6 @@ class RankingNCE(NoiseContrast):
     ) -> Tensor:
         """Returns the softmax loss of ranking a datum above its noise, in nats."""
         scores = self.log_ratios(p, x, contrast)
-        self.evaluation.note(accuracy=(scores[0] > scores[1:].amax(0)).double())
+        held = scores.detach()
+        self.evaluation.note(accuracy=lambda: (held[0] > held[1:].amax(0)).double())
         return torch.logsumexp(scores, 0) - scores[0]

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from pyro_ebm.infer.scoring.notes import Note, Notes
 from pyro_ebm.ops.log_space import effective_sample_size, log_mean_exp
 
 _T = TypeVar("_T")
@@ -32,7 +33,7 @@ class Evaluation:
 
     Attributes:
         notes: Diagnostics by name, detached 0-d tensors.
-        num_weights: How many draws the last effective sample size was of.
+        num_weights: How many draws the last effective sample size is of.
         has_graph: Whether it began with gradients enabled, as a training step does.
         noise: Returns log densities of the noise at the data and at its draws, where there is any;
             asked for in the steps that are checked.
@@ -42,7 +43,7 @@ class Evaluation:
         self.mask = mask
         self.site = site
         self._shares = shares
-        self.notes: dict[str, Tensor] = {}
+        self.notes = Notes()
         self.num_weights = 0
         self.has_graph = torch.is_grad_enabled()
         self.noise: Callable[[], tuple[Tensor, Tensor]] | None = None
@@ -60,14 +61,34 @@ class Evaluation:
                 self._results[name] = compute()
         return self._results[name]  # type: ignore[return-value]
 
-    def note(self, **values: Tensor) -> None:
-        """Keeps diagnostics, as means over the rows that count."""
+    def forget(self) -> None:
+        """Lets go of graph and draws; diagnostics that nobody has read hold on to the rest."""
+        self._results, self._shares, self.noise = {}, False, None
+
+    def note(self, **values: Note) -> None:
+        """Keeps diagnostics, as means over the rows that count.
+
+        A function is called when the diagnostic is read: what it uses must not change any more, as
+        parameters and tensors that follow them do, and should not hold a graph.
+        """
         for name, value in values.items():
-            kept = value.detach()
-            if self.mask is not None and kept.dim():
-                kept, mask = torch.broadcast_tensors(kept, self.mask)
-                kept = torch.where(mask, kept, 0).sum() / mask.sum()
-            self.notes[name] = kept.mean()
+            mean = self._mean(value) if isinstance(value, Tensor) else self._mean_of(value)
+            self.notes.add(name, mean)
+
+    def note_weights(self, name: str, log_weights: Tensor) -> None:
+        """Keeps as a diagnostic what share of the weights ``(...) + rows`` is effective."""
+        self.num_weights, held = log_weights.numel(), log_weights.detach()
+        self.note(**{name: lambda: self.relative_ess(held)})
+
+    def _mean_of(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return lambda: self._mean(compute())
+
+    def _mean(self, value: Tensor) -> Tensor:
+        kept = value.detach()
+        if self.mask is not None and kept.dim():
+            kept, mask = torch.broadcast_tensors(kept, self.mask)
+            kept = torch.where(mask, kept, 0).sum() / mask.sum()
+        return kept.mean()
 
     def rows(self, values: Tensor, num_rows_dims: int) -> Tensor:
         """Returns the rows that count, shape ``(R,) + values.shape[num_rows_dims:]``."""
@@ -91,7 +112,6 @@ class Evaluation:
     def relative_ess(self, log_weights: Tensor) -> Tensor:
         """Returns the effective share of the weights ``(...) + rows`` that count, in (0, 1]."""
         weights = self.weights(log_weights)
-        self.num_weights = weights.numel()
         return effective_sample_size(weights) / (weights > -math.inf).sum()
 
 
@@ -99,7 +119,9 @@ class Evaluation:
 def evaluating(objective: Evaluates, mask: Tensor | None, site: str) -> Iterator[Evaluation]:
     """Surrounds everything that is computed from one batch of one site."""
     objective.evaluation = Evaluation(mask, site, shares=True)
+    evaluation = objective.evaluation
     try:
-        yield objective.evaluation
+        yield evaluation
     finally:
-        objective.evaluation = Evaluation()  # lets go of the graph
+        evaluation.forget()
+        objective.evaluation = Evaluation()

@@ -311,19 +311,25 @@ class Objective(SurrogateELBO):
         self.sites[name], self.examples[name] = p, data
         with evaluating(self, mask, name) as evaluation:
             loss = self.site_loss(name, p, data, noise, log_z)
-        self.diagnostics[name] = self.diagnostics.get(name, {}) | evaluation.notes
-        if not is_recording():  # else the replayed steps are judged
-            self.judge(name, evaluation.notes, trains=evaluation.has_graph)
-            if self.trains_energy and self.is_checked_now(name):  # weights may have been zero
-                refuse_coupled(name, p, data)
-        if self.is_checked_now(name):
-            degenerate.not_degenerate(name, evaluation, self, self._checked[name])
-        if evaluation.noise is not None and observed and not evaluation.has_graph:
-            self.held_out_noise[name] = evaluation.noise()[0].detach()
+            self._look_at(name, p, data, evaluation, observed=observed)
         if observed and not x.requires_grad:
             return -loss
         held = hold_parameters(p.unnormalized_log_prob, p.broadcast_value(x), len(p.event_shape))
         return held - self._given_or_learned(name, p, data) + (loss.detach() - loss)
+
+    def _look_at(
+        self, name: str, p: EnergyDistribution, x: Tensor, evaluation: Evaluation, *, observed: bool
+    ) -> None:
+        """Keeps what was noted of a site that was just scored, and judges it."""
+        self.diagnostics[name] = evaluation.notes.after(self.diagnostics.get(name, {}))
+        if not is_recording():  # else the replayed steps are judged
+            self.judge(name, evaluation.notes, trains=evaluation.has_graph)
+            if self.is_checked_now(name):
+                if self.trains_energy:  # weights may have been zero
+                    refuse_coupled(name, p, x)
+                degenerate.not_degenerate(name, evaluation, self, self._checked[name])
+        if evaluation.noise is not None and observed and not evaluation.has_graph:
+            self.held_out_noise[name] = evaluation.noise()[0].detach()
 
     @torch.no_grad()
     def _given_or_learned(self, name: str, p: EnergyDistribution, x: Tensor) -> Tensor | float:

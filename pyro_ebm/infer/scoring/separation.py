@@ -22,7 +22,7 @@ class Separation:
     """The accuracies of the newest steps at one site.
 
     Args:
-        steps: Rows and accuracies of each, the newest last.
+        steps: Rows, diagnostics and the names of accuracies of each, the newest last.
         num_rows: Rows of all of them.
 
     Example:
@@ -35,7 +35,7 @@ class Separation:
         True
     """
 
-    steps: deque[tuple[int, list[Tensor]]] = field(default_factory=deque)
+    steps: deque[tuple[int, Mapping[str, Tensor], list[str]]] = field(default_factory=deque)
     num_rows: int = 0
 
     def see(self, notes: Mapping[str, Tensor], num_rows: int) -> None:
@@ -45,11 +45,11 @@ class Separation:
             notes: ``accuracy``, or ``accuracy_1``, ... where there are several comparisons.
             num_rows: Rows in it.
         """
-        each = [value for name, value in notes.items() if name.startswith("accuracy_")]
-        found = each or [value for name, value in notes.items() if name == "accuracy"]
+        each = [name for name in notes if name.startswith("accuracy_")]
+        found = each or [name for name in notes if name == "accuracy"]
         if not found:
             return
-        self.steps.append((num_rows, found))
+        self.steps.append((num_rows, notes, found))
         self.num_rows += num_rows
         while self.num_rows - self.steps[0][0] >= MIN_ROWS:
             self.num_rows -= self.steps.popleft()[0]
@@ -58,5 +58,9 @@ class Separation:
         """Whether one of the comparisons had no error in the newest rows, and they are enough."""
         if self.num_rows < MIN_ROWS:
             return False
-        accuracies = torch.stack([torch.stack(values) for _, values in self.steps])
+        accuracies = torch.stack([_picked(notes, names) for _, notes, names in self.steps])
         return bool((accuracies == 1.0).all(0).any())
+
+
+def _picked(notes: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    return torch.stack([notes[name] for name in names])

@@ -19,6 +19,7 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.scoring import trace_checks
 from pyro_ebm.infer.scoring.enumeration import EnumeratingELBO
 from pyro_ebm.infer.scoring.objective_module import ObjectiveModule
+from pyro_ebm.infer.scoring.registration import Registration
 from pyro_ebm.ops.graph_recording import is_recording
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.poutine.surrogate import SurrogateMessenger
@@ -26,6 +27,10 @@ from pyro_ebm.poutine.surrogate import SurrogateMessenger
 
 class SiteObjective(trace_checks.Member, Protocol):
     """What is asked of the objective of a site."""
+
+    @property
+    def is_second_players_turn(self) -> bool:
+        """Whether the step in progress is the second player's."""
 
     def judge(self, site: str, notes: Mapping[str, Tensor], *, trains: bool) -> None:
         """Judges a step by its diagnostics."""
@@ -69,11 +74,12 @@ class SurrogateELBO(EnumeratingELBO, nn.Module):
     def __init__(self, **elbo: Any) -> None:
         nn.Module.__init__(self)
         EnumeratingELBO.__init__(self, **elbo)
-        self.diagnostics: dict[str, dict[str, Tensor]] = {}
+        self.diagnostics: dict[str, Mapping[str, Tensor]] = {}
         self.num_steps_taken: Tensor
         self.register_buffer("num_steps_taken", torch.zeros((), dtype=torch.long))
         self.sites: dict[str, EnergyDistribution] = {}
         self.optimized: frozenset[int] = frozenset()
+        self.registration = Registration()
 
     @abstractmethod
     def site_log_prob(
@@ -143,7 +149,13 @@ class SurrogateELBO(EnumeratingELBO, nn.Module):
             trace_checks.finite(model_trace, handler.used, int(self.num_steps_taken))
         members = {name: self.objective_of(name) for name in handler.used}
         trace_checks.one_law(members, model_trace, guide_trace, (model, args, kwargs))
-        trace_checks.registered(model_trace, handler.used, self.sites, self.optimized)
+        self.registration.check(
+            model_trace,
+            {name: self.sites[name] for name in handler.used},
+            self.optimized,
+            turns=tuple(member.is_second_players_turn for member in members.values()),
+            step=int(self.num_steps_taken),
+        )
         return model_trace, guide_trace
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:

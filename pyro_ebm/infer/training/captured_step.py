@@ -226,7 +226,8 @@ class CapturedStep:
         found = torch.autograd.grad(loss, moved, allow_unused=True)
         grads = {id(p): _laid_out(g, p) for p, g in zip(moved, found, strict=True)}
         ordered = [grads.get(id(p)) for p in parameters]
-        return Pass(loss.detach(), ordered, dict(self.objective.diagnostics))
+        notes = {site: dict(own) for site, own in self.objective.diagnostics.items()}
+        return Pass(loss.detach(), ordered, notes)
 
     # --- the state that a step may change
 

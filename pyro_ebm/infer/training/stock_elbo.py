@@ -37,7 +37,7 @@ class StockELBO:
     def __init__(self, elbo: Trace_ELBO) -> None:
         self.elbo = elbo
         self.sites: dict[str, EnergyDistribution] = {}
-        self.diagnostics: dict[str, dict[str, Tensor]] = {}
+        self.diagnostics: dict[str, Mapping[str, Tensor]] = {}
         self._state = elbo if isinstance(elbo, nn.Module) else nn.Module()
 
     @property

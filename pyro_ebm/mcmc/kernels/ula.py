@@ -39,6 +39,7 @@ class ULA(PyroKernel):
     """
 
     adjusted = False
+    evaluates_last = True
 
     def __init__(self, target: Any = None, *, step_size: float = 0.1, **options: Any) -> None:
         super().__init__(target, **options)

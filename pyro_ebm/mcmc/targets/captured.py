@@ -92,6 +92,14 @@ class CapturedPotential:
             )
 
 
+class ValueOnly(CapturedPotential):
+    """U with NaN for its gradient: for a step after which none is taken."""
+
+    def __call__(self, q: Tensor) -> ValueAndGrad:
+        """Returns U ``(C,)`` and NaN ``(C, D)``."""
+        return self.value(q), torch.full_like(q, torch.nan)
+
+
 class CapturedFunction:
     """A function of positions, replayed as a graph wherever that gives the same numbers.
 

@@ -25,6 +25,7 @@ from pyro_ebm.errors import (
 )
 from pyro_ebm.infer.likelihood.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.infer.likelihood.persistent import PersistentContrastiveDivergence
+from pyro_ebm.infer.likelihood.tempered_langevin import TemperedLangevin
 from pyro_ebm.infer.scoring.contrast import Contrast
 from pyro_ebm.infer.training.fit import fit
 from pyro_ebm.mcmc import HMC, MALA, NUTS, PCN, ULA, EllipticalSlice, ParallelTempering, RandomWalk
@@ -32,6 +33,8 @@ from pyro_ebm.ops.constraints import sphere
 from pyro_ebm.testing import assert_mean_close
 
 QUIET = {"disable_progbar": True}
+SMALL_MALA = partial(MALA, step_size=0.1)
+TEMPERED = partial(TemperedLangevin, anneal_steps=2)
 
 
 def no_guide(*args):
@@ -74,6 +77,33 @@ def test_gradient_with_exact_moments():
         want_m = -a * (x.mean() - m)
     torch.testing.assert_close(to_a, want_a, rtol=0, atol=1e-12)
     torch.testing.assert_close(to_m, want_m, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "gradients"),
+    [(ULA, 3), (TEMPERED, 3), (SMALL_MALA, 4)],
+)
+def test_langevin_takes_one_gradient_a_step(kernel, gradients):
+    """Of three steps; without an accept step nobody reads the slope where the last one ends."""
+    found = []
+
+    def energy(x):
+        if x.requires_grad:
+            x.register_hook(found.append)
+        return 0.5 * x.square()
+
+    p, x = EnergyDistribution(energy, event_shape=()), torch.randn(6)
+    for _ in range(2):  # the first evaluation looks at the energy
+        found.clear()
+        torch.manual_seed(7)
+        objective = ContrastiveDivergence(3, kernel=kernel)
+        moved = objective.move(p, x).x
+    assert len(found) == gradients
+    if kernel is ULA:  # q - step^2/2 q + step xi
+        torch.manual_seed(7)
+        for _ in range(3):
+            x = (1 - 0.5 * 0.1**2) * x + 0.1 * torch.randn(6, 1)[:, 0]
+        torch.testing.assert_close(moved, x, rtol=0, atol=1e-6)
 
 
 def test_gradient_with_exact_draws():

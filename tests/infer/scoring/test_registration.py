@@ -1,4 +1,4 @@
-"""A network that is made anew under the name of an earlier one: the store has the earlier one's."""
+"""Parameters that get gradients and that no optimizer knows, and why it does not know them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI
+from pyro.optim import Adam
 from torch import nn
 
-from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.distributions import EnergyDistribution, PushforwardDistribution
 from pyro_ebm.energies import RowWise
 from pyro_ebm.errors import UnregisteredParameterError
-from pyro_ebm.infer import RankingNCE, ScoreMatching, fit
+from pyro_ebm.infer import KALE, RankingNCE, ScoreMatching, fit
 
+STANDARD = dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1)
 BASE = dist.Normal(torch.zeros(2, dtype=torch.float64), 1.5).to_event(1)
 
 
@@ -29,6 +32,11 @@ def run(energy, registered=None, objective=None):
 
     options = {"num_steps": 2, "disable_progbar": True}
     fit(model, torch.randn(9, 2), objective or RankingNCE(2), **options)
+
+
+def take_steps(svi, x):
+    for _ in range(20):
+        svi.step(x)
 
 
 ENERGIES = {
@@ -87,3 +95,44 @@ def test_a_namesake_that_is_in_use_is_not_taken_for_it():
 
     with pytest.raises(UnregisteredParameterError, match="Pyro does not know of it"):
         fit(model, torch.randn(9, 2), RankingNCE(2), num_steps=1, disable_progbar=True)
+
+
+@pytest.mark.parametrize(("is_named", "step"), [(True, 5), (False, 8)])
+def test_a_parameter_that_turns_up_late(is_named, step):
+    """From the sixth step on: found there if the store has another name, else at a power of two."""
+    lost, steps = torch.tensor(1.0, requires_grad=True), []
+
+    def model(x):
+        steps.append(len(steps))
+        late = len(steps) > 5 and lost + (pyro.param("late", torch.ones(())) if is_named else 0.0)
+        a = pyro.param("a", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            ebm = EnergyDistribution(lambda x: (a + late) * x**2, dist.Normal(0.0, 1.0))
+            pyro.sample("x", ebm, obs=x)
+
+    objective, x = RankingNCE(2), torch.randn(9)
+    svi = SVI(model, lambda x: None, Adam({"lr": 0.01}), loss=objective)
+    with pytest.raises(UnregisteredParameterError, match="Pyro does not know of it"):
+        take_steps(svi, x)
+    assert int(objective.num_steps_taken) == step
+
+
+def test_the_second_player_is_looked_at_in_its_first_turn():
+    """Whose steps are 3, 7, 11, ..., none of them a power of two."""
+    network = nn.Linear(2, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a = pyro.param("a", torch.tensor(1.0))
+            ebm = EnergyDistribution(lambda x: a * x.square().sum(-1), event_shape=(2,))
+            pyro.sample("x", ebm, obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", PushforwardDistribution(network, STANDARD, event_shape=(2,)))
+
+    objective = KALE(schedule=(3, 1))
+    svi, x = SVI(model, guide, Adam({"lr": 0.01}), loss=objective), torch.randn(9, 2)
+    with pytest.raises(UnregisteredParameterError):
+        take_steps(svi, x)
+    assert int(objective.num_steps_taken) == 3
