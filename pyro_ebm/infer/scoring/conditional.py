@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM, unwrap
 from pyro_ebm.errors import ConditionalEnergyError, SurrogateWarning
+from pyro_ebm.infer.scoring.arguments import mapped
 from pyro_ebm.infer.scoring.contrast import rows_of
 from pyro_ebm.ops.module_calls import buffers_restored
 from pyro_ebm.ops.same_values import same_values
@@ -88,9 +89,8 @@ def check_arguments(
     Warns:
         SurrogateWarning: If the model cannot be run on such arguments.
     """
-    marked = [_mark(f"argument {i}", a) for i, a in enumerate(args)]
-    named = {key: _mark(f"argument {key!r}", a) for key, a in kwargs.items()}
     try:
+        marked, named = mapped(_mark, args, kwargs)
         with torch.no_grad(), without_value_checks(), aside():
             trace = poutine.trace(poutine.condition(model, values)).get_trace(*marked, **named)
             site = trace.nodes[name]

@@ -17,6 +17,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution, unwrap
+from pyro_ebm.infer.scoring.arguments import named
 from pyro_ebm.infer.scoring.conditional import (
     check_arguments,
     needs_arguments,
@@ -81,8 +82,7 @@ class SharedArguments:
     """
 
     def __init__(self, args: Any, kwargs: Any, num_rows: int) -> None:
-        named = {**{f"argument {i}": a for i, a in enumerate(args)}, **kwargs}
-        shared = {k: _shared_value(a, num_rows) for k, a in named.items()}
+        shared = {k: _shared_value(a, num_rows) for k, a in named(args, kwargs).items()}
         self._shared = {k: a for k, a in shared.items() if a is not None}
         self.args: Any = args if self._shared else ()  # else the model is not run on them again
         self.kwargs: Any = kwargs if self._shared else {}

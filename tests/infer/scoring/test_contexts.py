@@ -68,6 +68,27 @@ def test_a_context_that_changes_between_calls_is_refused(name, form):
         steps(FOR_ALL[name](), model, calls)
 
 
+NESTED = {
+    "dict": (lambda x, t: {"x": x, "t": t}, r"argument 0\['t'\]"),
+    "list of dicts": (lambda x, t: [{"x": x}, {"t": t}], r"argument 0\[1\]\['t'\]"),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("name", NESTED)
+def test_a_context_inside_a_batch_is_found(name, rows):
+    """With one row at once, else when it changes."""
+    make, told = NESTED[name]
+
+    def unpacked(batch):
+        parts = batch if isinstance(batch, dict) else batch[0] | batch[1]
+        model(parts["x"], parts["t"])
+
+    calls = [(make(torch.randn(rows), torch.tensor(t)),) for t in TIMES]
+    with pytest.raises(ValueError, match=told):
+        steps(NCE(5, BASE), unpacked, calls[: 1 if rows == 1 else None])
+
+
 @pytest.mark.parametrize("make", [ScoreMatching, lambda: RankingNCE(5, BASE)])
 def test_objectives_without_one_log_z_take_it(make):
     steps(make(), model, [(torch.randn(6), t) for t in TIMES])
