@@ -5,9 +5,9 @@ Where the mass of a law lies is found for one :math:`\theta` at a time
 lie in (:mod:`pyro_ebm.infer.bayes.witnesses`). The search begins with draws of the prior, keeps
 those of high posterior density, puts a box around the boxes of all of them with the smallest of
 their steps, and draws from the posterior by short chains of HMC. A box is made anew for these
-draws, as far out again and wherever between them the old one did not hold: where a box does not
-hold no chain comes, so that draws alone say nothing of a gap among them. The search ends when old
-and new boxes hold at all of these, half as far out again at least.
+draws, half as far out again and wherever between them the old one did not hold: where a box does
+not hold no chain comes, so that draws alone say nothing of a gap among them. The search ends when
+old and new boxes hold at all of these.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ _WORSE = 30.0  # nats below the best start at which one is left out
 _PILOT_DRAWS, _PILOT_STEPS, _PILOT_CHAINS = 10, 60, 32
 _MAX_ROUNDS = 8
 _BEYOND = 1.5  # how far out of the draws' centre the rule must hold, relative to them
-_MADE_FOR = 2.0  # how far it is made for: of the draws to come, some lie further out than these
 _SAFETY = 0.1  # of the error that is let pass: what boxes are made for
 _MAX_BOXES = 12  # of positions that one box is put around
 _STEPS_BETWEEN = 12  # on the way from the middle draw to one further out
@@ -154,7 +153,7 @@ class Search:
             before = Integrals(found, q, self)
             q = self._drawn(before)
             gaps = before.gaps_among(q)[:_MAX_BOXES]
-            found = self._objective(torch.cat([_spread(_stretched(q, _MADE_FOR)), gaps]))
+            found = self._objective(torch.cat([_spread(_stretched(q)), gaps]))
             found = found or self._objective(torch.cat([_spread(q), gaps]))
             last = Integrals(found or before.objective, q, self)
             if before.hold_beyond(q) and not len(gaps) and not len(last.gaps_among(q)):
@@ -308,7 +307,7 @@ def _between(q: Tensor) -> Tensor:
     return torch.cat([middle[None], *(middle + share * (other - middle) for other in others)])
 
 
-def _stretched(q: Tensor, by: float = _BEYOND) -> Tensor:
+def _stretched(q: Tensor) -> Tensor:
     """Positions and others that lie further out, ``(2 S, D)``."""
     centre = q.mean(0)
-    return torch.cat([q, centre + by * (q - centre)])
+    return torch.cat([q, centre + _BEYOND * (q - centre)])
