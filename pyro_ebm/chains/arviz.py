@@ -57,9 +57,10 @@ def to_arviz(
             ``prior``, others to ``prior_predictive``.
         posterior_predictive: Draws of ``Predictive``, one for each posterior draw.
         log_likelihood: Whether to add the pointwise log likelihood, in nats, of all data sites, or
-            the names of those wanted. Where log Z is made of held draws (``anchored``,
-            ``base_importance``) the group's attribute ``elpd_mcse_logz`` is the error in nats that
-            they add to the elpd of these sites together; no ``se`` or ``dse`` of ArviZ holds it.
+            the names of those wanted. Where log Z is an estimate (a constant one, or made of held
+            draws, ``anchored`` and ``base_importance``) the group's attribute ``elpd_mcse_logz`` is
+            the error in nats that it adds to the elpd of these sites together; no ``se`` or ``dse``
+            of ArviZ holds it.
         coords: Dimension to coordinate labels.
         dims: Variable to names of its dimensions after ``(chain, draw)``.
         warmup: Whether to add the warm-up's draws and statistics, as far as the source has them.
@@ -75,7 +76,8 @@ def to_arviz(
 
     Warns:
         ImproperEnergyWarning: If draws run away, as under an energy that is not integrable.
-        UserWarning: If ``elpd_mcse_logz`` is above half a nat, or unknown.
+        UserWarning: If ``elpd_mcse_logz`` is above half a nat, or unknown, or an estimate of log Z
+            is not to be trusted.
 
     Example:
         >>> import numpy as np

@@ -9,9 +9,9 @@ For rows :math:`y_i` of a data site, leave-one-out cross-validation and model co
 * the posterior holds every row once: of draws under a power w of the likelihood a row is taken out
   by :math:`p(y_i \mid \theta_s)^{-w}`, and ArviZ takes w = 1.
 
-Where log Z is a function made of draws that are held, its error is the same in every row. It enters
-the sum over n rows n times, and the standard errors of LOO, which compare rows, not at all: so it
-is told apart from them, by resampling what is held.
+Where log Z is estimated, as a constant or by a function made of draws that are held, its error is
+the same in every row. It enters the sum over n rows n times, and the standard errors of LOO, which
+compare rows, not at all: so it is told apart from them, by resampling what is held.
 
 References:
     Vehtari, Gelman, Gabry, Practical Bayesian model evaluation using leave-one-out cross-validation
@@ -20,6 +20,7 @@ References:
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyro_ebm.chains.constant_estimates import (
+    ConstantEstimate,
+    constant_estimates,
+    total_error,
+)
 from pyro_ebm.chains.observations import Conditioned, Site, check_leaves_rows_out
 from pyro_ebm.chains.per_draw import at_all_draws
 from pyro_ebm.chains.record import to_numpy
@@ -45,6 +51,7 @@ MAX_MCSE_LOG_Z = 0.5
 
 _CHUNK = 500
 _NUM_CHECKED = 20
+_UNREACHED = "resampled draws do not reach all of the posterior"
 _NUM_REPLICATES, _NUM_REEVALUATED = 50, 50  # of the functions for log Z, draws of the posterior
 
 
@@ -55,7 +62,7 @@ class PointwiseLogLikelihood(NamedTuple):
         values: Site name to nats, ``(S,) + rows``.
         mcse_log_z: Monte Carlo error in nats that log Z gives the sum over all rows and sites, a
             mean over draws: the same, to first order, as that of LOO's elpd. ``None`` where log Z
-            is not made of draws, NaN where the error is unknown.
+            is no estimate, NaN where the error is unknown.
     """
 
     values: dict[str, NDArray[Any]]
@@ -81,8 +88,8 @@ def pointwise_log_likelihood(
             site is scaled or holds a single observation.
 
     Warns:
-        UserWarning: If log Z is made of draws and adds more than :data:`MAX_MCSE_LOG_Z` to the
-            error of the sum, or nobody knows how much.
+        UserWarning: If log Z is an estimate and adds more than :data:`MAX_MCSE_LOG_Z` to the error
+            of the sum, or nobody knows how much, or the estimate is not to be trusted.
     """
     with asked() as functions:  # in the model itself
         trace = _differentiable_trace(conditioned)
@@ -101,7 +108,12 @@ def pointwise_log_likelihood(
     layouts = [_layout(name, sites[name]) for name in wanted]
     scores = _evaluate(conditioned, trace, layouts, num_checked=_NUM_CHECKED)
     values = {name: to_numpy(x) for name, x in zip(wanted, scores, strict=True)}
-    error = _mcse_log_z(conditioned, trace, layouts, functions) if functions else None
+    constants = _constants(conditioned, trace, wanted)
+    if doubts := [doubt for one in constants for doubt in one.doubts]:
+        warnings.warn(f"log_likelihood: {'; '.join(doubts)}: estimate it better", stacklevel=4)
+    if not functions and not any(one.error for one in constants):
+        return PointwiseLogLikelihood(values, None)
+    error = _mcse_log_z(conditioned, trace, layouts, functions, total_error(constants))
     return PointwiseLogLikelihood(values, error)
 
 
@@ -217,20 +229,29 @@ def _evaluate(
 # What log Z adds to its error
 
 
+def _constants(
+    conditioned: Conditioned, trace: Any, names: Sequence[str]
+) -> tuple[ConstantEstimate, ...]:
+    def at_last_draw() -> dict[str, Site]:
+        with torch.no_grad():
+            return conditioned.trace(conditioned.values(-1)).nodes
+
+    return constant_estimates({name: trace.nodes[name] for name in names}, at_last_draw)
+
+
 def _mcse_log_z(
-    conditioned: Conditioned, like: Any, layouts: list[_Layout], functions: Sequence[HeldDraws]
+    conditioned: Conditioned,
+    like: Any,
+    layouts: list[_Layout],
+    functions: Sequence[HeldDraws],
+    of_constants: float,
 ) -> float:
-    """The spread of the mean total, were the draws behind log Z others; NaN where unknown."""
-    some = conditioned.thinned(_NUM_REEVALUATED)
-
-    def mean_total() -> Tensor:
-        scores = _evaluate(some, like, layouts, num_checked=1)
-        return torch.stack([x.double().flatten(1).sum(1).mean() for x in scores]).sum()
-
+    """The error of the mean total by held draws and constants; NaN, with a warning, if unknown."""
+    if of_constants != of_constants:  # which is one of their doubts
+        return of_constants
     try:
-        with rng_preserved():
-            error = float(replicated(mean_total, functions, _NUM_REPLICATES).std())
-        why = "resampled draws do not reach all of the posterior"
+        spread = _spread(conditioned, like, layouts, functions) if functions else 0.0
+        error, why = math.hypot(of_constants, spread), _UNREACHED
     except ValueError as problem:
         error, why = float("nan"), str(problem)
     if not error <= MAX_MCSE_LOG_Z:
@@ -238,14 +259,33 @@ def _mcse_log_z(
     return error
 
 
+def _spread(
+    conditioned: Conditioned, like: Any, layouts: list[_Layout], functions: Sequence[HeldDraws]
+) -> float:
+    """The spread of the mean total, were the draws behind log Z others.
+
+    Raises:
+        ValueError: If a function has too few draws to be resampled.
+    """
+    some = conditioned.thinned(_NUM_REEVALUATED)
+
+    def mean_total() -> Tensor:
+        scores = _evaluate(some, like, layouts, num_checked=1)
+        return torch.stack([x.double().flatten(1).sum(1).mean() for x in scores]).sum()
+
+    with rng_preserved():
+        return float(replicated(mean_total, functions, _NUM_REPLICATES).std())
+
+
 def _said_of(error: float, why: str) -> str:
     if error != error:
         return (
-            "log_likelihood: log Z is made of held draws, whose error is in elpd differences and "
-            f"not in their dse, and its size is unknown: {why}"
+            "log_likelihood: log Z is an estimate, whose error is in elpd differences and not in "
+            f"their dse, and its size is unknown: {why}"
         )
     return (
-        "log_likelihood: log Z is made of held draws, whose error moves the elpd by about "
+        "log_likelihood: log Z is an estimate, whose error moves the elpd by about "
         f"{error:.2g} nats (elpd_mcse_logz). It is the same in every row, so that neither se nor "
-        f"dse holds it: compare no differences below {2 * error:.2g} nats; raise num_draws"
+        f"dse holds it: compare no differences below {2 * error:.2g} nats; raise num_draws or "
+        "num_samples of the estimate"
     )

@@ -6,13 +6,10 @@ with each other,
 
 .. math:: S = C\, \frac{\text{variance of all draws}}{\text{variance of the chains' means}} .
 
-What chains never enter is in no such number. Trajectories that diverge tell of it: they end at the
-door of a narrow part (the neck of a funnel, a bent valley), whose mass the draws then lack.
+What chains never enter is in no such number: see :mod:`~pyro_ebm.normalizers.chain_remarks`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
@@ -22,9 +19,6 @@ MIN_LENGTH = 20
 
 MIN_CHAINS = 20
 """Chains below which neither their spread nor resampling them is a measure of an error."""
-
-MAX_DIVERGING = 0.005
-"""Share of diverging trajectories that passes."""
 
 
 def effective_size(draws: Tensor) -> float:
@@ -67,20 +61,3 @@ def size_of_mean(terms: Tensor) -> float:
 def carried_share(terms: Tensor) -> float:
     """Returns what part of nonnegative terms carries their mean, from 0 to 1."""
     return float(terms.mean().square() / terms.square().mean())
-
-
-def divergence_remarks(statistics: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Returns a sentence where so many trajectories diverge that draws lack a part of the law.
-
-    Args:
-        statistics: Those of every draw, as ``MCMC.diagnostics()`` returns them.
-    """
-    diverging = statistics.get("diverging")
-    share = 0.0 if diverging is None else float(diverging.double().mean())
-    if share <= MAX_DIVERGING:
-        return ()
-    return (
-        f"{share:.1%} of the trajectories diverge: chains do not enter narrow parts of the law (a "
-        "funnel, a bent valley), whose mass is missing and in no error: choose other coordinates, "
-        "or give draws of chains with a larger target_accept_prob",
-    )

@@ -18,7 +18,7 @@ from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.normalizers.ais import ais
 from pyro_ebm.normalizers.bridge import bridge, least_draws
-from pyro_ebm.normalizers.chain_size import divergence_remarks
+from pyro_ebm.normalizers.chain_remarks import chain_remarks
 from pyro_ebm.normalizers.discrete_path import DiscretePath, draws_of_chains, is_discrete
 from pyro_ebm.normalizers.exact import States, exact
 from pyro_ebm.normalizers.from_uniform import from_uniform
@@ -122,7 +122,10 @@ def _from_draws(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer
     law = single(dist, "estimate_log_normalizer")
     check_grows(law)
     by_bridge = _bridged(dist, draws)
-    return by_bridge if law.base is None else agreed(ais(dist), by_bridge)
+    if law.base is not None:
+        return agreed(ais(dist), by_bridge)
+    more = "a base" if draws is not None else "draws= from data, or a base,"
+    return replace(by_bridge, method=f"{by_bridge.method}, one route only: give {more} for another")
 
 
 def _of_states(dist: EnergyDistribution, draws: Tensor | None) -> LogNormalizer:
@@ -180,4 +183,4 @@ def _of_chains(dist: EnergyDistribution) -> LogNormalizer:
     mcmc.run()
     draws = mcmc.get_samples()["x_latent" if isinstance(dist, GeneralizedEBM) else "x"]
     found = bridge(dist, draws)
-    return replace(found, remarks=(*found.remarks, *divergence_remarks(mcmc.diagnostics())))
+    return replace(found, remarks=(*found.remarks, *chain_remarks(mcmc)))

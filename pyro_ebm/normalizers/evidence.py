@@ -35,7 +35,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_ebm.chains.record import as_record
+from pyro_ebm.chains.constant_estimates import (
+    ConstantEstimate,
+    constant_estimates,
+    left_over,
+    total_error,
+)
+from pyro_ebm.chains.record import Record, as_record
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import PERIODIC, innermost, is_normalized, is_periodic, mask_of
 from pyro_ebm.distributions.normalizer_guard import report
@@ -43,7 +49,7 @@ from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.targets.model_target import ModelTarget, target_of_model
 from pyro_ebm.normalizers.bridge import bridge
-from pyro_ebm.normalizers.chain_size import divergence_remarks
+from pyro_ebm.normalizers.chain_remarks import chain_remarks
 from pyro_ebm.normalizers.tempered import TemperedRun, tempered
 from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic
 from pyro_ebm.ops.arguments import one_of
@@ -68,6 +74,10 @@ _NO_PATH = (
     "a path from the prior needs log Z all over the prior, and draws that are held tell it near "
     'their anchors, or base, only: use method="bridge", more anchors, or an exact log Z'
 )
+_NOT_TOLD = (
+    "log Z of an EBM site is not told at some of these draws: hold more draws for it, or put "
+    "anchors there"
+)
 
 
 def evidence(
@@ -90,12 +100,15 @@ def evidence(
 
     Returns:
         A ``LogNormalizer``, the evidence in nats. Where log Z of an EBM site is a function made of
-        draws (``Anchored``, ``BaseImportance``) its standard error holds theirs, by resampling.
+        draws (``Anchored``, ``BaseImportance``) its standard error holds theirs, by resampling;
+        where it is a constant that was estimated, that one's for every element that counts. Draws
+        of chains that did not mix are a doubt.
 
     Raises:
         MissingNormalizerError: If log Z of an EBM site is not known at every draw, or there is an
             energy factor, which has none.
-        NonFiniteEnergyError: If a path from the prior leads where a log Z made of draws is NaN.
+        NonFiniteEnergyError: If a log Z made of draws is NaN at a draw of the posterior, or where a
+            path from the prior leads.
         ValueError: If a prior is improper or periodic on the reals (VonMises), a plate is
             subsampled, a site is scaled, or latents have no draws.
 
@@ -112,17 +125,17 @@ def evidence(
     one_of("method", method, _METHODS)
     kwargs = dict(kwargs or {})
     with asked() as functions:
-        names = _checked_latents(model, args, kwargs)
+        names, constants = _looked_at(model, args, kwargs)
         target = target_of_model(model, args, kwargs)
     if bool((target.flat_terms(torch.ones(1, target.dim)) != 0).any()):
         raise ValueError(f"{target!r}: a latent has no density at all, so there is no evidence")
     positions = torch.empty(0)
     remarks: tuple[str, ...] = ()
     if method == "bridge" or functions:
-        if posterior is None:
-            posterior = _drawn(model, args, kwargs)
-            remarks = () if functions else divergence_remarks(posterior.diagnostics())
-        positions = _positions(target, names, posterior)
+        record = as_record(_drawn(model, args, kwargs) if posterior is None else posterior)
+        positions = _positions(target, names, record)
+        record = replace(record, draws={n: x for n, x in record.draws.items() if n in names})
+        remarks = chain_remarks(record, walled=bool(functions))
     if method == "bridge":
         found = _bridged(target, positions, held=bool(functions))
     else:
@@ -130,16 +143,19 @@ def evidence(
         found = _along(target, prior, method, held=bool(functions))
     if functions:
         found = _with_error_of_log_z(found, target, positions, functions)
+    own = _with_rounding(found, target.dtype)
     found = replace(
         found,
-        stderr=_with_rounding(found, target.dtype),
+        stderr=None if own is None else _hypot(own, total_error(constants)),
         method=f"evidence by {found.method}",
         start="posterior" if method == "bridge" else "prior",
         remarks=(*found.remarks, *remarks),
         parameters=(),
     )
     relative_to = frozenset(f for f in functions if f.is_relative)
-    return Evidence(**_fields_of(found), relative_to=relative_to)
+    return Evidence(
+        **_fields_of(found), relative_to=relative_to, constants=constants, own_stderr=own
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,14 +164,23 @@ class Evidence(LogNormalizer):
 
     Args:
         relative_to: Functions for log Z that are known up to a constant only, which is part of it.
+        constants: Estimates of log Z that are part of it, with how often each counts.
+        own_stderr: The standard error in nats without that of the constants, if there are any.
     """
 
     relative_to: frozenset[HeldDraws] = frozenset()
+    constants: tuple[ConstantEstimate, ...] = ()
+    own_stderr: Tensor | None = None
 
     @property
     def doubts(self) -> tuple[str, ...]:
         """Reasons not to trust value and error bar, a sentence each; empty if there is none."""
-        return (*super().doubts, *([_RELATIVE] if self.relative_to else []))
+        of_constants = (doubt for one in self.constants for doubt in one.doubts)
+        return (*super().doubts, *of_constants, *([_RELATIVE] if self.relative_to else []))
+
+
+def _hypot(error: Tensor, more: float) -> Tensor:
+    return torch.hypot(error, torch.full_like(error, more))
 
 
 def _with_rounding(found: LogNormalizer, dtype: torch.dtype) -> Tensor | None:
@@ -191,8 +216,9 @@ class BayesFactor(NamedTuple):
 def bayes_factor(one: LogNormalizer, other: LogNormalizer) -> BayesFactor:
     """Returns the log Bayes factor of two evidences of the same data.
 
-    Constants of the log Z that both share cancel; errors that they share do not, which makes the
-    stated one large.
+    Constants of the log Z that both share cancel, and so does the error of an estimate of log Z, as
+    often as both count it; errors of held draws that they share do not, which makes the stated one
+    large.
 
     Raises:
         ValueError: If one of them has no standard error.
@@ -204,14 +230,31 @@ def bayes_factor(one: LogNormalizer, other: LogNormalizer) -> BayesFactor:
     """
     if one.stderr is None or other.stderr is None:
         raise ValueError("a Bayes factor needs two evidences with standard errors")
-    error = torch.hypot(one.stderr, other.stderr)
-    return BayesFactor(one.value - other.value, error, _doubts_of_ratio(one, other))
+    one, other = _as_evidence(one), _as_evidence(other)
+    constants = left_over(one.constants, other.constants)
+    error = _hypot(torch.hypot(_own(one), _own(other)), total_error(constants))
+    return BayesFactor(one.value - other.value, error, _doubts_of_ratio(one, other, constants))
 
 
-def _doubts_of_ratio(one: LogNormalizer, other: LogNormalizer) -> tuple[str, ...]:
-    """What speaks against either, told once; a constant that cancels does not."""
-    cancels = getattr(one, "relative_to", None) == getattr(other, "relative_to", None)
-    first, second = ([d for d in z.doubts if d != _RELATIVE or not cancels] for z in (one, other))
+def _as_evidence(found: LogNormalizer) -> Evidence:
+    return found if isinstance(found, Evidence) else Evidence(**_fields_of(found))
+
+
+def _own(found: Evidence) -> Tensor:
+    error = found.stderr if found.own_stderr is None else found.own_stderr
+    return torch.as_tensor(error)
+
+
+def _doubts_of_ratio(
+    one: Evidence, other: Evidence, constants: tuple[ConstantEstimate, ...]
+) -> tuple[str, ...]:
+    """What speaks against either, told once; constants that cancel do not."""
+    left = {part.estimate for part in constants}
+    parts = (part for z in (one, other) for part in z.constants if part.estimate not in left)
+    cancelled = {doubt for part in parts for doubt in part.doubts}
+    if one.relative_to == other.relative_to:
+        cancelled.add(_RELATIVE)
+    first, second = ([d for d in z.doubts if d not in cancelled] for z in (one, other))
     which = dict.fromkeys(first, "first") | dict.fromkeys(second, "second")
     which |= dict.fromkeys((d for d in first if d in second), "both")
     return tuple(f"{who}: {doubt}" for doubt, who in which.items())
@@ -220,10 +263,21 @@ def _doubts_of_ratio(one: LogNormalizer, other: LogNormalizer) -> tuple[str, ...
 # --- what is refused
 
 
-def _checked_latents(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
-    """Names of the latents, once nothing in the model stands against an evidence."""
+def _looked_at(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[set[str], tuple[ConstantEstimate, ...]]:
+    """Names of the latents and estimates of log Z, once nothing is against an evidence."""
+
+    def run() -> poutine.Trace:
+        return poutine.trace(_OnlyProper()(model)).get_trace(*args, **kwargs)
+
     with torch.no_grad(), aside():
-        trace = poutine.trace(_OnlyProper()(model)).get_trace(*args, **kwargs)
+        sites = _checked_sites(run())
+        constants = constant_estimates(sites, lambda: run().nodes)
+    return {name for name, site in sites.items() if not site["is_observed"]}, constants
+
+
+def _checked_sites(trace: poutine.Trace) -> dict[str, Any]:
     check_whole(trace)
     nodes = trace.nodes.items()
     sites = {n: s for n, s in nodes if s["type"] == "sample" and not site_is_subsample(s)}
@@ -231,7 +285,7 @@ def _checked_latents(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
         if mask_of(site["fn"], site["mask"]) is not False:
             check_site_unscaled(site, "the evidence is that of the data as they are")
             _check_density(name, site)
-    return {name for name, site in sites.items() if not site["is_observed"]}
+    return sites
 
 
 class _OnlyProper(Messenger):
@@ -273,8 +327,8 @@ def _drawn(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MCMC:
     return mcmc
 
 
-def _positions(target: ModelTarget, names: set[str], posterior: Any) -> Tensor:
-    draws = as_record(posterior).draws
+def _positions(target: ModelTarget, names: set[str], posterior: Record) -> Tensor:
+    draws = posterior.draws
     latents = target.split(torch.zeros(1, target.dim)).keys() & names
     if missing := sorted(latents - draws.keys()):
         raise ValueError(f"the posterior has no draws of {', '.join(missing)}, got {sorted(draws)}")
@@ -301,7 +355,12 @@ def _bridged(target: ModelTarget, positions: Tensor, *, held: bool) -> LogNormal
     """The bridge; where log Z is made of held draws, a NaN is theirs and none of the user's."""
     potential, seen = _flat(target), NaNCount()
     energy = (lambda q: seen(potential(q))) if held else potential
-    found = bridge(EnergyDistribution(energy, event_shape=(target.dim,)), positions)
+    try:
+        found = bridge(EnergyDistribution(energy, event_shape=(target.dim,)), positions)
+    except NonFiniteEnergyError as error:
+        if not seen.number:
+            raise
+        raise NonFiniteEnergyError(_NOT_TOLD) from error
     if not seen.number:
         return found
     remark = (

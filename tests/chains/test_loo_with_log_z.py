@@ -21,6 +21,7 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Ising
 from pyro_ebm.errors import MissingNormalizerError
 from pyro_ebm.normalizers import Anchored, Box, base_importance, quadrature
+from pyro_ebm.ops.log_normalizer import LogNormalizer
 
 az = import_arviz()
 
@@ -215,7 +216,7 @@ def scores_of_tilted(x, t, log_z):
     return to_arviz({"t": t}, model=model, args=(x,), log_likelihood=True)
 
 
-@pytest.mark.filterwarnings("ignore:log_likelihood. log Z is made of held draws")
+@pytest.mark.filterwarnings("ignore:log_likelihood. log Z is an estimate")
 def test_the_error_of_held_draws_is_told_beside_loo():
     """elpd through held draws against the same law's exact one, 12 sets of draws, 40 rows.
 
@@ -236,7 +237,7 @@ def test_the_error_of_held_draws_is_told_beside_loo():
     assert 0.55 < np.sqrt(np.mean(gaps**2)) / errors.mean() < 1.7
 
 
-@pytest.mark.filterwarnings("ignore:log_likelihood. log Z is made of held draws")
+@pytest.mark.filterwarnings("ignore:log_likelihood. log Z is an estimate")
 def test_sites_that_share_held_draws_count_them_twice():
     """Rows in two sites or in one: the same error of their sum."""
     x, t = torch.randn(40) / 2**0.5, 1.0 + 0.2 * torch.rand(2, 10)
@@ -276,3 +277,53 @@ def test_an_error_of_held_draws_that_nobody_knows_is_warned_of():
     with pytest.warns(UserWarning, match=r"its size is unknown: a bootstrap resamples chains"):
         found = scores_of_tilted(x, t, lambda law, t: held(t[..., None]))
     assert math.isnan(found.log_likelihood.attrs["elpd_mcse_logz"])
+
+
+# --- through a constant that was estimated
+
+
+def of_standard_normals(x, *estimates, mask=None):
+    """Rows of standard normals at as many sites as there are estimates of their log Z."""
+
+    def model():
+        pyro.sample("m", dist.Normal(0.0, 1.0))
+        for i, log_z in enumerate(estimates):
+            law = EnergyDistribution(lambda x: x**2 / 2, event_shape=(), log_normalizer=log_z)
+            with pyro.plate(f"n{i}", len(x)):
+                pyro.sample(f"x{i}", law if mask is None else law.mask(mask), obs=x)
+
+    return to_arviz({"m": torch.randn(2, 10)}, model=model, log_likelihood=True).log_likelihood
+
+
+def estimate_of(stderr, **facts):
+    value = torch.tensor(0.5 * math.log(2 * math.pi))
+    return LogNormalizer(value, torch.as_tensor(stderr), **facts)
+
+
+def test_the_error_of_an_estimated_constant_is_told_beside_loo():
+    """In closed form: linear in the rows of one estimate, in squares for different ones."""
+    x, one, other = torch.randn(20), estimate_of(0.01), estimate_of(0.02)
+    half = torch.arange(20) < 10
+
+    def error(*estimates, mask=None):
+        return of_standard_normals(x, *estimates, mask=mask).attrs.get("elpd_mcse_logz")
+
+    assert error(one) == pytest.approx(0.2)
+    assert error(one, one) == pytest.approx(0.4)
+    assert error(one, other) == pytest.approx(0.2 * 5**0.5)
+    assert error(one, mask=half) == pytest.approx(0.1)
+    assert error(estimate_of(0.0)) is None
+
+
+def test_a_large_error_of_an_estimated_constant_is_warned_of():
+    with pytest.warns(UserWarning, match="moves the elpd by about 2 nats"):
+        of_standard_normals(torch.randn(20), estimate_of(0.1))
+    with pytest.warns(UserWarning, match="'x0': its standard error is not known: estimate it"):
+        found = of_standard_normals(torch.randn(20), estimate_of(float("nan")))
+    assert math.isnan(found.attrs["elpd_mcse_logz"])
+
+
+def test_doubts_of_an_estimated_constant_are_warned_of_at_the_call():
+    with pytest.warns(UserWarning, match="EBM site 'x0': effective sample size 53 < 100") as told:
+        of_standard_normals(torch.randn(20), estimate_of(0.01, ess=53.0))
+    assert told[0].filename == __file__

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyro_ebm.normalizers.chain_size import divergence_remarks, effective_size
+from pyro_ebm.normalizers.chain_size import effective_size
 
 
 def chains(num, length, memory):
@@ -36,10 +36,3 @@ def test_single_draws_and_constants():
     assert effective_size(torch.randn(30, 1)) == 30.0
     assert math.isnan(effective_size(torch.ones(30, 5)))
     assert effective_size(torch.arange(5.0)[:, None].expand(-1, 8)) == pytest.approx(5.0, rel=0.2)
-
-
-@pytest.mark.parametrize(("number", "is_told"), [(0, False), (5, False), (6, True)])
-def test_trajectories_that_diverge_are_told_above_a_share(number, is_told):
-    diverging = torch.arange(1000).reshape(10, 100) < number
-    assert bool(divergence_remarks({"diverging": diverging})) is is_told
-    assert divergence_remarks({}) == ()

@@ -26,7 +26,7 @@ WIDE = EnergyDistribution(lambda x: 0.5 * x.square().sum(-1), event_shape=(6,))
         (EnergyDistribution(Ising(0.3, (32, 32))), "closed form"),
         (EnergyDistribution(lambda x: x.sum(-1), support=spins, event_shape=(4,)), "sum over 16"),
         (EnergyDistribution(lambda x: x**4, event_shape=()), "quadrature"),
-        (WIDE, "bridge"),
+        (WIDE, "^bridge, one route only: give draws= from data, or a base, for another$"),
         (tilted()[0], "in agreement with .* from the same start"),
     ],
 )
@@ -42,6 +42,11 @@ def test_draws_from_elsewhere_are_another_start():
     assert "in agreement" in estimate.method
     assert "same start" not in estimate.method
     assert abs(float(estimate.value) - log_z) < 5 * float(estimate.stderr)
+
+
+def test_draws_are_no_second_route():
+    found = estimate_log_normalizer(WIDE, draws=torch.randn(20, 100, 6))
+    assert found.method == "bridge, one route only: give a base for another"
 
 
 @pytest.mark.parametrize("method", [*METHODS, "bridge"])

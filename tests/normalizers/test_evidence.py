@@ -10,9 +10,11 @@ import torch
 from pyro.infer import config_enumerate
 
 from pyro_ebm import EnergyDistribution, energy_factor
+from pyro_ebm.chains import Record
 from pyro_ebm.energies import Ising
 from pyro_ebm.errors import MissingNormalizerError, NonFiniteEnergyError
-from pyro_ebm.normalizers import Anchored, anchored, base_importance
+from pyro_ebm.mcmc import HMC, MCMC
+from pyro_ebm.normalizers import Anchored, Box, anchored, base_importance, quadrature
 from pyro_ebm.normalizers.evidence import bayes_factor, evidence
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 
@@ -102,8 +104,11 @@ def test_two_latents_in_closed_form():
     mean = torch.linalg.solve(precision_of_posterior, design.T @ y / noise**2)
     law = dist.MultivariateNormal(mean, precision_matrix=precision_of_posterior)
     seen = evidence(
-        line, y, posterior={"coef": law.sample((20, 100)), "unused": torch.ones(20, 100)}
+        line,
+        y,
+        posterior={"coef": law.sample((20, 100)), "unused": torch.arange(100.0).expand(20, -1)},
     )
+    assert seen.is_trusted
     assert abs(float(seen.value - exact)) < 5 * float(seen.stderr) < 0.05
 
 
@@ -220,19 +225,62 @@ def test_a_bridge_names_positions_where_held_draws_tell_nothing():
     assert not any("return inf" in doubt for doubt in found.doubts)
 
 
-class Diverging(dict):
-    """Draws of chains whose trajectories all diverge."""
-
-    def diagnostics(self):
-        return {"diverging": torch.ones(20, 100)}
-
-
 def test_chains_that_diverge_are_a_doubt(monkeypatch):
+    """Whether they are drawn or given."""
     x = torch.randn(20)
-    monkeypatch.setattr(
-        sys.modules[evidence.__module__], "_drawn", lambda *args: Diverging(exact_draws(x))
-    )
-    assert any("100.0% of the trajectories diverge" in d for d in evidence(precision, x).doubts)
+    diverging = Record(exact_draws(x), {"diverging": torch.ones(20, 100)})
+    monkeypatch.setattr(sys.modules[evidence.__module__], "_drawn", lambda *args: diverging)
+    for found in (evidence(precision, x), evidence(precision, x, posterior=diverging)):
+        assert any("100.0% of the trajectories diverge" in doubt for doubt in found.doubts)
+
+
+EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def schools(centred):
+    """Eight schools."""
+    mean, sd = pyro.sample("mean", dist.Normal(0.0, 5.0)), pyro.sample("sd", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", 8):
+        z = pyro.sample("z", dist.Normal(mean, sd) if centred else dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z if centred else mean + sd * z, ERRORS), obs=EFFECTS)
+
+
+def evidence_of_schools():
+    """The effects in closed form, mean and log sd by the rectangle rule."""
+    log_sd, mean = torch.linspace(-12.0, 14.0, 2001)[:, None], torch.linspace(-50.0, 50.0, 501)
+    sd = log_sd.exp()
+    log_p = dist.HalfCauchy(5.0).log_prob(sd) + log_sd + dist.Normal(0.0, 5.0).log_prob(mean)
+    for y, error in zip(EFFECTS, ERRORS, strict=True):
+        log_p = log_p + dist.Normal(mean, (sd**2 + error**2).sqrt()).log_prob(y)
+    return float(log_p.flatten().logsumexp(0)) + math.log(26.0 / 2000 * 100.0 / 500)
+
+
+def of_schools(seed, *, centred):
+    pyro.set_rng_seed(seed)
+    mcmc = MCMC(HMC(schools), 200, num_chains=20, disable_progbar=True)
+    mcmc.run(centred)
+    return evidence(schools, centred, posterior=mcmc)
+
+
+def test_a_hierarchy_whose_chains_mix_is_trusted():
+    found = of_schools(5, centred=False)
+    assert evidence_of_schools() == pytest.approx(-31.3113, abs=1e-3)
+    assert abs(float(found.value) - evidence_of_schools()) < 4 * float(found.stderr) < 0.2
+    assert found.is_trusted
+
+
+def test_a_centred_hierarchy_is_a_doubt():
+    """Its chains hardly enter the neck, where they do not diverge either."""
+    doubts = of_schools(0, centred=True).doubts
+    assert any(doubt.startswith("rank R-hat of") for doubt in doubts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("centred", "trusted"), [(True, False), (False, True)])
+def test_a_hierarchy_by_chains_of_our_own(centred, trusted):
+    pyro.set_rng_seed(50)
+    assert evidence(schools, centred).is_trusted is trusted
 
 
 def tilt(x, log_z):
@@ -419,6 +467,92 @@ def test_a_constant_that_two_models_share_cancels():
     assert told(found[0], found[0]) == []
     assert told(*found) == ["both"]
     assert told(found[0], LogNormalizer(*torch.ones(2))) == ["first"]
+
+
+ROWS = torch.linspace(-2.0, 2.0, 40)
+EXACT = 0.5 * math.log(2 * math.pi)
+
+
+def estimated(*parts):
+    """Sites of standard normals by energies, each with its estimate of log Z and its mask."""
+    mean = pyro.sample("mean", dist.Normal(0.0, torch.tensor(1.0)))
+    pyro.sample("y", dist.Normal(mean, 1.0), obs=ROWS[0])
+    for i, (estimate, mask) in enumerate(parts):
+        law = EnergyDistribution(lambda x: x**2 / 2, event_shape=(), log_normalizer=estimate)
+        with pyro.plate(f"n{i}", len(ROWS)):
+            pyro.sample(f"x{i}", law.mask(mask), obs=ROWS)
+
+
+def evidence_of_estimated(*parts):
+    """The posterior of the mean is N(y / 2, 1 / 2)."""
+    draws = ROWS[0] / 2 + 0.5**0.5 * torch.randn(20, 50)
+    return evidence(estimated, *parts, posterior={"mean": draws})
+
+
+def estimate_of(stderr, **facts):
+    return LogNormalizer(torch.tensor(EXACT), torch.as_tensor(stderr), **facts)
+
+
+def test_the_error_of_an_estimated_constant_counts_for_every_element():
+    """Linearly for one estimate, in squares for different ones; what a mask hides does not."""
+    one, other, half = estimate_of(0.1), estimate_of(0.2), ROWS > 0
+    assert float(evidence_of_estimated((one, True)).stderr) == pytest.approx(4.0, abs=0.01)
+    assert float(evidence_of_estimated((one, half)).stderr) == pytest.approx(2.0, abs=0.01)
+    twice = evidence_of_estimated((one, True), (one, half))
+    assert float(twice.stderr) == pytest.approx(6.0, abs=0.01)
+    both = evidence_of_estimated((one, True), (other, half))
+    assert float(both.stderr) == pytest.approx(32.0**0.5, abs=0.01)
+    assert float(both.own_stderr) < 0.01
+
+
+def test_a_batch_of_estimates_errs_by_the_row():
+    each = torch.linspace(0.0, 0.1, 40)
+    batch = LogNormalizer(torch.full((40,), EXACT), each)
+    found = evidence_of_estimated((batch, ROWS > 0))
+    assert float(found.stderr) == pytest.approx(float(each[ROWS > 0].sum()), abs=0.01)
+
+
+def test_doubts_of_an_estimated_constant_are_those_of_the_evidence():
+    few = evidence_of_estimated((estimate_of(0.1, ess=53.0), True))
+    assert few.doubts == ("log Z of EBM site 'x0': effective sample size 53 < 100",)
+    unknown = evidence_of_estimated((estimate_of(float("nan")), True))
+    assert unknown.doubts == ("log Z of EBM site 'x0': its standard error is not known",)
+    assert math.isnan(float(unknown.stderr))
+    assert evidence_of_estimated((estimate_of(float("nan"), ess=5.0), False)).is_trusted
+
+
+def test_an_estimated_constant_that_two_models_share_cancels():
+    """As often as both count it, and with it its doubts."""
+    shared, other = estimate_of(0.1, ess=53.0), estimate_of(0.2)
+    all_rows, half = (evidence_of_estimated((shared, mask)) for mask in (True, ROWS > 0))
+    ratio = bayes_factor(all_rows, evidence_of_estimated((shared, True), (other, ROWS > 1)))
+    assert float(ratio.stderr) == pytest.approx(2.0, abs=0.01)
+    assert ratio.doubts == ()
+    less = bayes_factor(half, all_rows)
+    assert float(less.stderr) == pytest.approx(2.0, abs=0.01)
+    assert less.doubts == ("both: log Z of EBM site 'x0': effective sample size 53 < 100",)
+
+
+def test_a_log_z_that_is_made_at_the_latents_is_no_constant():
+    """Of the quadrature at some draw of the prior nothing is left."""
+    box = Box(torch.tensor([-8.0]), torch.tensor([8.0]), 41)
+
+    def model(x):
+        theta = pyro.sample("theta", dist.Gamma(2.0, torch.tensor(1.0)))
+        law = EnergyDistribution(
+            lambda x: theta * x**2 / 2, event_shape=(), batch_shape=theta.shape
+        )
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", law.with_log_normalizer(quadrature(law, box=box)), obs=x)
+
+    assert evidence(model, ROWS, posterior=exact_draws(ROWS)).constants == ()
+
+
+@pytest.mark.filterwarnings("ignore:log Z was asked")
+def test_draws_where_held_draws_tell_nothing_are_named():
+    draws = {"k": 2.0 + 0.01 * torch.randn(20, 50)}
+    with pytest.raises(NonFiniteEnergyError, match="is not told at some of these draws: hold more"):
+        evidence(wide, torch.ones(8, 8), near_anchors(), posterior=draws)
 
 
 def one_lattice_through(log_z, x):

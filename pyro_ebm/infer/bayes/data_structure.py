@@ -30,7 +30,9 @@ from pyro_ebm.mcmc.targets.explain import explained
 from pyro_ebm.normalizers.exact import States
 from pyro_ebm.normalizers.held_nodes import MAX_DIM
 from pyro_ebm.ops.constraints import base_measure, finite_values, plain
+from pyro_ebm.ops.spaces import UnconstrainedSpace
 from pyro_ebm.poutine.whole_data import check_whole
+from pyro_ebm.typing import BaseMeasure
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,12 @@ class SiteStructure:
 
     @property
     def has_noise(self) -> bool:
-        """Whether there is a noise density for it: its base, or a Gaussian on the reals."""
-        return self.law.base is not None or plain(self.law.support) is constraints.real
+        """Whether there is a noise density for it.
+
+        Its base, a Gaussian on the reals, or the uniform law on a sphere.
+        """
+        is_real = plain(self.law.support) is constraints.real
+        return self.law.base is not None or is_real or self.measure == "surface"
 
     @property
     def kind(self) -> str:
@@ -97,12 +103,28 @@ class SiteStructure:
     @property
     def can_be_integrated(self) -> bool:
         """Whether log Z could be an integral: the event is continuous and of few dims."""
-        return self.is_continuous and self.law.event_shape.numel() <= MAX_DIM
+        return self.is_continuous and self.dim <= MAX_DIM
 
     @property
     def is_continuous(self) -> bool:
         """Whether the site has a density, of which slopes can be taken."""
-        return base_measure(self.law.support) == "lebesgue"
+        return self.measure == "lebesgue"
+
+    @property
+    def measure(self) -> BaseMeasure:
+        """What densities of the site refer to."""
+        return base_measure(self.law.support)
+
+    @property
+    def dim(self) -> int:
+        """Dims of an event: K - 1 of K parts of a whole, all elements where none is known."""
+        support, shape = self.law.support, self.law.event_shape
+        if not self.is_continuous:
+            return shape.numel()
+        try:
+            return UnconstrainedSpace.of(support, shape).size
+        except NotImplementedError:  # no bijection from the reals
+            return shape.numel()
 
 
 @dataclass(frozen=True)
@@ -231,14 +253,34 @@ def _without_observed(sites: list[Any]) -> str:
     mixed = [s for s in sites if s["is_observed"] and not is_normalized(s["fn"])]
     if mixed:
         return _of_mixture(mixed[0])
-    laws = {s["name"]: unwrap(s["fn"]) for s in sites}
-    latent = [name for name, law in laws.items() if law is not None and not law.is_normalized]
+    found = ((site["name"], unwrap(site["fn"])) for site in sites)
+    laws = {name: law for name, law in found if law is not None}
+    hidden = [name for name, law in laws.items() if _is_hidden_field(law)]
+    if hidden:
+        return _of_hidden_fields(hidden)
+    latent = [name for name, law in laws.items() if not law.is_normalized]
     if not latent:
         return "the model observes no EBM: any kernel samples it, as pyro.infer.NUTS or mcmc.HMC"
     return (
         f"the model observes no EBM, and its EBM sites {latent} are latent with log Z unknown: if "
         "their energies depend on no other latent, mcmc.HMC samples them as they are; else log Z "
         "is part of the density of those latents, give the distribution a log_normalizer"
+    )
+
+
+def _is_hidden_field(law: EnergyDistribution) -> bool:
+    """Whether a latent EBM has states that Pyro cannot sum out."""
+    return base_measure(law.support) == "counting" and not law.has_enumerate_support
+
+
+def _of_hidden_fields(names: list[str]) -> str:
+    """A sentence on latent EBMs without slopes."""
+    return (
+        f"the model observes no EBM, and its EBM sites {names} are latent where no gradient leads "
+        "from state to state, which no method here samples together with other latents. Where "
+        "there are few states s, sum them out: pyro.factor('y', torch.logsumexp(ebm.log_prob(s) + "
+        "likelihood.log_prob(y), 0)) with all of them in front, log Z known, and mcmc.HMC for the "
+        "rest; else draw in turns, s by sweeps of your own and the rest by posterior() given s"
     )
 
 

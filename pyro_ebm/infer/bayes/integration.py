@@ -96,7 +96,7 @@ def integrals_of(
         max_nodes: Energies in the integrals for log Z of one draw at most.
         max_dim: Dims of an integral at most; with more of them nothing is looked at.
     """
-    if any(s.is_continuous and s.law.event_shape.numel() > max_dim for s in sites):
+    if any(s.is_continuous and s.dim > max_dim for s in sites):
         return None
     search = Search(model, args, kwargs, sites, max_nodes)
     with rng_preserved():
@@ -242,8 +242,7 @@ class Search:
         site, wanted, data = self.sites[name], _SAFETY * self.error[name], self.data[name]
         laws = [self.laws(row)[name] for row in q]
         if is_gaussian(site.law.base):
-            dim = site.law.event_shape.numel()
-            rule = OnBase(dim, is_shared=site.shares_law, data=data)
+            rule = OnBase(site.dim, is_shared=site.shares_law, data=data)
             if all(bool((rule(law)[1] <= wanted).all()) for law in laws):
                 return rule
         boxes = [self._box(name, *at) for at in zip(q, laws, strict=True)]

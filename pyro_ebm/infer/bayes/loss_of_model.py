@@ -168,7 +168,8 @@ class ModelLoss:
             f"{self.target!r}: no posterior mode was found in {MAX_STEPS} Newton steps on "
             "the unconstrained space, and calibration is about the mode. Is a parameter pushed to "
             "its boundary, a prior improper, or a scale shared by latents that could all be equal "
-            "(give it a prior that excludes 0)? calibration='none' leaves it out"
+            "(write them as loc + scale * z, z of Normal(0, 1), or give the scale a prior that "
+            "excludes 0)? generalized_posterior(..., calibration='none') draws without a mode"
         )
 
     def own_minimum(self) -> Minimum | None:

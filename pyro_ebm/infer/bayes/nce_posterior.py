@@ -72,6 +72,7 @@ MAX_ACCURACY = 0.9
 MAX_NOISE_SPREAD = 0.5  # of a posterior sd; with ten noise draws it is a quarter
 ENOUGH_ROWS = 10  # for each coordinate; the width is right as rows grow in number
 MAX_RHAT = 1.05  # of short chains: R-hat itself errs by a hundredth
+_INSTEAD = "generalized_posterior, or mcmc.Exchange for an exponential family with draws or sweeps"
 
 
 class _Site(NamedTuple):
@@ -232,7 +233,7 @@ def _check_one_law(run: Trace, held: Collection[str] = ()) -> None:
         if law.is_normalized:
             continue
         try:
-            check_rows(name, law, x, "NCE")
+            check_rows(name, law, x, "NCE", _INSTEAD)
         except ConditionalEnergyError as error:
             fn = run.nodes[name]["fn"]
             if not num_reinterpreted(fn):

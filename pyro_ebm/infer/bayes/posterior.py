@@ -6,7 +6,7 @@ In this order, exact ways first:
    three if ``method="exact"`` asks for it: Hamiltonian Monte Carlo;
 2. *exact draws of the model*: exchange, group by group in a hierarchy;
 3. *a kernel for the model*: exchange with auxiliary draws by sweeps, judged by ACD and AIKS;
-4. *independent rows of few continuous dims*: the NCE posterior;
+4. *independent rows of few continuous dims*, or directions: the NCE posterior;
 5. *anything else*: a generalized posterior by score matching or pseudo-likelihood, calibrated by
    the rows, or by simulation where there is but one dependent observation.
 
@@ -109,7 +109,12 @@ def posterior(
     told = of_sites("the data of", structure.sites, structure_of)
     # Of an NCE posterior R-hat contains what the noise sets change, of which it speaks itself.
     mixing = () if name == "nce" else mixing_remarks(found)
-    return replace(found, reasons=told + found.reasons, remarks=found.remarks + mixing + doubts)
+    return replace(
+        found,
+        reasons=told + found.reasons,
+        remarks=found.remarks + mixing + doubts,
+        call=(model, args, kwargs),
+    )
 
 
 def route_of(structure: DataStructure, *, can_integrate: bool = True) -> str:
@@ -129,5 +134,5 @@ def route_of(structure: DataStructure, *, can_integrate: bool = True) -> str:
 
 
 def _is_for_noise(site: SiteStructure) -> bool:
-    few = site.is_continuous and site.law.event_shape.numel() <= MAX_NOISE_DIM
-    return few and site.has_noise and site.kind == "independent rows"
+    has_density = site.measure != "counting" and site.dim <= MAX_NOISE_DIM
+    return has_density and site.has_noise and site.kind == "independent rows"

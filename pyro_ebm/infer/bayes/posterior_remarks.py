@@ -80,7 +80,7 @@ def why_together(structure: DataStructure) -> tuple[str, ...]:
 def how_summed(site: SiteStructure, nodes: Integrals | None) -> str:
     """Returns what log Z of a site was summed over, or integrated by: the end of a sentence."""
     if nodes is not None and site.name in nodes.objective.rules:
-        dim, rule = site.law.event_shape.numel(), nodes.objective.rules[site.name]
+        dim, rule = site.dim, nodes.objective.rules[site.name]
         dims = "one dim" if dim == 1 else f"{dim} dims"
         return f"is an integral over {dims}, by {rule}"
     number = site.num_terms / site.law.batch_shape.numel()
@@ -118,6 +118,8 @@ def _moving(table: Any) -> Any:
 def mixing_remarks(found: Posterior) -> tuple[str, ...]:
     """Returns what speaks against the chains of a posterior, a sentence each."""
     table = _moving(summary(found.record))
+    if found.record.num_chains == 1:
+        return ("one chain does not tell whether it has mixed: use more num_chains.",)
     if bool(table[["r_hat", "ess_bulk"]].isna().any(axis=None)):
         return (
             f"{found.record.num_samples} draws of {found.record.num_chains} chains are too few to "

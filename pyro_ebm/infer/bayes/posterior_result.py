@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from pyro_ebm.chains import Record, summary, to_arviz
 from pyro_ebm.poutine import surrogate
+
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+"""A model with its positional and keyword arguments."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,7 @@ class Posterior:
             ``None`` for a posterior by Bayes' rule.
         scored_by: What gave EBM sites their log Z at every draw, if the model itself does not: the
             objective of ``surrogate`` that log likelihoods are by.
+        call: The model with its positional and keyword arguments, where it is known.
 
     Example:
         >>> import numpy as np
@@ -42,6 +47,7 @@ class Posterior:
     remarks: tuple[str, ...] = ()
     calibration: str | None = None
     scored_by: Any = None
+    call: Call | None = None
 
     @property
     def is_calibrated(self) -> bool:
@@ -63,9 +69,12 @@ class Posterior:
     def to_arviz(self, **options: Any) -> Any:
         """Returns the draws for ArviZ; ``options`` are those of :func:`pyro_ebm.to_arviz`.
 
-        With ``model=``, ``args=`` and ``log_likelihood=True`` the log likelihood is that of the
-        posterior, also where its way has summed or integrated log Z itself.
+        With ``log_likelihood=True`` the log likelihood is that of the posterior, also where its way
+        has summed or integrated log Z itself: of the model and arguments that ``posterior`` was
+        given, if ``model=`` and ``args=`` say nothing else.
         """
+        if self.call is not None and options.get("log_likelihood", False) is not False:
+            options = dict(zip(("model", "args", "kwargs"), self.call, strict=True)) | options
         if self.scored_by is not None and options.get("model") is not None:
             options["model"] = surrogate(options["model"], self.scored_by)
         return to_arviz(self.record, **options)

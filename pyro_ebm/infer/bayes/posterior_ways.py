@@ -5,12 +5,12 @@ They are named as the ``method`` of :func:`~pyro_ebm.infer.bayes.posterior.poste
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pyro_ebm.infer.bayes.anchored_posterior import anchored_posterior
-from pyro_ebm.infer.bayes.data_structure import DataStructure
+from pyro_ebm.infer.bayes.data_structure import DataStructure, SiteStructure
 from pyro_ebm.infer.bayes.enumerated import Enumerated
 from pyro_ebm.infer.bayes.generalized_bayes import generalized_posterior
 from pyro_ebm.infer.bayes.integration import Integrals, integrals_of
@@ -18,6 +18,7 @@ from pyro_ebm.infer.bayes.nce_posterior import nce_posterior
 from pyro_ebm.infer.bayes.posterior_remarks import how_summed, of_sites, off_the_nodes, why_together
 from pyro_ebm.infer.bayes.posterior_result import Posterior
 from pyro_ebm.infer.bayes.prior_runs import prior_runs
+from pyro_ebm.infer.bayes.sphere_noise import uniform_directions
 from pyro_ebm.infer.discrete.discrete_fisher import DiscreteFisher
 from pyro_ebm.infer.discrete.pseudo_likelihood import PseudoLikelihood
 from pyro_ebm.infer.score.score_matching import ScoreMatching
@@ -34,6 +35,10 @@ from pyro_ebm.poutine.whole_data import check_ebms_unscaled
 
 MAX_TERMS = 2**18  # energies in the sums for log Z of one draw
 FEW_DRAWS = 200  # to be judged by auxiliary draws of many sweeps, which take long
+_WITHOUT_LOSS = {
+    "surface": "directions on a sphere",
+    "mixed": "tables with continuous and discrete columns",
+}
 _KNOWN = "log Z of every EBM site is known: use method='exact'"
 
 
@@ -162,11 +167,10 @@ def _nce(run: Run, structure: DataStructure) -> Posterior:
         raise ValueError(f"method 'nce' infers log Z from noise, and {_KNOWN}")
     num_sets = 5
     sizes = {**run.sizes, "num_chains": -(-run.num_chains // num_sets), "num_sets": num_sets}
-    noise = None if any(site.law.base is not None for site in structure.sites) else "gaussian"
     found = nce_posterior(
         run.model,
         *run.args,
-        noise=noise,
+        noise=noise_for(structure.sites),
         **sizes,
         disable_progbar=run.disable_progbar,
         **run.kwargs,
@@ -181,14 +185,20 @@ def _nce(run: Run, structure: DataStructure) -> Posterior:
     )
 
 
+def noise_for(sites: Sequence[SiteStructure]) -> Any:
+    """Returns what data of sites are told from, as ``noise`` of ``nce_posterior``.
+
+    ``None`` for their bases, the uniform law where all are directions, or Gaussians for each.
+    """
+    if any(site.law.base is not None for site in sites):
+        return None
+    if all(site.measure == "surface" for site in sites):
+        return uniform_directions(sites[0].value, sites[0].law.event_shape)
+    return "gaussian"
+
+
 def _generalized(run: Run, structure: DataStructure) -> Posterior:
-    continuous = {site.is_continuous for site in structure.observed}
-    if len(continuous) > 1:
-        raise ValueError(
-            "continuous and discrete EBM sites in one model need a loss each, and no calibration "
-            "of several is implemented: sample surrogate(model, {site: loss, ...}) by mcmc.HMC"
-        )
-    loss = ScoreMatching() if continuous == {True} else _discrete_loss(structure)
+    loss = _loss_for(structure)
     found = generalized_posterior(
         run.model,
         *run.args,
@@ -205,6 +215,25 @@ def _generalized(run: Run, structure: DataStructure) -> Posterior:
             remarks=(*found.remarks, f"{_KNOWN}, for the posterior by Bayes' rule."),
         )
     return replace(found, reasons=(f"log Z is unknown, and {does} it.", *found.reasons))
+
+
+def _loss_for(structure: DataStructure) -> ScoreMatching | PseudoLikelihood | DiscreteFisher:
+    """A loss for the measure that the data refer to."""
+    for site in structure.observed:
+        if site.measure in _WITHOUT_LOSS:
+            raise ValueError(
+                f"a generalized posterior has no loss for {_WITHOUT_LOSS[site.measure]}, as at "
+                f"site {site.name!r}: if its rows share one law, use nce_posterior(noise=...) with "
+                "a normalized law on the same support, or give the distribution one as base= and "
+                "use method='nce'; else give it a log_normalizer"
+            )
+    measures = {site.measure for site in structure.observed}
+    if len(measures) > 1:
+        raise ValueError(
+            "continuous and discrete EBM sites in one model need a loss each, and no calibration "
+            "of several is implemented: sample surrogate(model, {site: loss, ...}) by mcmc.HMC"
+        )
+    return ScoreMatching() if measures == {"lebesgue"} else _discrete_loss(structure)
 
 
 def _discrete_loss(structure: DataStructure) -> PseudoLikelihood | DiscreteFisher:

@@ -35,11 +35,22 @@ def prior_runs(
         kwargs: Its keyword arguments.
         num_draws: How many.
 
+    Raises:
+        ValueError: If a plate has no rows.
+
     Example:
         >>> import pyro, pyro.distributions as dist
         >>> runs = prior_runs(lambda: pyro.sample("a", dist.Normal(torch.tensor(0.0), 1.0)), (), {})
         >>> len({float(run.nodes["a"]["value"]) for run in runs})
         16
     """
-    with torch.no_grad(), aside(), prototype_run():
-        return [poutine.trace(model).get_trace(*args, **kwargs) for _ in range(num_draws)]
+    try:
+        with torch.no_grad(), aside(), prototype_run():
+            return [poutine.trace(model).get_trace(*args, **kwargs) for _ in range(num_draws)]
+    except ZeroDivisionError as error:
+        if "size cannot be zero" not in str(error):  # Pyro's words for it
+            raise
+        raise ValueError(
+            "a plate of the model has no rows: are the data empty? Without any the posterior is "
+            "the prior, of which pyro.infer.Predictive draws"
+        ) from error

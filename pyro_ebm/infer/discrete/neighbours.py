@@ -21,8 +21,8 @@ __all__ = ["changes_of_potential", "others", "previous_and_next", "shifts"]
 
 MAX_NUMBERS = 2**24  # in one call of the energy: 128 MiB of doubles
 ELSEWHERE = (
-    "ScoreMatching on continuous supports, and on tables with columns of both kinds "
-    "DiscreteEnergyDiscrepancy(MixedColumns(...)) or NCE"
+    "ScoreMatching on continuous supports, on spheres NCE with noise=, and on tables with columns "
+    "of both kinds DiscreteEnergyDiscrepancy(MixedColumns(...)) or NCE"
 )
 
 

@@ -77,6 +77,7 @@ class KALE(BaseContrast):
     """
 
     learns_log_normalizer = True
+    counts_as_likelihood = True  # with many base draws
 
     def __init__(
         self,
@@ -145,6 +146,7 @@ class DonskerVaradhan(BaseContrast):
     """
 
     pools_rows = True
+    counts_as_likelihood = True  # with many base draws
 
     def __init__(
         self,

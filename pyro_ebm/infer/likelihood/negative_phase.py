@@ -33,6 +33,7 @@ from pyro_ebm.infer.likelihood.adapted_step import AdaptedStep
 from pyro_ebm.infer.likelihood.chain_watch import ChainWatch
 from pyro_ebm.infer.likelihood.transitions import KernelFactory, Moved, Mover, Transition
 from pyro_ebm.infer.scoring.contrast import Contrast, contrast_law, gap, rows_of
+from pyro_ebm.infer.scoring.latents import ENOUGH
 from pyro_ebm.infer.scoring.objective import Objective
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.initial_points import initial_points
@@ -76,6 +77,7 @@ class NegativePhase(Objective):
     ) -> None:
         super().__init__(**elbo)
         self.num_steps = whole("num_steps", num_steps, least=1)
+        self.counts_as_likelihood = self.num_steps >= ENOUGH
         self.num_negatives = whole("num_negatives", num_negatives, least=1)
         if not 0 <= energy_penalty < math.inf:
             raise ValueError(f"energy_penalty must not be negative, got {energy_penalty!r}")

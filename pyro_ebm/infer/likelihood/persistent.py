@@ -108,6 +108,7 @@ class PersistentContrastiveDivergence(NegativePhase):
             max_gap=max_gap,
             **elbo,
         )
+        self.counts_as_likelihood = True  # its chains go on
         self.size = None if size is None else whole("size", size, least=1)
         self.restart_prob = share("restart_prob", restart_prob)
         self.chains: dict[str, Slots] = {}

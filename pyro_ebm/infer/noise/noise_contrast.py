@@ -33,6 +33,7 @@ from pyro_ebm.infer.scoring.contrast import (
     location_and_scale,
     rows_of,
 )
+from pyro_ebm.infer.scoring.latents import ENOUGH
 from pyro_ebm.infer.scoring.objective import Objective
 from pyro_ebm.ops.arguments import one_of
 from pyro_ebm.ops.log_space import effective_sample_size
@@ -78,6 +79,7 @@ class NoiseContrast(Objective):
                 f"got refit_every={refit_every!r} and noise={noise!r}"
             )
         self.num_noise = num_noise
+        self.counts_as_likelihood = num_noise >= ENOUGH
         self.noise = noise
         self.refit_every = refit_every
         self.refit_to = one_of("refit_to", refit_to, get_args(Refit))

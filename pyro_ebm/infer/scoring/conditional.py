@@ -27,13 +27,26 @@ from pyro_ebm.ops.same_values import same_values
 from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.paired_runs import without_value_checks
 
+TRAINING = "RankingNCE or EnergyDiscrepancy"
+"""Objectives that need no log Z of rows."""
 
-def check_rows(name: str, p: EnergyDistribution, x: Tensor, who: str) -> None:
-    """Raises ``ConditionalEnergyError`` if one scalar log Z cannot serve all rows of a site."""
+
+def check_rows(
+    name: str, p: EnergyDistribution, x: Tensor, who: str, instead: str = TRAINING
+) -> None:
+    """Raises ``ConditionalEnergyError`` if one scalar log Z cannot serve all rows of a site.
+
+    Args:
+        name: The site.
+        p: Its EBM.
+        x: Its data.
+        who: What has one log Z.
+        instead: What does without it.
+    """
     if p.conditional is False:
         return
     if p.conditional or depends_on_rows(p, x):
-        refuse(name, p, who)
+        refuse(name, p, who, instead=instead)
 
 
 @torch.no_grad()
@@ -137,9 +150,9 @@ def _mark(label: str, value: Any) -> Any:
     return ProvenanceTensor(value, frozenset({label})) if isinstance(value, Tensor) else value
 
 
-def refuse(name: str, p: Any, who: str, what: str = "") -> None:
+def refuse(name: str, p: Any, who: str, what: str = "", *, instead: str = TRAINING) -> None:
     """Raises ``ConditionalEnergyError``: one log Z cannot serve all rows of a site."""
-    others = "" if isinstance(p, GeneralizedEBM) else "use RankingNCE or EnergyDiscrepancy, "
+    others = "" if isinstance(p, GeneralizedEBM) else f"use {instead}, "
     raise ConditionalEnergyError(
         f"the energy of EBM site {name!r} depends on row-wise values other than x{what}, so log Z "
         f"differs from row to row and {who}, with one log Z for all, would be inconsistent: "

@@ -87,6 +87,9 @@ class Objective(SurrogateELBO):
         trains_energy: Flag; whether the energy is what is learned, rather than the law that draws.
         has_second_player: Flag; whether there is one, so that a ``schedule`` is taken.
         draws_noise: Flag; whether what it draws and weights is noise rather than draws of a base.
+        counts_as_likelihood: Whether its gradients are those of minus the log likelihood, or tend
+            to them with settings that are large enough, so that priors of latents have the weight
+            that they should have.
         log_normalizers: Learned log Z by site, in nats.
         examples: The data of every site at its last evaluation; not part of the state.
         held_out_noise: Log density in nats of the noise at a site's data, ``sample + batch``, of
@@ -102,6 +105,7 @@ class Objective(SurrogateELBO):
     trains_energy = True
     has_second_player = False
     draws_noise = False
+    counts_as_likelihood = False
     why_not_frozen: str | None = None
 
     def __init__(self, *, schedule: tuple[int, int] | None = None, **elbo: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.scoring import trace_checks
 from pyro_ebm.infer.scoring.enumeration import EnumeratingELBO
+from pyro_ebm.infer.scoring.latents import tell_of_weight
 from pyro_ebm.infer.scoring.objective_module import ObjectiveModule
 from pyro_ebm.infer.scoring.registration import Registration
 from pyro_ebm.ops.graph_recording import is_recording
@@ -80,6 +81,7 @@ class SurrogateELBO(EnumeratingELBO, nn.Module):
         self.sites: dict[str, EnergyDistribution] = {}
         self.optimized: frozenset[int] = frozenset()
         self.registration = Registration()
+        self._told_of_weight: set[str] = set()
 
     @abstractmethod
     def site_log_prob(
@@ -149,6 +151,7 @@ class SurrogateELBO(EnumeratingELBO, nn.Module):
             trace_checks.finite(model_trace, handler.used, int(self.num_steps_taken))
         members = {name: self.objective_of(name) for name in handler.used}
         trace_checks.one_law(members, model_trace, guide_trace, (model, args, kwargs))
+        tell_of_weight(members, model_trace, guide_trace, self._told_of_weight)
         self.registration.check(
             model_trace,
             {name: self.sites[name] for name in handler.used},

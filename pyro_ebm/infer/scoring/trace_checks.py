@@ -14,15 +14,14 @@ from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution, unwrap
-from pyro_ebm.distributions.layers import is_point
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.infer.scoring import conditional, enumeration, site_values
 from pyro_ebm.infer.scoring.contexts import ContextChecks
-from pyro_ebm.ops.autograd_graph import children, graph, node_of
+from pyro_ebm.infer.scoring.latents import Weighs, refuse_drawn
 from pyro_ebm.ops.graph_recording import is_recording
 
 
-class Member(Protocol):
+class Member(Weighs, Protocol):
     """What is asked here of the objective of a site."""
 
     pools_rows: bool
@@ -30,15 +29,8 @@ class Member(Protocol):
     examples: dict[str, Tensor]
     contexts: ContextChecks
 
-    @property
-    def learns_log_normalizer(self) -> bool:
-        """Whether log Z enters the loss, so that it is learned."""
-
     def keeps_log_normalizer(self, site: str) -> bool:
         """Whether the site may have one law only."""
-
-    def is_checked_now(self, site: str) -> bool:
-        """Whether this step looks closely."""
 
     def pooled_by(self, site: str) -> str | None:
         """What takes all rows of a site alike, or ``None``."""
@@ -107,7 +99,7 @@ def one_law(members: Mapping[str, Member], model_trace: Any, guide_trace: Any, c
     """
     for name, member in members.items():
         if member.keeps_log_normalizer(name) and member.is_checked_now(name):
-            free_of_latents(name, model_trace, guide_trace, member)
+            refuse_drawn(name, model_trace, guide_trace, member)
     if is_recording():  # a recorded step is compared with one that is not
         return
     for name, member in members.items():
@@ -124,47 +116,6 @@ def one_law(members: Mapping[str, Member], model_trace: Any, guide_trace: Any, c
         if member.pools_rows or member.keeps_log_normalizer(name):
             p, x, who = member.sites[name], member.examples[name], type(member).__name__
             member.contexts.check(name, p, x, call, values, who)
-
-
-def free_of_latents(name: str, model_trace: Any, guide_trace: Any, objective: Member) -> None:
-    """Raises ``ValueError`` if an objective knows one law of a site that moves with a latent.
-
-    It learns one number for log Z, or keeps the chains of one law. Latents with a point estimate
-    (``Delta``) are parameters: log Z is learned along with them.
-    """
-    if not torch.is_grad_enabled():  # nothing is inferred, and there is no graph
-        return
-    drawn = {n for n, s in guide_trace.nodes.items() if s["type"] == "sample"}
-    if all(n == name or is_point(guide_trace.nodes[n]["fn"]) for n in drawn):
-        return
-    node = model_trace.nodes[name]
-    reached = graph(children(node["log_prob"]), stop=node_of(node["value"]))
-
-    def behind(trace: Any) -> list[str]:
-        sites = [(n, s) for n, s in trace.nodes.items() if s["type"] == "sample" and n != name]
-        return [n for n, s in sites if any(v in reached for v in node_of(s["value"]))]
-
-    random = [n for n in behind(guide_trace) if not is_point(guide_trace.nodes[n]["fn"])]
-    if random:
-        latents = ", ".join(repr(n) for n in behind(model_trace) or random)
-        raise ValueError(
-            f"the energy of EBM site {name!r} depends on latent {latents}, "
-            f"{_bent_by_latents(objective)}"
-        )
-
-
-def _bent_by_latents(objective: Member) -> str:
-    who = type(objective).__name__
-    if not objective.learns_log_normalizer:
-        return (
-            f"but {who} keeps the chains of one law, which would bend the posterior. Use "
-            "ContrastiveDivergence, RankingNCE or EnergyDiscrepancy"
-        )
-    return (
-        f"so log Z does, but {who} learns one number for it, which would bend the posterior. Use "
-        "RankingNCE or EnergyDiscrepancy, give log_normalizer= as a function of the latent, or "
-        "freeze the objective and run MCMC over poutine.surrogate(model, frozen)"
-    )
 
 
 def finite(model_trace: Any, used: Collection[str], step: int) -> None:

@@ -69,8 +69,8 @@ class Unconstrained:
             raise NotImplementedError(
                 f"{who} differentiates the energy in x, so it needs a continuous support, got "
                 f"{p.support} (measure {p.base_measure!r}); use PseudoLikelihood or DiscreteFisher "
-                "on discrete supports, and on tables with columns of both kinds "
-                "DiscreteEnergyDiscrepancy(MixedColumns(...)) or NCE"
+                "on discrete supports, on spheres NCE with noise=, and on tables with columns of "
+                "both kinds DiscreteEnergyDiscrepancy(MixedColumns(...)) or NCE"
             )
         self.p = p
         self.who = who

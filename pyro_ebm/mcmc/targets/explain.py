@@ -52,7 +52,8 @@ def explained(
             "is latent by obs_mask= and cannot be sampled here: leave its rows out by "
             "poutine.mask(mask=obs_mask) around the site, which is the same posterior of all else"
         )
-    return TypeError(f"{name_of(model)}: site {site!r} {remedy}. Pyro said: {first_line(error)}")
+    said = first_line(_innermost(error))
+    return TypeError(f"{name_of(model)}: site {site!r} {remedy}. The error said: {said}")
 
 
 def _remedy(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -110,6 +111,14 @@ def name_of(model: Any) -> str:
     return f"model {getattr(inner, '__name__', type(inner).__name__)!r}"
 
 
-def first_line(error: Exception) -> str:
+def _innermost(error: BaseException) -> BaseException:
+    """The error that others quote, as Pyro does with one of a site under a headline of its own."""
+    cause = error.__cause__
+    while cause is not None and str(cause) in str(error):
+        error, cause = cause, cause.__cause__
+    return error
+
+
+def first_line(error: BaseException) -> str:
     """Returns the beginning of an error's text, or its kind."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

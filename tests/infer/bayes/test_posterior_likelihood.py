@@ -65,6 +65,11 @@ def test_a_sum_over_states_is_in_the_log_likelihood():
     wanted = (-rate * COUNTS - log_z).numpy()
     np.testing.assert_allclose(data["log_likelihood"]["k"].values, wanted, atol=1e-10)
     assert az.loo(data).elpd_loo == pytest.approx(np.log(np.exp(wanted).mean((0, 1))).sum(), abs=1)
+    kept = found.to_arviz(log_likelihood=True)["log_likelihood"]["k"].values
+    np.testing.assert_array_equal(kept, data["log_likelihood"]["k"].values)
+    fewer = found.to_arviz(args=(COUNTS[:3],), log_likelihood="k")["log_likelihood"]["k"]
+    assert fewer.shape == (4, 20, 3)
+    assert "observed_data" not in found.to_arviz()
 
 
 def integrated(draws, *, is_shared):

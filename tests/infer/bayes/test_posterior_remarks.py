@@ -7,7 +7,17 @@ import torch
 from torch.distributions import constraints as C
 
 from pyro_ebm import EnergyDistribution
+from pyro_ebm.chains import Record
+from pyro_ebm.energies import Ising
+from pyro_ebm.errors import ConditionalEnergyError
+from pyro_ebm.infer.bayes.data_structure import data_structure
+from pyro_ebm.infer.bayes.generalized_bayes import generalized_posterior
+from pyro_ebm.infer.bayes.nce_posterior import nce_posterior
 from pyro_ebm.infer.bayes.posterior import posterior
+from pyro_ebm.infer.bayes.posterior_remarks import mixing_remarks
+from pyro_ebm.infer.bayes.posterior_result import Posterior
+from pyro_ebm.infer.score.score_matching import ScoreMatching
+from pyro_ebm.ops.constraints import spins
 
 F64 = torch.float64
 NUM_STATES = 7
@@ -114,3 +124,73 @@ def test_draws_are_for_predictive():
     assert draws["rate"].tolist() == found.record.draws["rate"].reshape(-1).tolist()
     seen = pyro.infer.Predictive(loop, draws, return_sites=["rate", "y_0"])([COUNTS])
     assert seen["rate"].shape[0] == seen["y_0"].shape[0] == 80
+
+
+# --- models and data without a way
+
+
+def hidden_field(y):
+    k = pyro.sample("k", dist.Normal(torch.tensor(0.0), 1.0))
+    s = pyro.sample("s", EnergyDistribution(Ising(k, (3, 3))))
+    pyro.sample("y", dist.Normal(s, 1.0).to_event(2), obs=y)
+
+
+def hidden_spin(y):
+    k = pyro.sample("k", dist.Normal(torch.tensor(0.0), 1.0))
+    law = EnergyDistribution(
+        lambda s: -k * s, support=spins, event_shape=(), log_normalizer=lambda: (2 * k.cosh()).log()
+    )
+    s = pyro.sample("s", law, infer={"enumerate": "parallel"})
+    pyro.sample("y", dist.Normal(s, 1.0), obs=y)
+
+
+def test_hidden_fields_are_not_for_any_kernel():
+    """Also where log Z is known; a spin of its own is summed out by Pyro."""
+    with pytest.raises(ValueError, match=r"\['s'\] are latent where no gradient .* sum them out"):
+        data_structure(hidden_field, torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="any kernel samples it"):
+        data_structure(hidden_spin, torch.tensor(0.0))
+
+
+def precision_of_each(x, *, centred):
+    spread = pyro.sample("spread", dist.HalfNormal(torch.tensor(1.0)))
+    with pyro.plate("groups", x.shape[1]):
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0), spread if centred else 1.0))
+        law = EnergyDistribution(
+            lambda t: 0.05 * (z if centred else spread * z).exp() * (t**4).sum(-1), event_shape=(4,)
+        )
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", law, obs=x)
+
+
+def test_groups_with_one_log_z_are_told_what_posteriors_there_are():
+    with pytest.raises(ConditionalEnergyError, match="use generalized_posterior, or mcmc.Exchange"):
+        posterior(precision_of_each, torch.randn(5, 3, 4), centred=True, method="nce")
+
+
+@pytest.mark.slow
+def test_scales_that_draw_groups_together_have_another_form():
+    x = torch.randn(12, 4, 4)
+    sizes = {"num_samples": 4, "warmup_steps": 4, "num_chains": 2, "num_simulations": 60}
+    with pytest.raises(ValueError, match=r"write them as loc \+ scale \* z, .*generalized_post"):
+        generalized_posterior(precision_of_each, x, centred=True, loss=ScoreMatching(), **sizes)
+    for options in ({"centred": False}, {"centred": True, "calibration": "none"}):
+        generalized_posterior(precision_of_each, x, loss=ScoreMatching(), **sizes, **options)
+
+
+@pytest.mark.parametrize("way", [posterior, nce_posterior])
+def test_no_data_are_no_rows(way):
+    with pytest.raises(ValueError, match="plate of the model has no rows: are the data empty"):
+        way(precision_of_each, torch.zeros(0, 3, 4), centred=True)
+
+
+def test_divisions_of_the_model_stay_what_they_are():
+    with pytest.raises(ZeroDivisionError, match="division"):
+        data_structure(lambda x: x / (1 // 0), torch.zeros(3))
+
+
+def test_one_chain_is_not_asked_for_more_draws():
+    record = Record({"a": torch.randn(1, 300).numpy()})
+    assert mixing_remarks(Posterior(record, "exact log Z")) == (
+        "one chain does not tell whether it has mixed: use more num_chains.",
+    )

@@ -183,6 +183,7 @@ MODELS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*as it was made is no likelihood")
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_other_kinds_pass(name):
     model, objective = MODELS[name]

@@ -337,6 +337,7 @@ def test_chains_of_one_law_and_a_latent(per_site):
         objective.differentiable_loss(with_latent, guide, torch.randn(5))
 
 
+@pytest.mark.filterwarnings("ignore:.*as it was made is no likelihood")
 @pytest.mark.parametrize("make", [RankingNCE, EnergyDiscrepancy, DonskerVaradhan])
 def test_no_learned_log_z_and_a_latent(make):
     model = with_latent

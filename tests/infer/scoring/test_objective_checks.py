@@ -553,6 +553,7 @@ def log_z_of_shift(z):
     return -0.5 * math.log(1.2) - 0.1 * z**2 / 1.2
 
 
+@pytest.mark.filterwarnings("ignore:.*as it was made is no likelihood")
 @pytest.mark.parametrize("make", ALL)
 def test_automatic_guides_on_the_raw_model(make):
     model = with_latent(log_z_of_shift)

@@ -264,6 +264,7 @@ def of_width(mean):
     return guide
 
 
+@pytest.mark.filterwarnings("ignore:.*as it was made is no likelihood")
 @pytest.mark.parametrize(("batch_size", "particles"), [(None, 1), (100, 8)])
 def test_the_width_of_a_posterior_is_that_of_the_training_rows(batch_size, particles):
     """20 held-out rows choose the posterior of 400 among widths 5 to 1/5 times as large.
@@ -317,6 +318,7 @@ class Counts(ScoreMatching):
         return super().differentiable_loss(*args)
 
 
+@pytest.mark.filterwarnings("ignore:.*as it was made is no likelihood")
 @pytest.mark.parametrize(
     ("name", "particles", "passes"), [("top", 1, 32), ("top", 10, 4), ("rows", 1, 1), ("at", 1, 1)]
 )
@@ -344,6 +346,7 @@ def test_only_draws_that_all_rows_share_are_averaged(name, particles, passes):
     assert objective.passes == 2 * passes
 
 
+@pytest.mark.filterwarnings("ignore:.*as it was made is no likelihood")
 def test_a_prior_beside_rows_without_a_plate_is_refused_at_once():
     def model(x):
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))

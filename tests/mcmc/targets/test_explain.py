@@ -8,10 +8,14 @@ from pyro import poutine
 from pyro.distributions import hmm
 from pyro.ops import special
 
+from pyro_ebm import EnergyDistribution
 from pyro_ebm.errors import NonFiniteEnergyError
+from pyro_ebm.infer.bayes.enumerated import Enumerated
 from pyro_ebm.mcmc import HMC, MCMC, RecordingNUTS
 from pyro_ebm.mcmc.targets.captured import CapturedPotential
 from pyro_ebm.mcmc.targets.vmap_safe import VmapSafe
+from pyro_ebm.ops.constraints import spins
+from pyro_ebm.poutine import surrogate
 from pyro_ebm.testing import assert_mean_close
 
 Y = torch.linspace(-1.0, 1.0, 10)
@@ -90,6 +94,33 @@ def moving_support_of_rows(y):
 def test_one_sentence_each(model, error, sentence):
     with pytest.raises(error, match=sentence):
         run(model, Y)
+
+
+def of_classes(x, *, is_declared):
+    """Rows of four spins, of which an enumerated class has the sign of the coupling."""
+    k = pyro.sample("k", dist.Normal(torch.tensor(1.0), 1.0))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        signed = k * (2 * z - 1)
+        law = EnergyDistribution(
+            lambda v: -signed * v.prod(-1),
+            support=spins,
+            event_shape=(4,),
+            batch_shape=signed.shape if is_declared else (),
+        )
+        pyro.sample("x", law, obs=x)
+
+
+def test_what_an_energy_said_is_not_lost_under_a_headline():
+    """And what it says to do is done."""
+    with pytest.raises(TypeError, match="site 'z' .* said: EBM site 'x' has .* give batch_shape="):
+        HMC(surrogate(of_classes, Enumerated())).bind(torch.ones(5, 4), is_declared=False)
+    target = HMC(surrogate(of_classes, Enumerated())).bind(torch.ones(5, 4), is_declared=True)
+    k = torch.tensor([[-0.7], [0.0], [1.3]])
+    wanted = 0.5 * (k[:, 0] - 1.0) ** 2  # either sign of the coupling is as likely
+    with pyro.validation_enabled(is_validate=False):
+        found = target.potential(k)
+    torch.testing.assert_close(found - found[1], wanted - wanted[1])
 
 
 def test_errors_of_the_model_stay_what_they_are():
