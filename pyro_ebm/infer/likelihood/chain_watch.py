@@ -1,12 +1,16 @@
 r"""Noticing that the chains of a training have been of no use for many steps.
 
 The loss of likelihood training by chains tells nothing of how well it goes, and a single step
-little: chains lag, energies swing. So three things are averaged over *windows*, the steps between
+little: chains lag, energies swing. So four things are averaged over *windows*, the steps between
 two powers of two, and judged at their ends:
 
 * how often proposals were accepted: if hardly ever, chains stay where they are;
 * how far chains moved in one use, in standard deviations of the data: if hardly at all, data are
   compared with themselves, and the gradient is noise;
+* which share of the chains that persist has not moved at all in its last :data:`MANY_USES` uses.
+  Where the energy is steep a step that suits the others may overshoot every time. The energy learns
+  to explain such points, each of which weighs as much as a datum does and may be far from all of
+  them, so that a few of thousands do harm that no mean shows;
 * the gap :math:`\overline{U(x)} - \overline{U(x^-)}`. It goes to zero where chains follow the
   energy. Where they are too short to come where the energy is lowered, as short runs from noise may
   be, the energy gains by their distance without end, and the gap grows in proportion to the steps
@@ -24,6 +28,8 @@ from pyro_ebm.ops.powers_of_two import is_power_of_two
 
 MIN_ACCEPTANCE = 0.1
 MIN_MOVE = 0.02
+MANY_USES = 64
+MAX_STUCK = 2e-4  # one of five thousand chains
 GROWTH = 1.5  # of the gap from window to window that counts as running away
 WIDE_GAP = 100.0  # in nats; narrower gaps count if they are wide beside the data's own spread
 SPREADS = 10.0
@@ -55,11 +61,11 @@ class ChainWatch:
         """Adds one use of the chains.
 
         Args:
-            notes: ``energy_gap`` and ``energy_spread`` in nats, and ``acceptance`` and ``moved``
-                where they are known; NaN is not counted.
+            notes: ``energy_gap`` and ``energy_spread`` in nats, and ``acceptance``, ``moved`` and
+                ``stuck`` where they are known; NaN is not counted.
         """
         names = {"energy_gap": "gap", "energy_spread": "spread"}
-        for name in ("energy_gap", "energy_spread", "acceptance", "moved"):
+        for name in ("energy_gap", "energy_spread", "acceptance", "moved", "stuck"):
             value = notes.get(name, math.nan)
             if not math.isnan(value):
                 kept = names.get(name, name)
@@ -76,7 +82,7 @@ class ChainWatch:
         self.gaps = [*self.gaps[-2:], means["gap"]]
         if step < SETTLED:
             return []
-        found = [_on_acceptance(means, window), _on_moves(means, window)]
+        found = [judged(means, window) for judged in (_on_acceptance, _on_moves, _on_stuck)]
         return [text for text in (*found, self._on_gaps(means["spread"], step)) if text]
 
     def _on_gaps(self, spread: float, step: int) -> str | None:
@@ -115,4 +121,16 @@ def _on_moves(means: dict[str, float], window: int) -> str | None:
         "deviation at a time: data are compared with near copies of themselves, and the gradient "
         "is mostly noise. Use a larger step size (without kernel= it follows the data) or raise "
         "num_steps"
+    )
+
+
+def _on_stuck(means: dict[str, float], window: int) -> str | None:
+    share = means.get("stuck", 0.0)
+    if share <= MAX_STUCK or means.get("acceptance", 1.0) < MIN_ACCEPTANCE:
+        return None
+    return (
+        f"over the last {window} steps {share:.2%} of the chains had not moved in their last "
+        f"{MANY_USES} uses or more: the energy learns to explain the points where they stand, "
+        'which need not be near the data. Start chains at the data (start="data"), use a kernel '
+        "with smaller steps (without kernel= some always are), or set restart_prob"
     )

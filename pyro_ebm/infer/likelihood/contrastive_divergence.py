@@ -53,8 +53,8 @@ class ContrastiveDivergence(NegativePhase):
         kernel: A kernel of :mod:`pyro_ebm.mcmc` for continuous supports, options bound, such as
             ``functools.partial(HMC, step_size=0.2)``; its step size is in unconstrained coordinates
             and is not tuned. By default MALA, whose step follows the width of the data in every
-            coordinate and, while it is being trained, the acceptance
-            (:mod:`pyro_ebm.infer.likelihood.adapted_step`); its state is saved with the
+            coordinate and, while it is being trained, the acceptance; three steps of ten are
+            shortened (:mod:`pyro_ebm.infer.likelihood.adapted_step`). Its state is saved with the
             objective's. Discrete supports are swept by Gibbs.
         transition: Instead of a kernel, a function ``(p, x) -> x'`` that leaves p invariant, called
             k times with events ``(M,) + sample + batch + event``.

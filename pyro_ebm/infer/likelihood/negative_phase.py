@@ -173,7 +173,8 @@ class NegativePhase(Objective):
 
         Warns:
             ApproximateSampleWarning: If some of them ran off.
-            SurrogateWarning: If they hardly move, are hardly accepted, or fall behind ever more.
+            SurrogateWarning: If they hardly move, are hardly accepted, or fall behind ever more, or
+                if some that persist do not move at all.
         """
         where = f"{type(self).__name__} at EBM site {site!r}"
         values = {name: float(value) for name, value in notes.items()}

@@ -28,12 +28,13 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.infer.likelihood.chain_watch import MANY_USES
+from pyro_ebm.infer.likelihood.counted_slots import CountedSlots
 from pyro_ebm.infer.likelihood.negative_phase import NegativePhase, Start
 from pyro_ebm.infer.likelihood.tempered_langevin import TemperedLangevin
 from pyro_ebm.infer.likelihood.transitions import KernelFactory, Transition, replaced
 from pyro_ebm.infer.scoring import conditional
 from pyro_ebm.infer.scoring.contrast import Contrast, rows_of
-from pyro_ebm.mcmc.runs.replay_buffer import Slots
 from pyro_ebm.ops.arguments import share, whole
 
 
@@ -66,6 +67,10 @@ class PersistentContrastiveDivergence(NegativePhase):
     Raises:
         ValueError: If an argument is out of range, a batch needs more chains than there are, or the
             energy depends on row-wise values other than x.
+
+    Warns:
+        SurrogateWarning: As :class:`ContrastiveDivergence`; and if some chains have not moved over
+            many uses, which bend what is learned however well the others do.
 
     Example:
         >>> from pyro_ebm.energies import Ising
@@ -111,7 +116,7 @@ class PersistentContrastiveDivergence(NegativePhase):
         self.counts_as_likelihood = True  # its chains go on
         self.size = None if size is None else whole("size", size, least=1)
         self.restart_prob = share("restart_prob", restart_prob)
-        self.chains: dict[str, Slots] = {}
+        self.chains: dict[str, CountedSlots] = {}
 
     @classmethod
     def igebm(
@@ -194,9 +199,11 @@ class PersistentContrastiveDivergence(NegativePhase):
             buffer.restart(which, restarts)
             buffer.write(which, states, lost=lost)
         self.note(moved, age=buffer.ages[which].double().reshape(lead))
+        if p.base_measure == "lebesgue":  # a discrete law may be all but one state
+            self.evaluation.note(stuck=(buffer.idle >= MANY_USES).double().mean())
         return Contrast(states.reshape(lead + p.event_shape))
 
-    def _buffer(self, num: int, fresh: Any, device: torch.device) -> Slots:
+    def _buffer(self, num: int, fresh: Any, device: torch.device) -> CountedSlots:
         """The site's chains; made at the first batch."""
         site = self.evaluation.site
         buffer = self.chains.get(site)
@@ -208,10 +215,10 @@ class PersistentContrastiveDivergence(NegativePhase):
         buffer.to(device)
         return buffer
 
-    def _new_buffer(self, size: int) -> Slots:
-        return Slots(size, num_steps=self.num_steps, restart_prob=self.restart_prob)
+    def _new_buffer(self, size: int) -> CountedSlots:
+        return CountedSlots(size, num_steps=self.num_steps, restart_prob=self.restart_prob)
 
-    def _chosen(self, buffer: Slots, num: int) -> tuple[Tensor, Tensor]:
+    def _chosen(self, buffer: CountedSlots, num: int) -> tuple[Tensor, Tensor]:
         if self.evaluation.has_graph:
             return buffer.choose(num)
         which = torch.randint(buffer.size, (num,), device=buffer.ages.device)

@@ -52,7 +52,8 @@ class Moved(NamedTuple):
     """Where chains are after their steps.
 
     Args:
-        x: Events, ``lead + event``; lost chains are where they started.
+        x: Events, ``lead + event``; chains that were lost or never accepted are where they started,
+            to the last bit.
         lost: Which chains ran off to where the energy is not finite, ``lead``.
         acceptance: Mean acceptance probability over the steps, ``lead``; ``None`` where nothing is
             ever rejected.
@@ -180,7 +181,8 @@ class Mover:
         target = EachRow(law, x)
         potential = CapturedPotential(target, capture=False)
         last = ValueOnly(target, capture=False) if kernel.evaluates_last else potential
-        state = kernel.init(potential, target.draw_start(law.batch_shape.numel()))
+        begin = target.draw_start(law.batch_shape.numel())
+        state = kernel.init(potential, begin)
         lost, rates = ~state.potential.isfinite(), []
         for i in range(self.num_steps):
             state, info = kernel.step(last if i == self.num_steps - 1 else potential, state)
@@ -191,8 +193,9 @@ class Mover:
         acceptance = torch.stack(rates).mean(0).reshape(rows) if rates else None
         ends = target.events(state.position)
         temperature = getattr(kernel, "temperature", None)
-        lost = lost.reshape(rows)
-        return Moved(replaced(ends, x, lost), lost, acceptance, temperature)
+        still = (state.position == begin).all(-1)  # there and back, the bijection would round
+        lost, stay = lost.reshape(rows), (lost | still).reshape(rows)
+        return Moved(replaced(ends, x, stay), lost, acceptance, temperature)
 
     def _by_sweeps(self, law: EnergyDistribution, x: Tensor) -> Moved:
         if law.base_measure == "mixed":

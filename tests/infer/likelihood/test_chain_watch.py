@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from one_site import loss_per_datum as step
+from torch.distributions import constraints
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
@@ -155,6 +156,53 @@ def test_one_row_has_no_width():
     step(objective, gaussian(), torch.randn(1))
     assert objective.diagnostics["x"]["moved"].isnan()
     assert "moved" not in objective.watches["x"].sums
+
+
+# --- some chains that stay
+
+
+def stuck_at(place, **options):
+    """Chains that are drawn anew at every step, but for those that start at a place."""
+    start = dist.Normal(torch.zeros(500), 1.0).sample()
+    start[:2] = place
+    move = lambda p, x: torch.where(x == 7.0, x, torch.randn_like(x))  # noqa: E731
+    return PersistentContrastiveDivergence(
+        1, transition=move, start=dist.Empirical(start, torch.zeros(500)), **options
+    )
+
+
+def trained(objective, num_steps=129):
+    torch.manual_seed(2)
+    for _ in range(num_steps):
+        step(objective, gaussian(), torch.randn(500))
+    return objective.diagnostics["x"]
+
+
+def test_a_few_chains_that_never_move_are_told():
+    """Two of 500 starts, so that the mean move and the gap are as they should be."""
+    with pytest.warns(
+        SurrogateWarning, match=r"over the last 64 steps 0\.\d\d% of the chains had not"
+    ):
+        notes = trained(stuck_at(7.0))
+    assert 0.0 < notes["stuck"] < 0.02
+    assert notes["moved"] > 1.0
+
+
+@pytest.mark.parametrize("objective", [stuck_at(0.0), stuck_at(7.0, restart_prob=0.3)])
+def test_chains_that_move_or_start_afresh_are_not_told(objective, recwarn):
+    assert trained(objective)["stuck"] == 0.0
+    assert not recwarn
+
+
+def test_a_discrete_law_that_is_all_but_one_state_is_not_told(recwarn):
+    p = EnergyDistribution(lambda x: -20.0 * x, event_shape=(), support=constraints.boolean)
+    objective = PersistentContrastiveDivergence(1)
+    for steps in [*range(70), 128]:
+        objective.num_steps_taken.fill_(steps)
+        step(objective, p, torch.ones(50))
+    assert (objective.chains["x"].idle > 64).all()
+    assert "stuck" not in objective.diagnostics["x"]
+    assert not recwarn
 
 
 def test_the_default_step_is_not_told(recwarn):

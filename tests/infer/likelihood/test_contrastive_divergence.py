@@ -364,6 +364,16 @@ def test_unadjusted_chains_have_their_bias():
     assert_mean_close(points.square(), torch.tensor(1 / (1 - 0.64 / 4)))
 
 
+def test_what_was_never_accepted_stays_to_the_last_bit():
+    """Although exp(log x) rounds."""
+    p = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=(), support=constraints.positive)
+    x = 100.0 * (torch.rand(200) + 0.5)
+    assert not torch.equal(x.log().exp(), x)
+    kernel = partial(MALA, step_size=1e6)
+    points = ContrastiveDivergence(2, kernel=kernel).draw(p, x, None).points[0]
+    assert torch.equal(points, x)
+
+
 def test_block_gibbs_of_an_rbm():
     """The user's transition: from exact draws it keeps the law of the free energy."""
     theta = torch.randn(23)

@@ -162,6 +162,22 @@ def test_chains_are_written_back_to_their_own_slots():
     assert len(chains.ages.unique()) > 2
 
 
+def test_uses_without_a_move_are_counted_slot_by_slot():
+    """Chains at zero stay there; one that starts afresh has moved."""
+    start = dist.Empirical(torch.tensor([0.0, 1.0]), torch.zeros(2))
+    objective = PersistentContrastiveDivergence(
+        1, transition=lambda p, x: 2.0 * x, start=start, size=40
+    )
+    for _ in range(3):
+        step(objective, gaussian(1e-3), torch.randn(40))
+    chains = objective.chains["x"]
+    assert 0 < (chains.positions == 0).sum() < 40
+    assert torch.equal(chains.idle, torch.where(chains.positions == 0, 3, 0))
+    chains.restart_prob, objective.start = 1.0, dist.Delta(torch.tensor(5.0))
+    step(objective, gaussian(1e-3), torch.randn(40))
+    assert not chains.idle.any()
+
+
 def test_negatives_are_the_chains():
     objective, x = counting(size=10, num_negatives=2), torch.randn(4)
     inner, contrasts = objective.draw, []
@@ -285,6 +301,7 @@ def test_state_is_saved_with_the_objective():
     first = PersistentContrastiveDivergence(3, kernel=kernel, size=8, restart_prob=0.3)
     for _ in range(3):
         step(first, gaussian(), x)
+    first.chains["x"].idle.copy_(torch.arange(8))
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
@@ -297,6 +314,7 @@ def test_state_is_saved_with_the_objective():
     assert torch.equal(*values)
     assert torch.equal(first.chains["x"].positions, second.chains["x"].positions)
     assert torch.equal(first.chains["x"].ages, second.chains["x"].ages)
+    assert torch.equal(first.chains["x"].idle, second.chains["x"].idle)
     with pytest.raises(ValueError, match="9 slots cannot load 8"):
         PersistentContrastiveDivergence(3, size=9).load_state_dict(first.state_dict())
 
@@ -362,6 +380,7 @@ def test_resumed_fit_is_bit_equal(name, tmp_path):
     assert whole.validation == resumed.validation
     assert torch.equal(chains.positions, chains_resumed.positions)
     assert torch.equal(chains.ages, chains_resumed.ages)
+    assert torch.equal(chains.idle, chains_resumed.idle)
     assert all(map(torch.equal, weights, weights_resumed))
 
 

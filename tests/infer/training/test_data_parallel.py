@@ -27,8 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.discrepancy.energy_discrepancy import EnergyDiscrepancy
 from pyro_ebm.infer.divergences.kale import KALE, DonskerVaradhan
+from pyro_ebm.infer.likelihood.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.infer.noise.nce import NCE, RankingNCE
+from pyro_ebm.infer.score.denoising import DenoisingScoreMatching
 from pyro_ebm.infer.score.score_matching import ScoreMatching
+from pyro_ebm.infer.score.sliced import SlicedScoreMatching
 
 NUM_ROWS, WORLD = 12, 2
 
@@ -36,6 +39,9 @@ FAMILIES = {
     "nce": NCE,
     "ranking": lambda: RankingNCE(num_noise=3),
     "score matching": ScoreMatching,
+    "sliced": lambda: SlicedScoreMatching(num_projections=3),
+    "denoising": lambda: DenoisingScoreMatching(noise_std=0.5),
+    "cd": lambda: ContrastiveDivergence(2),
     "kale": lambda: KALE(c_update="gradient"),
     "kale, penalty": lambda: KALE(c_update="gradient", gradient_penalty=0.3),
     "dv": DonskerVaradhan,
