@@ -23,7 +23,7 @@ import torch
 from pyro_ebm.chains.diagnostics import MIN_BFMI, bfmi
 from pyro_ebm.chains.record import Record, as_record
 from pyro_ebm.normalizers.chain_size import MIN_LENGTH
-from pyro_ebm.ops.rank_rhat import rank_rhat
+from pyro_ebm.ops.rank_rhat import worst_rhat
 
 MAX_DIVERGING = 0.005
 """Share of diverging trajectories that passes."""
@@ -72,7 +72,7 @@ def _of_mixing(record: Record) -> tuple[str, ...]:
     """The worst site's R-hat, the log density being one of them."""
     stats = record.sample_stats
     judged = {**({"lp": stats["lp"]} if "lp" in stats else {}), **record.draws}
-    worst = {name: _largest_rhat(x) for name, x in judged.items()}
+    worst = {n: worst_rhat(torch.as_tensor(x).transpose(0, 1)) for n, x in judged.items()}
     name = max(worst, key=worst.__getitem__)
     if worst[name] <= _passing_rhat(record.num_chains, record.num_samples // 2):
         return ()
@@ -81,12 +81,6 @@ def _of_mixing(record: Record) -> tuple[str, ...]:
         "what some miss is in no error: choose other coordinates (a hierarchy without centre, "
         "theta = mean + sd * z), or give draws of longer chains",
     )
-
-
-def _largest_rhat(draws: Any) -> float:
-    """Of all coordinates, ``(C, N, ...)``; 1 for those that never vary."""
-    rhat = rank_rhat(torch.as_tensor(draws).transpose(0, 1))
-    return max([1.0, *(r for r in rhat.flatten().tolist() if r == r)])
 
 
 def _passing_rhat(num_chains: int, length: int) -> float:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["rank_rhat"]
+__all__ = ["rank_rhat", "worst_rhat"]
 
 
 def rank_rhat(draws: Tensor) -> Tensor:
@@ -47,6 +47,23 @@ def rank_rhat(draws: Tensor) -> Tensor:
     folded = _rhat(_normal_scores((halves - _median(halves)).abs()))
     # Two equally frequent values lie equally far from their median: nothing is left to fold.
     return torch.fmax(bulk, folded)
+
+
+def worst_rhat(draws: Tensor) -> float:
+    """Returns the largest rank-normalized R-hat of all quantities.
+
+    One where nothing ever varies, which has nothing to disagree on; infinite where it is unknown.
+
+    Args:
+        draws: As of :func:`rank_rhat`.
+
+    Example:
+        >>> worst_rhat(torch.ones(10, 4, 2))
+        1.0
+    """
+    constant = (draws == draws[:1, :1]).all(0).all(0)
+    rhat = torch.where(constant, 1.0, rank_rhat(draws))
+    return float(rhat.nan_to_num(nan=torch.inf).max())
 
 
 def _split(draws: Tensor) -> Tensor:

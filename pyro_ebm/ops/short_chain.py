@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_ebm.errors import EnergyShapeError, NonFiniteEnergyError
-from pyro_ebm.ops.rank_rhat import rank_rhat
+from pyro_ebm.ops.rank_rhat import worst_rhat
 from pyro_ebm.ops.short_blocks import Block, blocks_of
 from pyro_ebm.ops.short_kernel import Point, Potential
 
@@ -105,7 +105,7 @@ def _collect(chains: _Chains, num_draws: int) -> ShortChainResult:
         accepted.append(chains.sweep(adapt=False))
         if i % stride == stride - 1:
             kept.append(chains.snapshot())
-    rhat = _worst_rhat(torch.stack(kept))
+    rhat = worst_rhat(torch.stack(kept))
     return ShortChainResult(chains.states(), rhat, float(torch.stack(accepted).mean()))
 
 
@@ -174,13 +174,6 @@ def _restart_from_others(x: Tensor, finite: Tensor) -> Tensor:
     source = torch.where(finite, own, donors)
     source = source.reshape(finite.shape + (1,) * (x.dim() - finite.dim()))
     return x.gather(0, source.expand_as(x))
-
-
-def _worst_rhat(draws: Tensor) -> float:
-    """The largest R-hat; a quantity that never varies in any chain has nothing to disagree on."""
-    constant = (draws == draws[:1, :1]).all(0).all(0)
-    rhat = torch.where(constant, 1.0, rank_rhat(draws))
-    return float(rhat.nan_to_num(nan=torch.inf).max())
 
 
 def _stride(numbers: int, num_draws: int) -> int:

@@ -60,7 +60,7 @@ from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.targets.target import Target
 from pyro_ebm.normalizers.chain_size import size_of_mean
 from pyro_ebm.ops.arguments import whole
-from pyro_ebm.ops.rank_rhat import rank_rhat
+from pyro_ebm.ops.rank_rhat import worst_rhat
 from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.surrogate import surrogate, surrogate_of
 from pyro_ebm.poutine.whole_data import check_ebms_unscaled, check_whole
@@ -267,15 +267,12 @@ def _read(mcmc: MCMC, call: _Call, frozen: FrozenObjective, objective: NCE) -> _
     draws |= _corrected(mcmc.get_samples(unconstrained=True), scales)
     kept = mcmc.diagnostics().items()
     stats = {name: to_numpy(value) for name, value in kept if name != "lp"}  # c has been moved
-    return _Set(draws, stats, sites, free, target.dim, _largest_rhat(positions), mcmc.seconds)
+    rhat = worst_rhat(positions.movedim(1, 0))
+    return _Set(draws, stats, sites, free, target.dim, rhat, mcmc.seconds)
 
 
 def _name_of(site: str) -> str:
     return f"{site}_log_normalizer"
-
-
-def _largest_rhat(positions: Tensor) -> float:
-    return float(rank_rhat(positions.movedim(1, 0)).max())
 
 
 @torch.no_grad()

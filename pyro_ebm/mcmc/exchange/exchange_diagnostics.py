@@ -50,7 +50,7 @@ from pyro_ebm.mcmc.runs.driver import MCMC
 from pyro_ebm.mcmc.targets.target import Values
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.detection import detectable
-from pyro_ebm.ops.rank_rhat import rank_rhat
+from pyro_ebm.ops.rank_rhat import worst_rhat
 from pyro_ebm.ops.stein_kernel import imq_stein_kernel
 
 __all__ = ["ExchangeDiagnostics", "exchange_diagnostics"]
@@ -233,7 +233,7 @@ def _largest_rhat(draws: Tensor) -> float:
     """Of all coordinates, ``(C, N, D)``; 1 where there are too few draws to have one."""
     if draws.shape[1] < 4:
         return 1.0
-    return float(rank_rhat(draws.transpose(0, 1)).nan_to_num(1.0).max())
+    return worst_rhat(draws.transpose(0, 1))
 
 
 def _words(auxiliary: Auxiliary, number: int) -> str:

@@ -15,7 +15,7 @@ from pyro_ebm.mcmc.kernels.hmc import HMC
 from pyro_ebm.mcmc.kernels.kernel import Kernel, check_untempered
 from pyro_ebm.mcmc.runs.driver import MCMC
 from pyro_ebm.ops.arguments import whole
-from pyro_ebm.ops.rank_rhat import rank_rhat
+from pyro_ebm.ops.rank_rhat import worst_rhat
 
 MIN_CHAINS = 32
 MAX_RHAT = 1.1
@@ -98,6 +98,4 @@ def _worst_rhat(mcmc: MCMC) -> float:
         values = torch.cat([values, mcmc.diagnostics()["lp"].unsqueeze(2)], 2)
     if not bool(torch.isfinite(values).all()):
         return math.inf
-    moving = (values != values[:1, :1]).any(0).any(0)
-    rhat = rank_rhat(values[:, :, moving].transpose(0, 1))
-    return float(rhat.max()) if bool(moving.any()) else 1.0
+    return worst_rhat(values.transpose(0, 1))
