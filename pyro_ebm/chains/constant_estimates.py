@@ -114,4 +114,4 @@ def _counts(estimate: LogNormalizer, site: Site) -> Tensor:
     lead = site["value"].shape[: site["value"].dim() - law.event_dim]
     counting = torch.as_tensor(mask_of(site["fn"], site["mask"])).double().cpu()
     shape = () if estimate.stderr is None else estimate.stderr.shape
-    return counting.expand(torch.broadcast_shapes(lead, law.batch_shape)).sum_to_size(shape)
+    return counting.expand(torch.broadcast_shapes(lead, law.batch_shape, shape)).sum_to_size(shape)

@@ -77,9 +77,9 @@ def _of_mixing(record: Record) -> tuple[str, ...]:
     if worst[name] <= _passing_rhat(record.num_chains, record.num_samples // 2):
         return ()
     return (
-        f"rank R-hat of {name} is {worst[name]:.2f}: chains do not agree on where the mass is, and "
-        "what some miss is in no error: choose other coordinates (a hierarchy without centre, "
-        "theta = mean + sd * z), or give draws of longer chains",
+        f"rank R-hat of {name} is {worst[name]:.2f}: chains do not agree on where the mass is, or "
+        "are too short to tell, and what some miss is in no error: choose other coordinates (a "
+        "hierarchy without centre, theta = mean + sd * z), or give draws of longer chains",
     )
 
 

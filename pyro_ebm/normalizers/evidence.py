@@ -230,29 +230,28 @@ def bayes_factor(one: LogNormalizer, other: LogNormalizer) -> BayesFactor:
     """
     if one.stderr is None or other.stderr is None:
         raise ValueError("a Bayes factor needs two evidences with standard errors")
-    one, other = _as_evidence(one), _as_evidence(other)
-    constants = left_over(one.constants, other.constants)
+    constants = left_over(_constants(one), _constants(other))
     error = _hypot(torch.hypot(_own(one), _own(other)), total_error(constants))
     return BayesFactor(one.value - other.value, error, _doubts_of_ratio(one, other, constants))
 
 
-def _as_evidence(found: LogNormalizer) -> Evidence:
-    return found if isinstance(found, Evidence) else Evidence(**_fields_of(found))
+def _constants(found: LogNormalizer) -> tuple[ConstantEstimate, ...]:
+    return found.constants if isinstance(found, Evidence) else ()
 
 
-def _own(found: Evidence) -> Tensor:
-    error = found.stderr if found.own_stderr is None else found.own_stderr
-    return torch.as_tensor(error)
+def _own(found: LogNormalizer) -> Tensor:
+    own = found.own_stderr if isinstance(found, Evidence) else None
+    return torch.as_tensor(found.stderr if own is None else own)
 
 
 def _doubts_of_ratio(
-    one: Evidence, other: Evidence, constants: tuple[ConstantEstimate, ...]
+    one: LogNormalizer, other: LogNormalizer, constants: tuple[ConstantEstimate, ...]
 ) -> tuple[str, ...]:
     """What speaks against either, told once; constants that cancel do not."""
     left = {part.estimate for part in constants}
-    parts = (part for z in (one, other) for part in z.constants if part.estimate not in left)
+    parts = (part for z in (one, other) for part in _constants(z) if part.estimate not in left)
     cancelled = {doubt for part in parts for doubt in part.doubts}
-    if one.relative_to == other.relative_to:
+    if getattr(one, "relative_to", None) == getattr(other, "relative_to", None):
         cancelled.add(_RELATIVE)
     first, second = ([d for d in z.doubts if d not in cancelled] for z in (one, other))
     which = dict.fromkeys(first, "first") | dict.fromkeys(second, "second")

@@ -62,6 +62,8 @@ def worst_rhat(draws: Tensor) -> float:
         1.0
     """
     constant = (draws == draws[:1, :1]).all(0).all(0)
+    if bool(constant.all()):
+        return 1.0
     rhat = torch.where(constant, 1.0, rank_rhat(draws))
     return float(rhat.nan_to_num(nan=torch.inf).max())
 

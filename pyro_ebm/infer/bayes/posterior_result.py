@@ -49,6 +49,10 @@ class Posterior:
     scored_by: Any = None
     call: Call | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is saved: all but the call, since models are often local functions."""
+        return {**self.__dict__, "call": None}
+
     @property
     def is_calibrated(self) -> bool:
         """Whether the width of the draws means what the width of a posterior should mean."""
@@ -71,9 +75,10 @@ class Posterior:
 
         With ``log_likelihood=True`` the log likelihood is that of the posterior, also where its way
         has summed or integrated log Z itself: of the model and arguments that ``posterior`` was
-        given, if ``model=`` and ``args=`` say nothing else.
+        given, if there is no ``model=``.
         """
-        if self.call is not None and options.get("log_likelihood", False) is not False:
+        is_asked = options.get("log_likelihood", False) is not False
+        if self.call is not None and is_asked and "model" not in options:
             options = dict(zip(("model", "args", "kwargs"), self.call, strict=True)) | options
         if self.scored_by is not None and options.get("model") is not None:
             options["model"] = surrogate(options["model"], self.scored_by)

@@ -58,6 +58,6 @@ class CountedSlots(Slots):
         return {**super().state_dict(), "idle": self.idle}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state; see the base."""
+        """Goes on from a saved state, of older ones without counts; see the base."""
         super().load_state_dict(state)
-        self.idle.copy_(state["idle"])
+        self.idle.copy_(state.get("idle", torch.zeros_like(self.idle)))

@@ -40,7 +40,7 @@ class Evaluation:
     """
 
     def __init__(self, mask: Tensor | None = None, site: str = "", *, shares: bool = False) -> None:
-        self.mask = mask
+        self.mask = None if mask is None else mask.clone()  # notes are read later
         self.site = site
         self._shares = shares
         self.notes = Notes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pyro.params import user_param_name
@@ -13,59 +13,32 @@ from pyro_ebm.distributions.moved_parameters import capture_in_progress, moved_o
 from pyro_ebm.distributions.normalizer_guard import names_of
 from pyro_ebm.errors import UnregisteredParameterError
 from pyro_ebm.ops.autograd_graph import leaves_of
-from pyro_ebm.ops.powers_of_two import is_power_of_two
 
 
-class Registration:
-    """Looks for lost parameters where some may have turned up, and at powers of two."""
-
-    def __init__(self) -> None:
-        self._seen: set[Hashable] = set()
-
-    def check(
-        self,
-        model_trace: Any,
-        sites: Mapping[str, EnergyDistribution],
-        expected: Collection[int],
-        *,
-        turns: tuple[bool, ...],
-        step: int,
-    ) -> None:
-        """Raises if a parameter gets gradient through a surrogate and no optimizer will move it.
-
-        Only decidable while parameters are being captured, as in ``SVI.step`` and ``fit``.
-
-        Args:
-            model_trace: The model, scored.
-            sites: The EBM of every site of this step.
-            expected: Ids of parameters that an optimizer holds although nothing names them.
-            turns: Whose turn it is at each site.
-            step: How many steps were taken.
-
-        Raises:
-            UnregisteredParameterError: If there is one.
-        """
-        capture = capture_in_progress()
-        if capture is None:
-            return
-        seen = (turns, tuple(sites), frozenset(capture.trace.nodes))
-        if is_power_of_two(step) or seen not in self._seen:
-            _check(model_trace, sites, expected, capture.trace)
-            self._seen.add(seen)
-
-
-def _check(
-    model_trace: Any,
-    sites: Mapping[str, EnergyDistribution],
-    expected: Collection[int],
-    captured: Any,
+def check_registered(
+    model_trace: Any, sites: Mapping[str, EnergyDistribution], expected: Collection[int]
 ) -> None:
+    """Raises if a parameter gets gradient through a surrogate and no optimizer will move it.
+
+    Only decidable while parameters are being captured, as in ``SVI.step`` and ``fit``.
+
+    Args:
+        model_trace: The model, scored.
+        sites: The EBM of every site of this step.
+        expected: Ids of parameters that an optimizer holds although nothing names them.
+
+    Raises:
+        UnregisteredParameterError: If there is one.
+    """
+    capture = capture_in_progress()
+    if capture is None:
+        return
     for name, p in sites.items():
         leaves = leaves_of(model_trace.nodes[name]["log_prob"])
         moved = {id(t) for t in moved_only(leaves)} | set(expected)
         lost = [t for t in leaves if id(t) not in moved]
         if lost:
-            why = _why_lost(lost, p.energy_function, _idle(captured, model_trace))
+            why = _why_lost(lost, p.energy_function, _idle(capture.trace, model_trace))
             raise UnregisteredParameterError(
                 f"EBM site {name!r}: {names_of(lost, p.energy_function)} would get gradients and "
                 f"never move, because {why}"

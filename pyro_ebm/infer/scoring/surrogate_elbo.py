@@ -20,7 +20,7 @@ from pyro_ebm.infer.scoring import trace_checks
 from pyro_ebm.infer.scoring.enumeration import EnumeratingELBO
 from pyro_ebm.infer.scoring.latents import tell_of_weight
 from pyro_ebm.infer.scoring.objective_module import ObjectiveModule
-from pyro_ebm.infer.scoring.registration import Registration
+from pyro_ebm.infer.scoring.registration import check_registered
 from pyro_ebm.ops.graph_recording import is_recording
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.poutine.surrogate import SurrogateMessenger
@@ -28,10 +28,6 @@ from pyro_ebm.poutine.surrogate import SurrogateMessenger
 
 class SiteObjective(trace_checks.Member, Protocol):
     """What is asked of the objective of a site."""
-
-    @property
-    def is_second_players_turn(self) -> bool:
-        """Whether the step in progress is the second player's."""
 
     def judge(self, site: str, notes: Mapping[str, Tensor], *, trains: bool) -> None:
         """Judges a step by its diagnostics."""
@@ -80,7 +76,6 @@ class SurrogateELBO(EnumeratingELBO, nn.Module):
         self.register_buffer("num_steps_taken", torch.zeros((), dtype=torch.long))
         self.sites: dict[str, EnergyDistribution] = {}
         self.optimized: frozenset[int] = frozenset()
-        self.registration = Registration()
         self._told_of_weight: set[str] = set()
 
     @abstractmethod
@@ -152,13 +147,8 @@ class SurrogateELBO(EnumeratingELBO, nn.Module):
         members = {name: self.objective_of(name) for name in handler.used}
         trace_checks.one_law(members, model_trace, guide_trace, (model, args, kwargs))
         tell_of_weight(members, model_trace, guide_trace, self._told_of_weight)
-        self.registration.check(
-            model_trace,
-            {name: self.sites[name] for name in handler.used},
-            self.optimized,
-            turns=tuple(member.is_second_players_turn for member in members.values()),
-            step=int(self.num_steps_taken),
-        )
+        used = {name: self.sites[name] for name in handler.used}
+        check_registered(model_trace, used, self.optimized)
         return model_trace, guide_trace
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:

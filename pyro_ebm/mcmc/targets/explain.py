@@ -114,7 +114,7 @@ def name_of(model: Any) -> str:
 def _innermost(error: BaseException) -> BaseException:
     """The error that others quote, as Pyro does with one of a site under a headline of its own."""
     cause = error.__cause__
-    while cause is not None and str(cause) in str(error):
+    while cause is not None and str(cause) and str(cause) in str(error):
         error, cause = cause, cause.__cause__
     return error
 

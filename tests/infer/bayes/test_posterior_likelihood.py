@@ -1,6 +1,8 @@
 """Log likelihoods at draws of a posterior: with the log Z that its way found, or refused."""
 
 import math
+import pickle
+from dataclasses import replace
 
 import arviz as az
 import numpy as np
@@ -70,6 +72,12 @@ def test_a_sum_over_states_is_in_the_log_likelihood():
     fewer = found.to_arviz(args=(COUNTS[:3],), log_likelihood="k")["log_likelihood"]["k"]
     assert fewer.shape == (4, 20, 3)
     assert "observed_data" not in found.to_arviz()
+    own = found.to_arviz(model=lambda: of_counts(COUNTS), log_likelihood=True)["log_likelihood"][
+        "k"
+    ]
+    np.testing.assert_allclose(own.values, kept)
+    saved = pickle.dumps(replace(found, scored_by=None, call=(lambda: None, (), {})))
+    assert pickle.loads(saved).call is None
 
 
 def integrated(draws, *, is_shared):

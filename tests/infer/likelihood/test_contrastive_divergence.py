@@ -106,6 +106,30 @@ def test_langevin_takes_one_gradient_a_step(kernel, gradients):
         torch.testing.assert_close(moved, x, rtol=0, atol=1e-6)
 
 
+class TwiceHalf(ULA):
+    """Two gradients a step."""
+
+    def step(self, potential, state):
+        for _ in range(2):
+            state, info = super().step(potential, state)
+        return state, info
+
+
+def test_a_step_of_ones_own_has_all_its_gradients():
+    """One at the start and two in each of two steps."""
+    found = []
+
+    def energy(x):
+        if x.requires_grad:
+            x.register_hook(found.append)
+        return 0.5 * x.square()
+
+    p = EnergyDistribution(energy, event_shape=())
+    moved = ContrastiveDivergence(2, kernel=TwiceHalf).move(p, torch.randn(6))
+    assert not moved.lost.any()
+    assert len(found) == 5
+
+
 def test_gradient_with_exact_draws():
     """The same with 40 000 draws; an error of a twentieth of 1/a would be seen."""
     a, x = torch.tensor(1.7, requires_grad=True), torch.randn(40)

@@ -50,6 +50,7 @@ def test_rows_that_do_not_count_are_left_out_later_too():
     mask = torch.tensor([True, True, False])
     evaluation, values = Evaluation(mask), torch.tensor([1.0, 2.0, 9.0])
     evaluation.note(later=lambda: values, now=values)
+    mask.logical_not_()  # a buffer that its owner goes on to use
     evaluation.note_weights("share", torch.tensor([[0.0, 0.0, 5.0]]))
     assert {name: float(value) for name, value in evaluation.notes.items()} == {
         "later": 1.5,
