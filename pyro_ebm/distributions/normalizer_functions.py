@@ -61,7 +61,7 @@ def problem_of(
     seen = _evaluations(function, *at)
     if len(seen) >= FIRST_CALLS:
         return None
-    held = [_sum(v) for v in (at[1], *_parts(function)) if _is_held(v)]
+    held = [_mark(v) for v in (at[1], *_parts(function)) if _is_held(v)]
     seen.append(_Evaluation(_sum(log_z), held, {n: _sum(value) for n, value in latents.items()}))
     if len(seen) <= REPEATED and _differ(log_z.detach(), _repeated(again)):
         return (
@@ -118,6 +118,12 @@ def _content(cell: CellType) -> Any:
 
 def _sum(value: Tensor) -> Tensor:
     return value.detach().double().sum()
+
+
+def _mark(value: Tensor) -> Tensor:
+    """A number that other values, and the same ones in another order, are unlikely to have."""
+    flat = value.detach().double().flatten()
+    return (flat * torch.cos(torch.arange(len(flat), device=flat.device).to(flat))).sum()
 
 
 def _repeated(again: Callable[[], Tensor | None]) -> Tensor | None:
