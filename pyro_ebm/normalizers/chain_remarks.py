@@ -6,10 +6,10 @@ disagree, in a coordinate or in their density; and momenta that are too short fo
 energies. Divergences alone do not do: chains of large steps turn away from a neck and hardly
 diverge.
 
-Thresholds are those of :func:`~pyro_ebm.chains.diagnose`, but for R-hat: of many short chains,
-which are enough for a mean, it is about 1.02, and exceeds 1.05 where fewer than ten draws of half a
-chain are independent. Few and short chains scatter: for C chains of 2n independent draws
-:math:`\hat R^2` has the standard deviation :math:`\sqrt{2 / (2C - 1)} / n`, of which ten pass.
+Thresholds are those of :func:`~pyro_ebm.chains.diagnose`, but for R-hat: many short chains are
+enough for a mean, and it exceeds 1.05 where fewer than ten draws of half a chain are independent.
+Few and short chains scatter: for C chains of 2n independent draws :math:`\hat R^2` has the standard
+deviation :math:`\sqrt{2 / (2C - 1)} / n`, of which ten pass.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -127,6 +128,21 @@ def test_constants_of_other_rows_are_not_taken_for_slopes():
     for _ in range(40):
         rows = torch.randperm(20)[:10]  # copies, in memory that was used before
         loop.step(Y[rows], scales[rows])
+
+
+def test_batches_of_one_sum_in_one_place_are_not_one_batch():
+    """Rows that are put into memory of their predecessors, with another log Z and the same sums."""
+
+    def of_rows(scale):
+        return torch.log(scale)
+
+    rows, scales = (torch.from_numpy(np.array(v)) for v in ([0.0, 1.0, 2.0], [1.0, 1.5, 2.0]))
+    model = located(of_rows)
+    loop = SVI(model, AutoNormal(model), Adam({"lr": 0.05}), Trace_ELBO())
+    for change in (0.0, 0.1, 0.1):
+        for values in (rows.numpy(), scales.numpy()):  # which torch does not see
+            values[:2] += (-change, change)
+        loop.step(rows, scales)
 
 
 def test_it_warns_where_the_setting_says_so():

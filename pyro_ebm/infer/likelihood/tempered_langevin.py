@@ -57,7 +57,7 @@ class TemperedLangevin(Kernel):
     """
 
     adjusted = False
-    evaluates_last = True
+    evaluates_last = True  # a step ends with its one evaluation, for the next step's use
 
     def __init__(
         self,

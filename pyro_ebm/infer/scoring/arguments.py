@@ -7,9 +7,6 @@ from typing import Any
 
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_with_path
 
-Call = tuple[Any, Any]
-"""Positional and keyword arguments."""
-
 
 def named(args: Any, kwargs: Any) -> dict[str, Any]:
     """Returns all arguments by name.
@@ -22,7 +19,7 @@ def named(args: Any, kwargs: Any) -> dict[str, Any]:
     return {_name(path): value for path, value in leaves}
 
 
-def mapped(change: Callable[[str, Any], Any], args: Any, kwargs: Any) -> Call:
+def mapped(change: Callable[[str, Any], Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Returns arguments of the same structure: what ``change`` returns for each name and value.
 
     Example:
@@ -30,7 +27,7 @@ def mapped(change: Callable[[str, Any], Any], args: Any, kwargs: Any) -> Call:
         ((['argument 0[0]'],), {'scale': "argument 'scale'"})
     """
     given = (tuple(args), dict(kwargs))
-    new: Call = tree_map_with_path(lambda path, value: change(_name(path), value), given)
+    new: tuple[Any, Any] = tree_map_with_path(lambda path, value: change(_name(path), value), given)
     return new
 
 

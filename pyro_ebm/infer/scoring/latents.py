@@ -85,9 +85,6 @@ def refuse_drawn(name: str, model_trace: Any, guide_trace: Any, objective: Weigh
     """
     if not torch.is_grad_enabled():  # nothing is inferred, and there is no graph
         return
-    drawn = {n for n, s in guide_trace.nodes.items() if s["type"] == "sample"}
-    if all(n == name or is_point(guide_trace.nodes[n]["fn"]) for n in drawn):
-        return
     behind = latents_behind(name, model_trace, guide_trace)
     if behind.drawn:
         latents = ", ".join(repr(n) for n in behind.named or behind.drawn)

@@ -100,7 +100,6 @@ class Kernel(ABC):
     adjusted = True
     bias = "its draws are biased by the step size"  # of a kernel that is not adjusted, in words
     needs_gradient = True
-    evaluates_last = False  # whether a step ends with its one evaluation, for the next step's use
     knows_potential = True  # whether U of a state is that of its position
     goes_on_from_position = True  # whether a chain may be taken up at its position alone
     adapt_step_size = False

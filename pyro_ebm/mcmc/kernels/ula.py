@@ -39,7 +39,7 @@ class ULA(PyroKernel):
     """
 
     adjusted = False
-    evaluates_last = True
+    evaluates_last = True  # a step ends with its one evaluation, for the next step's use
 
     def __init__(self, target: Any = None, *, step_size: float = 0.1, **options: Any) -> None:
         super().__init__(target, **options)

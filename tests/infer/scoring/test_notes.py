@@ -26,6 +26,7 @@ def test_a_diagnostic_is_computed_once_and_only_if_read():
 
     notes = Notes({"read": compute, "never": pytest.fail})
     assert list(notes) == ["read", "never"]
+    assert "never" in notes
     assert not calls
     assert [float(notes["read"]) for _ in range(2)] == [2.0, 2.0]
     assert calls == [False]
