@@ -41,6 +41,7 @@ from pyro_ebm.infer.score.score_matching import ScoreMatching
 from pyro_ebm.infer.score.sliced import SlicedScoreMatching
 from pyro_ebm.infer.scoring.objective import Objective
 from pyro_ebm.infer.scoring.per_site import PerSite
+from pyro_ebm.infer.training.captured_elbo import Captured
 from pyro_ebm.infer.training.fit import fit
 from pyro_ebm.infer.training.fit_result import FitResult
 from pyro_ebm.ops.kale_dual import kernel_kale
@@ -79,6 +80,7 @@ __all__ = [
     "anchored_posterior",
     "KALE",
     "NCE",
+    "Captured",
     "DataStructure",
     "DiscreteFisher",
     "DonskerVaradhan",

@@ -8,8 +8,8 @@ divided by that of its gradients.
 *Training.* A network 16-128-128-1 on batches of 256 rows. *hand* is the time of a step of the same
 objective, written in torch with Adam and nothing else; the other columns are divided by it. *stock*
 is that loss as a factor of a model under Pyro's ``SVI`` and ``Trace_ELBO``, *svi* the objective of
-this package there, with Pyro's validation off or on, and *own* what the latter, off, takes longer
-than the former: our share of a step.
+this package there, with Pyro's validation off or on, or with ``Captured`` around it and validation
+off, and *own* what these take longer than the former, validation off: our share of a step.
 
 All are medians over blocks that alternate between the columns, on one thread. Libraries that are
 not installed, or do not have an objective, are left out (``make bench`` installs them).
@@ -40,6 +40,7 @@ from pyro_ebm.mcmc.targets.captured import CapturedPotential
 LEAPFROGS = 10
 STEP = 0.01
 Energy = Callable[[Tensor], Tensor]
+SHARES = {"own": "svi, off", "own, capt": "svi, capt"}  # what they take longer than stock SVI
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,7 @@ def training_columns(name: str, x: Tensor, *, compiles: bool) -> dict[str, Calla
     is_replayable = family.ours().is_replayable
     if is_replayable:
         steps["capture"] = training_steps.by_fit(name, x, capture=True)
+        steps["svi, capt"] = training_steps.by_svi(name, x, validated=False, captured=True)
     if compiles and is_replayable:
         steps["compile"] = training_steps.by_fit(name, x, compile=True)
     if compiles and not family.is_differentiated_twice:  # which torch refuses
@@ -200,8 +202,13 @@ def measure_training(name: str, blocks: int, *, compiles: bool) -> dict[str, flo
             times[label].append(seconds(step, calls))
     hand = torch.tensor(times["hand"])
     ratios = {k: float((torch.tensor(v) / hand).median()) for k, v in times.items()}
-    shares = torch.tensor(times["svi, off"]) / torch.tensor(times["stock"]) - 1.0
-    return {**ratios, "hand": float(hand.median()), "own": float(shares.median())}
+    stock = torch.tensor(times["stock"])
+    shares = {
+        own: float((torch.tensor(times[label]) / stock).median()) - 1.0
+        for own, label in SHARES.items()
+        if label in times
+    }
+    return {**ratios, **shares, "hand": float(hand.median())}
 
 
 def print_samplers(blocks: int) -> None:
@@ -214,13 +221,13 @@ def print_samplers(blocks: int) -> None:
         print(f"{setting.name:32s} {1e6 * found['bare']:9.0f} {ratios}")
 
 
-COLUMNS = ("module", "fit", "capture", "compile", "stock", "svi, off", "svi, on", "own")
+COLUMNS = ("module", "fit", "capture", "compile", "stock", "svi, off", "svi, on", "svi, capt")
 OTHERS = ("hand, comp", "ebmkit", "torchebm")
 
 
 def print_training(blocks: int, part: str, *, compiles: bool) -> None:
     """Prints the table of training steps."""
-    labels = (*COLUMNS, *OTHERS)
+    labels = (*COLUMNS, *SHARES, *OTHERS)
     print(
         f"{'training step / by hand':24s} {'hand, us':>9s} " + " ".join(f"{n:>10s}" for n in labels)
     )

@@ -90,6 +90,8 @@ class CapturedStep:
         num_rows: Rows of the whole data set, by which the loss is divided.
         called: Modules that the model calls, beside those that are handed over with a step.
         compile: Whether to hand graphs to ``torch.compile``.
+        user: Who replays them, for messages.
+        instead: What trains without graphs, for messages.
     """
 
     def __init__(
@@ -101,9 +103,12 @@ class CapturedStep:
         *,
         called: Sequence[nn.Module] = (),
         compile: bool,  # noqa: A002
+        user: str = "fit(capture=True)",
+        instead: str = "capture=False",
     ) -> None:
         self.objective, self.model, self.guide = objective, model, guide
         self.num_rows, self.called, self.compile = num_rows, called, compile
+        self.user, self.instead = user, instead
         self.is_given_up = False
         self._graphs: dict[Any, tuple[Callable[..., Any], Pass]] = {}
         self._agreed: set[Any] = set()
@@ -277,7 +282,7 @@ class CapturedStep:
         self.is_given_up = True
         self._graphs.clear()
         warnings.warn(
-            f"fit(capture=True): the steps of {type(self.objective).__name__} cannot be replayed "
+            f"{self.user}: the steps of {type(self.objective).__name__} cannot be replayed "
             f"from a graph ({why}), so that they are taken one by one from here on. "
             f"{self._on_the_past()}Use torch.where in place of branches on values and tensors in "
             "place of Python numbers that change",
@@ -292,7 +297,21 @@ class CapturedStep:
         starts, ends = zip(*self._unsure.values(), strict=True)
         return (
             f"Steps {min(starts)} to {max(ends)} were replayed since it was last compared, and may "
-            "be those of a model that had changed by then: train anew with capture=False. "
+            f"be those of a model that had changed by then: train anew with {self.instead}. "
+        )
+
+
+def check_replayable(objective: SurrogateELBO, user: str) -> None:
+    """Raises ``ValueError`` for objectives whose steps are of several kinds.
+
+    Args:
+        objective: The loss.
+        user: Who would replay them, for the message.
+    """
+    if not objective.is_replayable:
+        raise ValueError(
+            f"{user} replays one step over and over, and {type(objective).__name__} as it was made "
+            "decides from step to step what to do (refit_every, throttle): train without graphs"
         )
 
 

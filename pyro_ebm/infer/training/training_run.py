@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from pyro_ebm.infer.training import divergence
-from pyro_ebm.infer.training.captured_step import CapturedStep
+from pyro_ebm.infer.training.captured_step import CapturedStep, check_replayable
 from pyro_ebm.infer.training.checkpoint import save_checkpoint
 from pyro_ebm.infer.training.early_stopping import EarlyStopping, check_criterion, checked_value
 from pyro_ebm.infer.training.fit_options import Options
@@ -117,7 +117,7 @@ class TrainingRun:
 
     def _loss_and_grads(self, batch: tuple[Tensor, ...], scaling: Any) -> Tensor:
         """Deposits gradients, those of a resting player as ``None``, and returns the loss."""
-        if self._captured is None:
+        if self._captured is None or not self.parameters:
             return self._backward(batch, scaling)
         if self._may_be_the_last():
             self._captured.look_again()
@@ -206,12 +206,7 @@ class TrainingRun:
         if isinstance(objective, StockELBO):
             who = type(objective.elbo).__name__
             raise TypeError(f"fit(capture=True) replays the steps of an Objective, got {who}")
-        if not objective.is_replayable:
-            raise ValueError(
-                f"fit(capture=True) replays one step over and over, and {type(objective).__name__} "
-                "as it was made decides from step to step what to do (refit_every, throttle): "
-                "leave capture and compile out"
-            )
+        check_replayable(objective, "fit(capture=True)")
         return CapturedStep(
             objective,
             self.model,

@@ -315,9 +315,11 @@ def by_module(name: str, x: Tensor) -> Step:
     return step
 
 
-def by_svi(name: str, x: Tensor, *, validated: bool) -> Step:
-    """Returns the step of stock ``SVI``."""
-    return svi_step(model_of(name)[0], FAMILIES[name].ours(), x, validated=validated)
+def by_svi(name: str, x: Tensor, *, validated: bool, captured: bool = False) -> Step:
+    """Returns the step of stock ``SVI``, with the objective or with what replays its steps."""
+    objective = FAMILIES[name].ours()
+    loss = infer.Captured(objective) if captured else objective
+    return svi_step(model_of(name)[0], loss, x, validated=validated)
 
 
 def by_fit(name: str, x: Tensor, **options: bool) -> Step:
