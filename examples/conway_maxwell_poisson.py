@@ -10,7 +10,7 @@ Models). The counts vary less than Poisson counts would. The Conway-Maxwell-Pois
 2. *Bayes twice.* HMC goes through the gradient of log Z. Exchange never sees log Z: it draws data
    at every proposal, exactly, and compares. Both must find the same posterior.
 
-Run it; the figure goes to results/conway_maxwell_poisson::
+Run it; the figure and the draws, for ArviZ, go to results/conway_maxwell_poisson::
 
     python examples/conway_maxwell_poisson.py            # under a minute
     python examples/conway_maxwell_poisson.py --smoke    # a few seconds, chains too short to trust
@@ -205,7 +205,9 @@ def main() -> None:
     draw_counts(axes[0], runs["HMC through log Z"].get_samples())
     draw_dispersion(axes[1], runs, float(theta[2]))
     figure.savefig(args.out / "conway_maxwell_poisson.png", dpi=130)
+    ebm.to_arviz(runs["HMC through log Z"]).to_netcdf(args.out / "draws.nc")
     print(f"\nfigure: {args.out / 'conway_maxwell_poisson.png'}")
+    print(f"draws for ArviZ: {args.out / 'draws.nc'}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ what the posterior is by log Z on a grid: annealed importance sampling for spars
 lower bound by those that lack little of the complete one. With more sweeps the mean of triangles
 falls towards it, but hundreds are not enough. Trust the grid, or a prior that keeps out of there.
 
-Run it; the figure goes to results/florentine_families::
+Run it; the figure and the draws, for ArviZ, go to results/florentine_families::
 
     python examples/florentine_families.py            # about a minute
     python examples/florentine_families.py --smoke    # a few seconds, chains too short to trust
@@ -44,6 +44,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 import pyro_ebm as ebm
+from pyro_ebm.chains import Record
 from pyro_ebm.energies import ExponentialRandomGraph
 from pyro_ebm.energies.graph_goodness_of_fit import (
     degree_counts,
@@ -188,8 +189,8 @@ def run_exchange(x: Tensor, num_sweeps: int, args: argparse.Namespace) -> MCMC:
     return mcmc
 
 
-def triangles_explain(x: Tensor, args: argparse.Namespace) -> MCMC:
-    """Prints two posteriors, the second with twice the sweeps, and returns it."""
+def triangles_explain(x: Tensor, args: argparse.Namespace) -> Record:
+    """Prints two posteriors, the second with twice the sweeps, and returns it with its verdict."""
     theta = maximum_likelihood(x, 200 if args.smoke else 2000)
     there = PUBLISHED["edges, triangles"]
     print(f"\n{'maximum likelihood':<28} {'here':>10} {'published':>10}")
@@ -199,8 +200,9 @@ def triangles_explain(x: Tensor, args: argparse.Namespace) -> MCMC:
     for num, mcmc in runs.items():
         print_summary(f"edges and triangles, exchange with {num} sweeps", mcmc)
         better = Sweeps(10 if args.smoke else 50)
-        print(exchange_diagnostics(mcmc, auxiliary=better, num_auxiliary=8, max_draws=256))
-    return runs[8]
+        verdict = exchange_diagnostics(mcmc, auxiliary=better, num_auxiliary=8, max_draws=256)
+        print(verdict)
+    return verdict.attached_to(runs[8].record)
 
 
 def print_summary(title: str, mcmc: MCMC) -> None:
@@ -260,20 +262,20 @@ def print_grid(x: Tensor, args: argparse.Namespace) -> None:
 # --- 3. goodness of fit
 
 
-def predicted(mcmc: MCMC, x: Tensor, num: int) -> Tensor:
+def predicted(posterior: Record, x: Tensor, num: int) -> Tensor:
     """Returns adjacency matrices of posterior predictive networks, ``(num, n, n)``."""
-    draws = torch.stack([v.flatten() for v in mcmc.get_samples().values()], -1)
+    draws = torch.stack([torch.tensor(v).flatten() for v in posterior.draws.values()], -1)
     theta = draws[torch.randperm(len(draws))[:num]]
     graphs = network(theta).sweep(x.expand(len(theta), -1), 20)
     return adjacency_of(graphs.double(), NUM_NODES)
 
 
-def print_degenerate(mcmc: MCMC) -> None:
+def print_degenerate(posterior: Record) -> None:
     """Prints how many draws lie where the complete network is likelier than the sparse ones.
 
     These weigh about as much together as networks of independent marriages, triangles not counted.
     """
-    edges, triangles = (v.flatten() for v in mcmc.get_samples().values())
+    edges, triangles = (torch.tensor(v).flatten() for v in posterior.draws.values())
     everyone = torch.ones(NUM_NODES * (NUM_NODES - 1) // 2)
     ties, closed = network(torch.zeros(2)).statistics(everyone)
     lead = edges * ties + triangles * closed - ties * edges.exp().log1p()
@@ -336,7 +338,9 @@ def main() -> None:
     print_grid(x, args)
     graphs = predicted(posterior, x, 100 if args.smoke else 1000)
     draw_goodness_of_fit(args.out / "goodness_of_fit.png", x, graphs)
+    ebm.to_arviz(posterior).to_netcdf(args.out / "draws.nc")
     print(f"\nfigure: {args.out / 'goodness_of_fit.png'}")
+    print(f"draws for ArviZ: {args.out / 'draws.nc'}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ depends on r_g and nu, so that there are fourteen of them at every draw.
 3. *Calibration*, with `--calibrate`: counts are drawn from the model a thousand times, and the
    parameters they were drawn with must lie anywhere in the posteriors by exchange, equally often.
 
-Run it; the figure goes to results/horse_kicks::
+Run it; the figure and the draws, for ArviZ, go to results/horse_kicks::
 
     python examples/horse_kicks.py             # about a minute and a half
     python examples/horse_kicks.py --calibrate # some minutes
@@ -252,7 +252,10 @@ def main() -> None:
     draw_corps(axes[0], runs)
     draw_shared(axes[1], runs)
     figure.savefig(args.out / "horse_kicks.png", dpi=130)
+    corps = {"coords": {"corps": list(CORPS)}, "dims": {"rate": ["corps"]}}
+    ebm.to_arviz(runs["exchange"], **corps).to_netcdf(args.out / "draws.nc")
     print(f"\nfigure: {args.out / 'horse_kicks.png'}")
+    print(f"draws for ArviZ: {args.out / 'draws.nc'}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from one whose theta would like to be below .3 to one at the critical point, log
 4. *Is it at the critical point?* One lattice has no rows to leave out, but an evidence: a coupling
    that is free against one that is critical, by a bridge from the draws of 1.
 
-Run it; the figure goes to results/ising_field::
+Run it; the figure and the draws, for ArviZ, go to results/ising_field::
 
     python examples/ising_field.py            # a minute; exchange for one lattice
     python examples/ising_field.py --full     # half an hour; exchange for all five, longer chains
@@ -270,7 +270,9 @@ def main() -> None:
     draw_posteriors(axes[0], by_gradient, truths)
     draw_routes(axes[1], without, truths[SHOWN])
     figure.savefig(args.out / "ising_field.png", dpi=130)
+    ebm.to_arviz(by_gradient[SHOWN]).to_netcdf(args.out / "draws.nc")
     print(f"\nfigure: {args.out / 'ising_field.png'}")
+    print(f"draws for ArviZ: {args.out / 'draws.nc'}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ data. With four of them the curvature of the posterior and a kernel Stein test s
 draws; of sixteen they say nothing. Networks from the posterior are compared with the data by
 degrees, shared partners and distances.
 
-Run it; the figure goes to results/karate_club::
+Run it; the figure and the draws, for ArviZ, go to results/karate_club::
 
     python examples/karate_club.py            # two minutes
     python examples/karate_club.py --smoke    # a few seconds, chains too short to trust
@@ -31,6 +31,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 import pyro_ebm as ebm
+from pyro_ebm.chains import Record
 from pyro_ebm.energies import ExponentialRandomGraph
 from pyro_ebm.energies.graph_goodness_of_fit import (
     degree_counts,
@@ -105,8 +106,8 @@ def pseudo_likelihood(x: Tensor) -> tuple[Tensor, Tensor]:
     return theta, covariance.diagonal().sqrt()
 
 
-def run_exchange(x: Tensor, args: argparse.Namespace) -> MCMC:
-    """Prints where the chains start and what they find."""
+def run_exchange(x: Tensor, args: argparse.Namespace) -> Record:
+    """Prints where the chains start and what they find, and returns it with the verdict."""
     theta, errors = pseudo_likelihood(x)
     print(
         "pseudo-likelihood: "
@@ -122,13 +123,14 @@ def run_exchange(x: Tensor, args: argparse.Namespace) -> MCMC:
     table = mcmc.summary()[["mean", "sd", "mcse_mean", "ess_bulk", "ess_tail", "r_hat"]]
     print(f"\nexchange with {NUM_SWEEPS} sweeps\n{table.to_string(float_format='{:.4f}'.format)}")
     better = Sweeps(10 if args.smoke else 50)
-    print(exchange_diagnostics(mcmc, auxiliary=better, num_auxiliary=8, max_draws=256))
-    return mcmc
+    verdict = exchange_diagnostics(mcmc, auxiliary=better, num_auxiliary=8, max_draws=256)
+    print(verdict)
+    return verdict.attached_to(mcmc.record)
 
 
-def predicted(mcmc: MCMC, x: Tensor, num: int) -> Tensor:
+def predicted(posterior: Record, x: Tensor, num: int) -> Tensor:
     """Returns adjacency matrices of posterior predictive networks, ``(num, n, n)``."""
-    draws = torch.stack([v.flatten() for v in mcmc.get_samples().values()], -1)
+    draws = torch.stack([torch.tensor(v).flatten() for v in posterior.draws.values()], -1)
     theta = draws[torch.randperm(len(draws))[:num]]
     graphs = network(theta).sweep(x.expand(len(theta), -1), 10)
     return adjacency_of(graphs.double(), NUM_NODES)
@@ -186,7 +188,9 @@ def main() -> None:
     posterior = run_exchange(x, args)
     graphs = predicted(posterior, x, 100 if args.smoke else 500)
     draw_goodness_of_fit(args.out / "goodness_of_fit.png", x, graphs)
+    ebm.to_arviz(posterior).to_netcdf(args.out / "draws.nc")
     print(f"\nfigure: {args.out / 'goodness_of_fit.png'}")
+    print(f"draws for ArviZ: {args.out / 'draws.nc'}")
 
 
 if __name__ == "__main__":

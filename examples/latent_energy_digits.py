@@ -23,7 +23,7 @@ thousands of draws do; 10 000 weights would take tens of millions for the same c
 the posterior, which those of N(0, I) are then not. What is Bayesian here is therefore the last
 layer, linear in at most some fifty weights. Whole networks are learned: see `nce_two_moons.py`.
 
-Run it; the figure goes to results/latent_energy_digits::
+Run it; the figure and the draws, for ArviZ, go to results/latent_energy_digits::
 
     python examples/latent_energy_digits.py            # a minute and a half
     python examples/latent_energy_digits.py --smoke    # a few seconds, chains too short to trust
@@ -348,7 +348,9 @@ def main() -> None:
     draw_digits(axes[2], "new, z ~ N(0, I)", means["N(0, I)"])
     draw_digits(axes[3], "new, z of the posterior", means["posterior"])
     figure.savefig(args.out / "latent_energy_digits.png", dpi=130)
+    ebm.to_arviz(joint).to_netcdf(args.out / "draws.nc")
     print(f"\nfigure: {args.out / 'latent_energy_digits.png'}")
+    print(f"draws for ArviZ: {args.out / 'draws.nc'}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ independence for k = 1, a Boltzmann machine for k = 2, any table for k = 4. Z is
    with 16 patterns that count as often as they occur, and compared on 3398 rows.
 3. *Does it fit?* Tables of new boys beside theirs.
 
-Run it; the figure goes to results/maximum_entropy::
+Run it; the figure and the draws, for ArviZ, go to results/maximum_entropy::
 
     python examples/maximum_entropy.py            # under a minute
     python examples/maximum_entropy.py --smoke    # seconds, few draws, every tenth boy in step 2
@@ -249,7 +249,9 @@ def main() -> None:
     draw_tables(axes[0], tables)
     draw_weights(axes[1], runs[2])
     figure.savefig(args.out / "maximum_entropy.png", dpi=130)
+    with_log_likelihood(runs[2], 2).to_netcdf(args.out / "draws.nc")
     print(f"\nfigure: {args.out / 'maximum_entropy.png'}")
+    print(f"draws for ArviZ: {args.out / 'draws.nc'}")
 
 
 if __name__ == "__main__":

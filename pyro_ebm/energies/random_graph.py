@@ -22,6 +22,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ class ExponentialRandomGraph(ExponentialFamily):
         """
         _check_dyads(x, self.event_shape, self.num_nodes)
         if not x.is_floating_point():
-            dtype, size = torch.get_default_dtype(), x.shape[:-1].numel() * self.num_nodes**2
+            dtype, size = torch.get_default_dtype(), prod(x.shape[:-1]) * self.num_nodes**2
             if size > _MAX_CELLS and all(term.counts_in_bits for term in self.terms):
                 return self._counted(x).to(dtype)
             x = x.to(dtype)

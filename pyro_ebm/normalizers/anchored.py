@@ -38,7 +38,7 @@ from pyro_ebm.ops.log_normalizer import LogNormalizer
 MIN_SHARED = 5.0
 """Effective draws that link the anchors, as the curvature counts them."""
 
-_NEWTON_STEPS = 100
+_ITERATIONS, _NEWTON_STEPS = 500, 100
 
 
 class NoOverlapError(ValueError):
@@ -116,7 +116,7 @@ class Anchored(HeldDraws):
 
     def _solved(self) -> Tensor:
         """Log Z at the anchors less that of the first, ``(K,)``: Newton's method with halvings."""
-        log_z = torch.zeros_like(self._counts)
+        log_z = self._iterated()
         value, slope, curvature = self._objective(log_z)
         for _ in range(_NEWTON_STEPS):
             if float(slope.abs().max()) < 1e-9 * float(self._counts.sum()):
@@ -133,6 +133,22 @@ class Anchored(HeldDraws):
                 f"log Z at {len(self.anchors)} anchors was not found in {_NEWTON_STEPS} steps: put "
                 "them nearer to each other, or take more draws of each"
             )
+        return log_z
+
+    def _iterated(self) -> Tensor:
+        """The same to a tenth of a nat, by iterating its equations, ``(K,)``.
+
+        Far from the solution every draw belongs to one anchor alone, and no curvature tells Newton
+        where to go.
+        """
+        scores, log_z = self._rows @ self.anchors.mT, torch.zeros_like(self._counts)
+        for _ in range(_ITERATIONS):
+            shares = self._log_counts - self._mixture(self._rows, log_z)
+            new = torch.logsumexp(scores + shares[:, None], 0)
+            new = new - new[0]
+            moved, log_z = float((new - log_z).abs().max()), new
+            if moved < 0.1:
+                break
         return log_z
 
     def _objective(self, log_z: Tensor) -> tuple[Tensor, Tensor, Tensor]:

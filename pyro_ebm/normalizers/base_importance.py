@@ -33,10 +33,12 @@ from typing import Any
 import torch
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.normalizers.beyond import Beyond
 from pyro_ebm.normalizers.displacement import MIN_SHARE, displacement, refuse
+from pyro_ebm.normalizers.growth import check_grows
 from pyro_ebm.normalizers.importance import from_weights
 from pyro_ebm.normalizers.laws import check_dims, law_of, normalized_on, single
 from pyro_ebm.ops.arguments import whole
@@ -62,6 +64,7 @@ class BaseImportance(HeldDraws):
         self.draws = draws.detach()
         with torch.no_grad():
             self._log_density = base.log_prob(self.draws)
+        self._is_looked_at = False
         self._beyond = Beyond(
             "of a law that the draws of its base say nothing of",
             "Use more draws, a base nearer to the law, normalizers.anchored",
@@ -75,6 +78,9 @@ class BaseImportance(HeldDraws):
     def value(self, law: EnergyDistribution) -> Tensor:
         """Returns log Z in nats, of the law's batch shape; differentiable in what it depends on.
 
+        Whether the density falls off is asked of the first law whose log Z is told: chains go on
+        from there, and of every law it would cost as much as the weights.
+
         Args:
             law: A law with the event shape of the base, before plates expand it; its
                 ``batch_shape`` names all dims of what its energy depends on. Of a generalized EBM
@@ -82,11 +88,20 @@ class BaseImportance(HeldDraws):
 
         Raises:
             ValueError: If energies have other dims, or the law lives beyond the base.
+            NonFiniteEnergyError: If Z of the first law is seen to be infinite.
         """
         log_weights = self.log_weights(law)
         value = torch.logsumexp(log_weights, 0) - math.log(self.num_draws)
         held = effective_sample_size(log_weights.detach()) >= MIN_SHARE * self.num_draws
+        self._look(law, held)
         return self._beyond.told(value, held).to(self.draws.dtype)
+
+    def _look(self, law: EnergyDistribution, held: Tensor) -> None:
+        """Raises if Z of the first law that is told of is infinite; not seen under ``vmap``."""
+        if self._is_looked_at or is_functorch_wrapped_tensor(held) or not bool(held.all()):
+            return
+        check_grows(law_of(law))
+        self._is_looked_at = True
 
     def log_weights(self, law: EnergyDistribution) -> Tensor:
         """Returns the log weights of all draws, ``(S,) + batch_shape``.

@@ -335,6 +335,12 @@ def _positions(target: ModelTarget, names: set[str], posterior: Record) -> Tenso
     return target.position_of({n: x.to(target.device) for n, x in values.items()})
 
 
+def _proper(energy: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The energy of a posterior, which may be rounded to a constant far out where Z is finite."""
+    energy.is_proper = True  # type: ignore[attr-defined]
+    return energy
+
+
 def _flat(target: ModelTarget) -> Callable[[Tensor], Tensor]:
     """The potential at positions with any lead.
 
@@ -355,7 +361,7 @@ def _bridged(target: ModelTarget, positions: Tensor, *, held: bool) -> LogNormal
     potential, seen = _flat(target), NaNCount()
     energy = (lambda q: seen(potential(q))) if held else potential
     try:
-        found = bridge(EnergyDistribution(energy, event_shape=(target.dim,)), positions)
+        found = bridge(EnergyDistribution(_proper(energy), event_shape=(target.dim,)), positions)
     except NonFiniteEnergyError as error:
         if not seen.number:
             raise
@@ -403,7 +409,7 @@ def _with_error_of_log_z(
 def _between(target: ModelTarget, prior: _Prior) -> EnergyDistribution:
     """The posterior as a tilt of the prior by the log likelihood."""
     joint, before = _flat(target), _flat(prior.target)
-    return EnergyDistribution(lambda q: joint(q) - before(q), base=prior)
+    return EnergyDistribution(_proper(lambda q: joint(q) - before(q)), base=prior)
 
 
 def _along(target: ModelTarget, prior: _Prior, method: str, *, held: bool) -> LogNormalizer:

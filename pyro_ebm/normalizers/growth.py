@@ -25,45 +25,70 @@ from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.ops.constraints import plain
 from pyro_ebm.ops.initial_points import like_of
+from pyro_ebm.ops.module_calls import buffers_restored
 from pyro_ebm.ops.rng import rng_preserved
 
 SCALE_UNKNOWN = 1e4  # beyond this, in any units of one's own, lies nothing that is modelled
 _NUM_RAYS = 32
 _UNBOUNDED = (constraints.real, constraints.positive, constraints.nonnegative)
 _FAR = (1e2, 1e3, 1e4)  # times the scale of the data
+_PLACES = (1.7, 2.3, 3.1, 3.7, 5.3, 6.1, 7.9)  # within a decade, where it is looked at again
 _NEAR = 1e-3  # in the units of x
 _ROUNDING = 8.0  # of a difference of two energies, in units of eps times the larger
 _MAX_DIM, _MAX_PAIRED = 16, 8  # dims of ridges along coordinates, and along pairs of them
 _MAX_NUMBERS = 2**23  # in tubes of all rows at once; more are not looked at
 _NUM_OFFSETS = 2  # places in a tube, besides its middle
+_WITHOUT_BASE = (
+    "far from 0 the energy does not grow faster than (dims) log r along some directions, so that Z "
+    "would be infinite: is the energy proper? Add a term that confines x, or a base"
+)
+_WITH_BASE = (
+    "far from 0 the energy falls as fast as the base's log density does, to within (dims) log r, "
+    "or faster, along some directions, so that Z would be infinite: is the energy proper? Bound it "
+    "from below, add a term that confines x, or take a base with lighter tails"
+)
+_WAY_OUT = "If you know that Z is finite, set energy.is_proper = True, and nothing is asked"
 
 
 def check_grows(law: EnergyDistribution) -> None:
-    """Raises if the energy of a law on the reals is too flat far out for Z to be finite.
+    """Raises if the density of a law, its base included, is seen to be too flat for a finite Z.
 
     Args:
-        law: The law; with a base, or on another support, nothing is asked of it.
+        law: The law. Nothing is asked of bounded supports, and of energies that know log Z, have an
+            attribute ``is_proper`` that is true, or fail far outside of 1e4 and the base's draws.
 
     Raises:
         NonFiniteEnergyError: If it is.
 
     Example:
-        >>> check_grows(EnergyDistribution(lambda x: x.square().sum(-1), event_shape=(5,)))
-        >>> check_grows(EnergyDistribution(lambda x: 0 * x.sum(-1), event_shape=(5,)))
+        >>> import pyro.distributions as dist
+        >>> check_grows(EnergyDistribution(lambda x: -0.2 * x, dist.Normal(0.0, 1.0)))
+        >>> check_grows(EnergyDistribution(lambda x: -0.2 * x, dist.StudentT(5.0)))
         Traceback (most recent call last):
         ...
         pyro_ebm.errors.NonFiniteEnergyError: ...is the energy proper?...
     """
-    if law.base is not None or plain(law.support) is not constraints.real:
-        return
-    with rng_preserved():
-        is_flat = stays_flat(law, like_of(law.energy_function).new_full((), SCALE_UNKNOWN))
-    if is_flat:
-        raise NonFiniteEnergyError(
-            f"{law!r}: far from 0 the energy does not grow faster than (dims) log r along some "
-            "directions, so that Z would be infinite: is the energy proper? Add a term that "
-            "confines x, or a base"
-        )
+    is_known = law.is_exact_energy or getattr(law.energy_function, "is_proper", False)
+    if not is_known and _is_seen_flat(law):
+        why = _WITHOUT_BASE if law.base is None else _WITH_BASE
+        raise NonFiniteEnergyError(f"{law!r}: {why}. {_WAY_OUT}")
+
+
+def _is_seen_flat(law: EnergyDistribution) -> bool:
+    """The same of a law whose data are not known; an energy that fails says so where it is used."""
+    with rng_preserved(), buffers_restored(), torch.no_grad():
+        try:
+            return stays_flat(law, _scale_of(law))
+        except (RuntimeError, ValueError):
+            return False
+
+
+def _scale_of(law: EnergyDistribution) -> Tensor:
+    """Numbers of the law's scale and dtype, by its base."""
+    if law.base is None:
+        return like_of(law.energy_function).new_full((), SCALE_UNKNOWN)
+    drawn: Tensor = law.base.sample(torch.Size((_NUM_RAYS,)))
+    return drawn.abs().clamp_min(SCALE_UNKNOWN)
 
 
 @torch.no_grad()
@@ -108,7 +133,7 @@ class _Far:
     def cone_is_flat(self) -> bool:
         """Whether the density falls off too slowly around a random ray."""
         rays = _unit(self._inside(self._of_rows(torch.randn(_NUM_RAYS, self.dim))), self.dim)
-        return bool(self._are_flat(rays, self._near(rays), self.dim).any())
+        return bool(self._stay_flat(rays, self._near(rays), self.dim).any())
 
     def tube_is_flat(self) -> bool:
         """Whether it falls off too slowly in a tube along one of the likely ridges."""
@@ -121,10 +146,10 @@ class _Far:
         rays += [self._without_gradient()] if self.is_signed else []
         rows = torch.broadcast_shapes(*(r.shape[1:] for r in rays))
         along = torch.cat([r.expand(len(r), *rows) for r in rays])
-        flat = self._are_flat(along, self._near(along), 1)
+        flat = self._stay_flat(along, self._near(along), 1)
         for _ in range(_NUM_OFFSETS):
             offsets = self._inside(self._of_rows(torch.randn(len(along), self.dim)))
-            flat &= self._are_flat(along, offsets, 1)
+            flat &= self._stay_flat(along, offsets, 1)
         return bool(flat.any())
 
     def _of_rows(self, rays: Tensor) -> Tensor:
@@ -139,8 +164,20 @@ class _Far:
         """Places next to 0, where energies may be infinite."""
         return self._inside(_NEAR / self.scale * torch.randn(like.shape).to(like))
 
-    def _are_flat(self, rays: Tensor, offsets: Tensor, dim: int) -> Tensor:
+    def _stay_flat(self, rays: Tensor, offsets: Tensor, dim: int) -> Tensor:
         """Whether U grows by no more than ``dim log r`` along rays from their offsets, by row.
+
+        From all places within a decade: an energy that oscillates falls from some of them.
+        """
+        flat = self._are_flat(rays, offsets, dim)
+        for place in _PLACES:
+            if not bool(flat.any()):
+                break
+            flat = flat & self._are_flat(place * rays, offsets, dim)
+        return flat
+
+    def _are_flat(self, rays: Tensor, offsets: Tensor, dim: int) -> Tensor:
+        """The same from one place within a decade, the length of the rays.
 
         A fall counts where it ends in a density that is not negligible beside that at the offset:
         a straight line through a bent valley falls, too.

@@ -17,6 +17,7 @@ from pyro_ebm.distributions.layers import is_normalized, is_periodic, unvalidate
 from pyro_ebm.distributions.supports import same_support
 from pyro_ebm.energies import Energy
 from pyro_ebm.mcmc import Kernel
+from pyro_ebm.normalizers.growth import check_grows
 from pyro_ebm.ops.autograd_graph import leaves_of
 from pyro_ebm.ops.constraints import base_measure, finite_values, plain
 from pyro_ebm.ops.initial_points import initial_points, like_of
@@ -42,10 +43,11 @@ def law_of(dist: EnergyDistribution) -> EnergyDistribution:
 
 
 def single(dist: EnergyDistribution, estimator: str) -> EnergyDistribution:
-    """Returns the law if it is one, not a batch.
+    """Returns the law if it is one, not a batch, and its Z is not seen to be infinite.
 
     Raises:
         ValueError: If it has a batch shape, or its energy one that the law does not name.
+        NonFiniteEnergyError: If its density does not fall off far out.
     """
     law = law_of(dist)
     if law.batch_shape != ():
@@ -54,6 +56,7 @@ def single(dist: EnergyDistribution, estimator: str) -> EnergyDistribution:
             "estimate the elements one by one"
         )
     check_dims(law, _point(law))
+    check_grows(law)
     return law
 
 

@@ -133,6 +133,7 @@ def quadrature(
     if box is not None:
         value, error = integrand.with_error(box)
         return _NODES.log_normalizer(value, error, integrand.parameters(value, box))
+    check_grows(integrand.law)
     peaks = integrand.peaks(draws)
     box = _box_around(integrand, peaks, 2 * NEGLIGIBLE)
     tolerance = max(tolerance, 8 * torch.finfo(box.low.dtype).eps)
@@ -163,7 +164,6 @@ def _rounded(peaks: Peaks) -> tuple[str, ...]:
 
 def _unresolved(integrand: _Integrand, box: Box, peaks: Peaks, seen: NaNCount) -> UnresolvedError:
     """What to say of log Z that does not stand still at the finest grid."""
-    check_grows(integrand.law)
     steps, width = (box.high - box.low) / (box.num_nodes - 1), peaks.width.amin(0)
     reach = f"{float((box.high - box.low).max()):.2g}"
     if seen.number:

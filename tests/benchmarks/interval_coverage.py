@@ -3,7 +3,7 @@
     python tests/benchmarks/interval_coverage.py --repeats 200
 
 A row is a problem, an estimator and a size: how many of the runs stated an interval at all (those
-below ESS 100 and those with another doubt do not), their mean ESS, the share of intervals that
+below ESS 100 and those with another doubt do not), their median ESS, the share of intervals that
 cover, and the Monte Carlo error of that share.
 """
 

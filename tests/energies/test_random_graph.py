@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_ebm import EnergyDistribution
+from pyro_ebm import EnergyDistribution, check_model
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.energies.graph_statistics import (
     GWESP,
@@ -696,3 +696,14 @@ def test_exchange_with_sweeps_finds_the_posterior():
     kernel = Exchange(one_graph(Inexact), auxiliary=Sweeps(10))
     check(run(kernel, TAILED, 50, 40), *posterior(TAILED), precision=0.06)
     assert not kernel.adjusted
+
+
+def test_a_model_of_ties_in_bits_is_checked():
+    """Pyro hands the energy a tensor whose shape, once cut, is a plain tuple."""
+
+    def model(x):
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        graphs = ExponentialRandomGraph(theta, 5, [Edges(), Triangles()])
+        pyro.sample("x", EnergyDistribution(graphs), obs=x)
+
+    assert "log Z known by the energy" in str(check_model(model, torch.rand(10) < 0.5))

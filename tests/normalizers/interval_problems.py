@@ -3,9 +3,12 @@
 The last three problems were not used when the estimators were made.
 """
 
+import math
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from laws_with_log_z import three_modes, tilted
@@ -17,8 +20,10 @@ from pyro_ebm.normalizers import (
     ais,
     anchored,
     bridge,
+    evidence,
     from_uniform,
     importance,
+    nce,
     quadrature,
     smc,
 )
@@ -101,7 +106,22 @@ def _lattice_change():
 def _spins_alone():
     """The second of these couplings, without the first."""
     family = Ising(END[0], (5, 5), field=END[1], periodic=False)
-    return Problem(EnergyDistribution(family), float(family.log_normalizer()))
+    law = EnergyDistribution(family)
+    return Problem(law, float(family.log_normalizer()), lambda num: law.sample(torch.Size(num)))
+
+
+def _model():
+    """Normal rows whose precision has a Gamma prior; what is drawn is the posterior."""
+    x = torch.linspace(-1.0, 1.5, 20, dtype=F64)
+    shape, rate = torch.tensor(12.0, dtype=F64), 1.0 + x.square().sum() / 2
+
+    def model():
+        theta = pyro.sample("theta", dist.Gamma(torch.tensor(2.0, dtype=F64), 1.0))
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", dist.Normal(0.0, theta.rsqrt()), obs=x)
+
+    log_z = shape.lgamma() - shape * rate.log() - 10.0 * math.log(2 * math.pi)
+    return Problem(model, float(log_z), lambda num: dist.Gamma(shape, rate).sample(num))
 
 
 PROBLEMS = {
@@ -111,9 +131,10 @@ PROBLEMS = {
     "banana": _banana,
     "spins": _lattice,
     "spins alone": _spins_alone,
+    "model": _model,
 }
-# problems on finite supports have estimators of their own
-DISCRETE = {"spins": "anchored", "spins alone": "from uniform"}
+# problems that are no density on the reals have estimators of their own
+OWN = {"spins": ("anchored",), "spins alone": ("from uniform", "bridge"), "model": ("evidence",)}
 
 
 def _anchored(family, size):
@@ -138,22 +159,24 @@ ESTIMATORS = {
     "thermodynamic": (lambda p, size: thermodynamic(p.law, _run(p.law, size)), (60, 200)),
     "stepping stones": (lambda p, size: stepping_stones(p.law, _run(p.law, size)), (60, 200)),
     "anchored": (lambda p, size: _anchored(p.law, size), (300, 2000)),
+    "nce": (lambda p, size: nce(p.law, p.draw((1, size))[0]), (300, 2000)),
+    "evidence": (
+        lambda p, size: evidence(p.law, posterior={"theta": p.draw((20, size))}),
+        (20, 100),
+    ),
     "from uniform": (lambda p, size: from_uniform(p.law, num_chains=size), (200, 800)),
 }
 
 
 def pairs():
     """All pairs of a problem and an estimator that fits it."""
-    for problem in PROBLEMS:
-        for estimator in ESTIMATORS:
-            own = DISCRETE.get(problem)
-            if estimator == own or (own is None and estimator not in DISCRETE.values()):
-                yield problem, estimator
+    general = [e for e in ESTIMATORS if e not in ("anchored", "from uniform", "evidence")]
+    return [(problem, e) for problem in PROBLEMS for e in OWN.get(problem, general)]
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Of the runs that state an interval: how many there are, their ESS, the share that covers."""
+    """Of the runs that state an interval: how many, their median ESS, the share that covers."""
 
     num_stated: int
     num_runs: int
@@ -175,7 +198,7 @@ def coverage(problem, estimator, size, num_runs):
     return Coverage(
         len(stated),
         num_runs,
-        sum(ess) / len(ess) if ess else float("nan"),
+        statistics.median(ess) if ess else float("nan"),
         sum(inside) / len(inside) if inside else float("nan"),
     )
 

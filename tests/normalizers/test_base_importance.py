@@ -258,6 +258,14 @@ def test_laws_on_other_sets_are_refused():
         BaseImportance(base(2), torch.randn(10, 2))(tilted(torch.tensor(0.1)))
 
 
+@pytest.mark.filterwarnings("ignore:log Z was asked of a law that the draws")
+def test_a_law_it_is_not_told_of_is_no_error():
+    """Chains may begin where the tilt beats the base, and come to where they are told log Z."""
+    log_z = base_importance(base(), num_draws=1000)
+    assert log_z(tilted(torch.tensor(-8.0))).isnan()
+    assert log_z(tilted(torch.tensor(0.1))).isfinite()
+
+
 def test_its_rule_is_the_root_of_p_n_over_s():
     """Without a tilt all draws count: sqrt(3 * 50 / 2000)."""
     log_z = base_importance(base(), num_draws=2000)

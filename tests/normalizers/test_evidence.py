@@ -122,6 +122,26 @@ def test_from_the_prior(method):
     assert abs(float(seen.value) - evidence_of_precision(x)) < 5 * float(seen.stderr) < 0.3
 
 
+@pytest.mark.parametrize(
+    "method", ["bridge", pytest.param("stepping_stones", marks=pytest.mark.slow)]
+)
+def test_of_shares_whose_density_is_rounded_to_a_constant_far_out(method):
+    """Where a share is the smallest number that there is; what is looked for far out is that."""
+    prior, counts = torch.tensor([2.0, 1.0, 1.0]), torch.tensor([3.0, 2.0, 1.0])
+
+    def shares(y):
+        p = pyro.sample("p", dist.Dirichlet(prior))
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.Categorical(p), obs=y)
+
+    draws = {"p": dist.Dirichlet(prior + counts).sample((20, 100))}
+    y = torch.tensor([0, 0, 0, 1, 1, 2])
+    seen = evidence(shares, y, method=method, posterior=draws if method == "bridge" else None)
+    gained = torch.lgamma(prior + counts) - torch.lgamma(prior)
+    exact = gained.sum() - math.lgamma(10.0) + math.lgamma(4.0)
+    assert abs(float(seen.value - exact)) < 5 * float(seen.stderr) < 0.1
+
+
 SIGNS = torch.tensor([-1.2, -0.8, 1.5, 2.0, 1.1])
 
 

@@ -130,6 +130,18 @@ def test_a_wall_is_seen_by_stepping_stones_only():
         thermodynamic(law, run)
 
 
+def test_the_error_has_that_of_the_rule():
+    """A rule of fourth order on half of the rungs errs by sixteen times as much."""
+    law, log_z = tilted()
+    run = exact_run(cubic(4), 2000, 10)
+    seen, by_chain = thermodynamic(law, run), integral(run.ladder, run.energies)
+    of_rule = float(by_chain.mean() - integral(run.ladder[::2], run.energies[::2]).mean()) / 15
+    of_chains = float(by_chain.std()) / 2000**0.5
+    assert abs(of_rule) > 2 * of_chains
+    assert float(seen.stderr) == pytest.approx(math.hypot(of_rule, of_chains))
+    assert abs(float(seen.value) - log_z) < 3 * float(seen.stderr)
+
+
 def test_few_rungs_are_told():
     """Five even rungs leave an error of the rule that many draws do not hide."""
     law = tilted()[0]

@@ -146,6 +146,7 @@ def test_exchange_over_a_thousand_steps():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the density is NaN")  # where bugs lead to
 @pytest.mark.parametrize("bug", BUGS)
 def test_bugs_are_dozens_of_standard_errors_off(bug):
     result = geweke_test(precisions, ["x"], bug)

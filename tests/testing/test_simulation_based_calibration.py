@@ -476,6 +476,7 @@ def test_ten_thousand_simulations_of_exchange():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the density is NaN")  # where bugs lead to
 @pytest.mark.parametrize("bug", BUGS)
 def test_bugs_in_exchange_have_tiny_pvalues(bug):
     result = simulation_based_calibration(

@@ -34,6 +34,8 @@ def damped_newton(value: Value, q: Tensor, tolerance: Value, *, flat: float = 0.
     """
     for _ in range(MAX_STEPS):
         hessian, gradient = derivatives(value, q)
+        if not bool(hessian.isfinite().all() and gradient.isfinite().all()):  # unbounded below
+            return None
         scales = scales_of(hessian)
         values, vectors = torch.linalg.eigh(hessian / (scales[:, None] * scales))
         floor = values.abs().amax() * max(flat, torch.finfo(values.dtype).eps)  # rounding below it

@@ -15,6 +15,7 @@ from math import inf
 from typing import Any
 
 import torch
+from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, constraints
@@ -207,11 +208,8 @@ def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Data
     runs = _traced(model, args, kwargs)
     trace = runs[0]
     check_whole(trace)
-    sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not site_is_subsample(s)]
-    ebms = [s for s in sites if s["is_observed"] and unwrap(s["fn"]) is not None]
-    if not ebms:
-        raise ValueError(_without_observed(sites))
-    latents = [s for s in sites if not s["is_observed"]]
+    ebms = observed_ebms(trace)
+    latents = [s for s in _sites(trace) if not s["is_observed"]]
     of_latents = frozenset(f.name for s in latents for f in s["cond_indep_stack"])
     for site in ebms:
         _check_tensor(site)
@@ -226,7 +224,9 @@ def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Data
     return DataStructure(missing, known, of_latents, _uneven_loops(latents))
 
 
-def _traced(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _traced(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Trace]:
     try:
         return prior_runs(model, args, kwargs)
     except NotImplementedError as error:  # of a prior that cannot be drawn
@@ -246,6 +246,27 @@ def check_model(model: Any, what: str) -> None:
             "distribution at an observed site of a function that draws its parameters, def "
             "model(x): a = pyro.sample(...); pyro.sample('x', EnergyDistribution(...), obs=x)"
         )
+
+
+def observed_ebms(run: Trace) -> list[Any]:
+    """Returns the observed EBM sites of a run of a model.
+
+    Args:
+        run: The run.
+
+    Raises:
+        ValueError: If there are none; the sentence says what samples the model then.
+    """
+    sites = _sites(run)
+    ebms = [s for s in sites if s["is_observed"] and unwrap(s["fn"]) is not None]
+    if not ebms:
+        raise ValueError(_without_observed(sites))
+    return ebms
+
+
+def _sites(run: Trace) -> list[Any]:
+    sites = run.nodes.values()
+    return [s for s in sites if s["type"] == "sample" and not site_is_subsample(s)]
 
 
 def _without_observed(sites: list[Any]) -> str:

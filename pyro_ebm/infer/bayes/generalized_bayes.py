@@ -24,10 +24,11 @@ from pyro_ebm.chains import Record
 from pyro_ebm.chains.record import to_numpy
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.bayes.calibration import Calibration, calibration_of
-from pyro_ebm.infer.bayes.data_structure import check_model
+from pyro_ebm.infer.bayes.data_structure import check_model, observed_ebms
 from pyro_ebm.infer.bayes.loss_of_model import ModelLoss
 from pyro_ebm.infer.bayes.loss_weight import weight_of
 from pyro_ebm.infer.bayes.posterior_result import Posterior
+from pyro_ebm.infer.bayes.prior_runs import prior_runs
 from pyro_ebm.infer.bayes.properness import check_proper
 from pyro_ebm.infer.bayes.score_covariance import Choice
 from pyro_ebm.mcmc import HMC, MCMC
@@ -122,8 +123,8 @@ def generalized_posterior(
 
     Raises:
         TypeError: If the model is none.
-        ValueError: If an energy is improper, the rows are too few for a sandwich, or no mode is
-            found.
+        ValueError: If the model observes no EBM, an energy is improper, the rows are too few for a
+            sandwich, or no mode is found.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -140,6 +141,7 @@ def generalized_posterior(
     """
     check_model(model, "a generalized posterior")
     one_of("calibration", calibration, ("auto", "sandwich", "simulation", "none"))
+    observed_ebms(prior_runs(model, args, kwargs, num_draws=1)[0])
     doubts = check_proper(model, args, kwargs)
     frozen = loss if loss.is_frozen else loss.freeze(model, *args, **kwargs)
     how: _How = {

@@ -207,6 +207,11 @@ def _score(slopes: Tensor, traces: Tensor, shape: tuple[int, ...]) -> HyvarinenS
 
 def _checked(conditioned: Conditioned, like: Any, wanted: str | None) -> str:
     sites = conditioned.data_sites(like)
+    if not sites:
+        raise ValueError(
+            "hyvarinen_score: the model observes no data site to score: give its data as obs= of a "
+            "sample site"
+        )
     name = next(iter(sites)) if wanted is None and len(sites) == 1 else wanted
     if name not in sites:
         raise ValueError(f"site must be one of the data sites {sorted(sites)}, got {wanted!r}")

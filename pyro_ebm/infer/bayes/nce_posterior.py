@@ -48,7 +48,7 @@ from pyro_ebm.chains.record import to_numpy
 from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.layers import num_reinterpreted
 from pyro_ebm.errors import ConditionalEnergyError
-from pyro_ebm.infer.bayes.data_structure import check_model
+from pyro_ebm.infer.bayes.data_structure import check_model, observed_ebms
 from pyro_ebm.infer.bayes.posterior_result import Posterior
 from pyro_ebm.infer.bayes.prior_runs import NUM_DRAWS, prior_runs
 from pyro_ebm.infer.bayes.properness import check_proper
@@ -203,6 +203,7 @@ class _Call(NamedTuple):
 def _check_rows(call: _Call) -> None:
     """Looks at runs of the model, before any noise is asked whether it suits the data."""
     runs = prior_runs(call.model, call.args, call.kwargs)
+    observed_ebms(runs[0])
     check_whole(runs[0])
     check_ebms_unscaled(runs[0], "an NCE posterior")
     for name, law, x in _sites_of(runs[0]):

@@ -129,8 +129,9 @@ def _exchange(run: Run, structure: DataStructure) -> Posterior:
     if mcmc.kernel.adjusted:
         reasons = ("the model can be drawn from exactly.", *one_by_one)
         return Posterior(mcmc.record, "exchange", reasons, together)
-    remarks = (*together, str(_judged(mcmc)), better)
-    return Posterior(mcmc.record, "exchange by sweeps", (why, *one_by_one), remarks)
+    found = _judged(mcmc)
+    record, remarks = found.attached_to(mcmc.record), (*together, str(found), better)
+    return Posterior(record, "exchange by sweeps", (why, *one_by_one), remarks)
 
 
 def _exchange_kernel(run: Run, structure: DataStructure, **options: Any) -> Kernel:

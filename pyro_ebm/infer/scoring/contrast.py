@@ -135,7 +135,8 @@ def _check_events(law: Any, p: EnergyDistribution, who: str) -> None:
     if not same_support(p.support, support):
         raise ValueError(
             f"the contrast of {who} lives on {support}, the EBM on {p.support}: their supports "
-            "must be the same, or the log ratio is not defined where only one of them has mass"
+            "must be the same, or the log ratio is not defined where only one of them has mass. "
+            "Give noise= (NCE, nce_posterior) on its support, such as dist.Uniform, or a base there"
         )
 
 

@@ -24,7 +24,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,8 @@ from pyro_ebm.mcmc.targets.captured import CapturedPotential
 from pyro_ebm.ops.arguments import positive
 
 __all__ = ["DirectionExchange"]
+
+NOISE = 0.05  # of a jump, beside one along a difference
 
 
 class DirectionExchange(ExchangeKernel):
@@ -59,7 +61,9 @@ class DirectionExchange(ExchangeKernel):
         0.1
     """
 
-    def __init__(self, model: Any = None, *, noise: float = 0.05, **options: Any) -> None:
+    couples_chains = True
+
+    def __init__(self, model: Any = None, *, noise: float = NOISE, **options: Any) -> None:
         super().__init__(model, **options)
         self.noise = positive("noise", noise)
 
@@ -70,11 +74,7 @@ class DirectionExchange(ExchangeKernel):
             ValueError: If every chain has data of its own.
         """
         target = super().bind(*args, initial_params=initial_params, **kwargs)
-        if target.each is not None:
-            raise ValueError(
-                "DirectionExchange needs chains of one posterior, got data for each chain: use "
-                "Exchange"
-            )
+        check_one_posterior(target)
         return target
 
     def init(self, potential: CapturedPotential, q: Tensor) -> State:
@@ -83,34 +83,78 @@ class DirectionExchange(ExchangeKernel):
         Raises:
             ValueError: If there are too few chains.
         """
-        num_chains, dim = q.shape
-        if num_chains < 2 * (dim + 2):
-            raise ValueError(
-                f"DirectionExchange needs at least {2 * (dim + 2)} chains for {dim} unconstrained "
-                f"coordinates, got num_chains = {num_chains}: use more, or Exchange"
-            )
+        check_spanning(q)
         return super().init(potential, q)
 
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
         """Moves one half of the chains, and then the other by where the first has come."""
-        half = len(state.position) // 2
-        first, second = _part(state, slice(half)), _part(state, slice(half, None))
-        first, one = self._moved(potential, first, second.position)
-        second, other = self._moved(potential, second, first.position)
-        return _joined(state, (first, second)), {n: torch.cat([one[n], other[n]]) for n in one}
-
-    def _moved(
-        self, potential: CapturedPotential, state: State, resting: Tensor
-    ) -> tuple[State, Info]:
-        """Moves a half by the positions of the other, ``(C', D)``."""
-        to = self.at(potential, state, state.position + self.jumps(state, resting))
-        return self.decided(potential, state, to)
+        return moved_by_halves(self, potential, state, self.jumps)
 
     def jumps(self, state: State, resting: Tensor) -> Tensor:
         """Returns a jump for every chain of a half, by the positions of the other, ``(C', D)``."""
-        noise = stretched(torch.randn_like(state.position), state.tuning["root"])
-        along = _differences(resting, len(noise)) / math.sqrt(2.0)
-        return state.tuning["step_size"] * (along + self.noise * noise)
+        return jumps_along(state, resting, state.tuning["step_size"], noise=self.noise)
+
+
+def moved_by_halves(
+    kernel: ExchangeKernel,
+    potential: CapturedPotential,
+    state: State,
+    jumps: Callable[[State, Tensor], Tensor],
+) -> tuple[State, Info]:
+    """Returns the state after both halves of the chains have moved, and what diagnostics need.
+
+    Args:
+        kernel: What accepts.
+        potential: The target.
+        state: All chains.
+        jumps: The state of a half and the positions of the other to a jump for each of its chains,
+            ``(C', D)``, as likely as its opposite.
+    """
+    half = len(state.position) // 2
+
+    def moved(part: State, resting: State) -> tuple[State, Info]:
+        to = kernel.at(potential, part, part.position + jumps(part, resting.position))
+        return kernel.decided(potential, part, to)
+
+    first, second = _part(state, slice(half)), _part(state, slice(half, None))
+    first, one = moved(first, second)
+    second, other = moved(second, first)
+    return _joined(state, (first, second)), {n: torch.cat([one[n], other[n]]) for n in one}
+
+
+def jumps_along(
+    state: State, resting: Tensor, length: float | Tensor, *, noise: float = NOISE
+) -> Tensor:
+    """Returns jumps of the chains along differences of others, ``(C', D)``.
+
+    Args:
+        state: The chains, with their metric.
+        resting: Positions of the others.
+        length: Of a jump, in standard deviations of the posterior.
+        noise: The share of a jump that is noise of the metric's shape.
+    """
+    around = stretched(torch.randn_like(state.position), state.tuning["root"])
+    along = _differences(resting, len(state.position)) / math.sqrt(2.0)
+    return length * (along + noise * around)
+
+
+def check_one_posterior(target: ExchangeTarget) -> None:
+    """Raises ``ValueError`` if every chain has data of its own."""
+    if target.each is not None:
+        raise ValueError(
+            "jumps along differences of chains need chains of one posterior, got data for each "
+            "chain: use Exchange"
+        )
+
+
+def check_spanning(q: Tensor) -> None:
+    """Raises ``ValueError`` if a half of the positions ``(C, D)`` does not span the space."""
+    num_chains, dim = q.shape
+    if num_chains < 2 * (dim + 2):
+        raise ValueError(
+            f"jumps along differences of chains need at least {2 * (dim + 2)} chains for {dim} "
+            f"unconstrained coordinates, got num_chains = {num_chains}: use more, or Exchange"
+        )
 
 
 def _differences(points: Tensor, number: int) -> Tensor:

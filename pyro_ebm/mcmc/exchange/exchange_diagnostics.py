@@ -35,16 +35,17 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import pyro
 import torch
 from torch import Tensor
 
+from pyro_ebm.chains import Record
 from pyro_ebm.mcmc.exchange.auxiliary import Auxiliary, ExactDraws
-from pyro_ebm.mcmc.exchange.direction_exchange import DirectionExchange
-from pyro_ebm.mcmc.exchange.exchange_kernel import best_for, check_drawable
+from pyro_ebm.mcmc.exchange.exchange_kernel import UNJUDGED, best_for, check_drawable
 from pyro_ebm.mcmc.exchange.exchange_target import ExchangeTarget
 from pyro_ebm.mcmc.runs.driver import MCMC
 from pyro_ebm.mcmc.targets.target import Values
@@ -59,6 +60,7 @@ LEVEL = 0.01
 """How often each of the two speaks up against exact draws."""
 
 MAX_RHAT = 1.1  # beyond which chains are too short to be judged by anything else
+MAX_DETECTABLE = 0.5  # beyond which nearly any draws would pass
 MIN_BLOCKS = 40
 NUM_SIGNS = 4000
 LONG_SWEEPS = 200
@@ -79,7 +81,7 @@ class ExchangeDiagnostics:
         num_draws: Posterior draws that were looked at.
         auxiliary: How the auxiliary draws were made.
         r_hat: The largest R-hat of the run; above :data:`MAX_RHAT` its chains are to be blamed
-            before its sampler.
+            before its sampler. NaN where chains are too short to have one.
     """
 
     acd: float
@@ -93,26 +95,57 @@ class ExchangeDiagnostics:
 
     @property
     def trusted(self) -> bool:
-        """Whether neither speaks against the draws."""
-        return self.acd <= self.acd_threshold and self.aiks_pvalue >= LEVEL
+        """Whether enough draws, of chains that have met, have nothing against them."""
+        return self._have_met and self._are_silent and self.detectable <= MAX_DETECTABLE
 
     @property
     def sentence(self) -> str:
         """The verdict."""
-        if not self.trusted and self.r_hat > MAX_RHAT:
+        if self.r_hat > MAX_RHAT:
             return (
                 f"do not trust these draws: the chains have not met, R-hat is {self.r_hat:.3g}, "
                 "whatever their sampler. Use more warmup_steps and num_samples, and judge it then"
             )
-        if not self.trusted:
+        if not self._are_silent:
             return (
                 "do not trust these draws: they are not those of the posterior. Use an exact "
                 "sampler of the energy, or more sweeps, until this is silent"
+            )
+        if not self._have_met:
+            return (
+                "too few draws to judge: chains of under 4 do not tell whether they have met. Use "
+                "more num_samples"
+            )
+        if not self.trusted:
+            return (
+                "too few draws to judge: a posterior standard deviation off by less than "
+                f"{self.detectable:.0%} would probably have been missed. Use more num_samples, and "
+                "judge them with more max_draws or num_auxiliary"
             )
         return (
             "nothing speaks against these draws, and a posterior standard deviation off by "
             f"{self.detectable:.0%} would probably have been seen"
         )
+
+    @property
+    def _have_met(self) -> bool:
+        return self.r_hat <= MAX_RHAT
+
+    @property
+    def _are_silent(self) -> bool:
+        return self.acd <= self.acd_threshold and self.aiks_pvalue >= LEVEL
+
+    def attached_to(self, record: Record) -> Record:
+        """Returns a record whose attributes hold all of this, for ``to_arviz`` and ``diagnose``.
+
+        Args:
+            record: That of the run which was judged, ``mcmc.record``.
+        """
+        found = {f"exchange_{name}": value for name, value in asdict(self).items()}
+        if "bias" in record.attrs:
+            bias = record.attrs["bias"].removesuffix(UNJUDGED)
+            found["bias"] = f"{bias}; {self.sentence}"
+        return replace(record, attrs={**record.attrs, **found, "exchange_verdict": self.sentence})
 
     def __str__(self) -> str:
         return (
@@ -200,15 +233,16 @@ def exchange_diagnostics(
 def _draws(mcmc: MCMC, max_draws: int) -> tuple[ExchangeTarget, Tensor]:
     """Evenly spaced unconstrained draws of the run, in blocks, ``(B, N, D)``."""
     target, draws = mcmc.positions()
-    if isinstance(mcmc.kernel, DirectionExchange):
-        raise TypeError(
-            "exchange_diagnostics takes chains for independent, and those of DirectionExchange "
-            "move by each other: judge a run of Exchange with the same auxiliary draws"
-        )
     if not isinstance(target, ExchangeTarget):
         raise TypeError(
             "exchange_diagnostics judges a run of Exchange, got one of "
             f"{type(mcmc.kernel).__name__}: for others see pyro_ebm.diagnose"
+        )
+    if getattr(mcmc.kernel, "couples_chains", False):
+        raise TypeError(
+            "exchange_diagnostics takes chains for independent, and those of this "
+            f"{type(mcmc.kernel).__name__} move by each other: judge a run of Exchange with the "
+            "same auxiliary draws"
         )
     if target.each is not None:
         raise ValueError(
@@ -230,9 +264,9 @@ def _draws(mcmc: MCMC, max_draws: int) -> tuple[ExchangeTarget, Tensor]:
 
 
 def _largest_rhat(draws: Tensor) -> float:
-    """Of all coordinates, ``(C, N, D)``; 1 where there are too few draws to have one."""
+    """Of all coordinates, ``(C, N, D)``; NaN where there are too few draws to have one."""
     if draws.shape[1] < 4:
-        return 1.0
+        return math.nan
     return worst_rhat(draws.transpose(0, 1))
 
 

@@ -34,6 +34,9 @@ from pyro_ebm.ops.arguments import whole
 MIN_DRAWS = 2.0
 """Effective draws of a pool below which one outweighs all others, and says nothing of log Z."""
 
+UNJUDGED = "; exchange_diagnostics has not been asked whether that shows"
+"""What inexact chains say of themselves until it has."""
+
 MAX_BEYOND = 0.01
 """The share of proposals beyond a pool's reach that is not worth a word."""
 
@@ -55,6 +58,7 @@ class ExchangeKernel(TunedKernel):
     """
 
     needs_gradient = False
+    couples_chains = False  # whether chains move by where others are
     first_step_size = FIRST_STEP_SIZE
     best_accept_prob = BEST_ACCEPT_PROB
 
@@ -94,7 +98,7 @@ class ExchangeKernel(TunedKernel):
             exactly=isinstance(self._drawn_by, ExactDraws),
             by_sweeps=self._drawn_by.moves_by_sweeps or bridged,
         )
-        self.adjusted, self.bias = self._drawn_by.is_exact, self._drawn_by.bias
+        self.adjusted, self.bias = self._drawn_by.is_exact, self._drawn_by.bias + UNJUDGED
         return target
 
     def init(self, potential: CapturedPotential, q: Tensor) -> State:

@@ -16,7 +16,9 @@ with the last term by auxiliary draws as in :mod:`~pyro_ebm.mcmc.exchange.exchan
 posterior; a bad surrogate costs acceptance. Where a surrogate falls off too fast, trajectories
 hardly enter the tails and hardly leave them, hence a share r of plain random-walk moves. Where the
 surrogate is not finite, as outside of what anchors reach, all moves are walks; one from there to
-where it is finite is accepted with a factor r, and one back with 1 / r.
+where it is finite is accepted with a factor r, and one back with 1 / r. A share of the iterations
+may be jumps along differences of chains (:mod:`~pyro_ebm.mcmc.exchange.direction_exchange`), to
+which the surrogate does not matter: what mixes moves that each keep a law keeps it.
 
 **What can be gained.** The variance of the last term is about the squared distance gone, in units
 of the posterior's spread, however good the surrogate. A random walk pays it once more in U. So
@@ -40,6 +42,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ebm.mcmc.exchange.direction_exchange import (
+    check_one_posterior,
+    check_spanning,
+    jumps_along,
+    moved_by_halves,
+)
 from pyro_ebm.mcmc.exchange.exchange_kernel import ExchangeKernel, target_of
 from pyro_ebm.mcmc.exchange.exchange_target import ExchangeTarget
 from pyro_ebm.mcmc.kernels.hamiltonian import draw_momentum, leapfrog
@@ -71,13 +79,17 @@ class SurrogateExchange(ExchangeKernel):
             sites, one by name. Where it is not finite, chains walk.
         num_steps: L, leapfrog steps of a trajectory; they cost no auxiliary draws.
         random_walk_share: How often a chain makes a random-walk move instead.
+        direction_share: How often all chains jump along differences of each other instead; then
+            their number must be at least twice D + 2 for D coordinates.
         step_size: The first leapfrog step; by default of a trajectory of half the longest.
         **options: Those of :class:`Exchange`: ``auxiliary``, ``num_bridges``,
             ``target_accept_prob`` (.234) and others.
 
     Raises:
         TypeError: If the surrogate is not callable, nor a mapping of callables.
-        ValueError: When run, if it is not one for each site, or returns another shape.
+        ValueError: If a share is not between 0 and 1; when run, if the surrogate is not one for
+            each site, or returns another shape, or chains for directions are too few or have data
+            of their own.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -99,6 +111,7 @@ class SurrogateExchange(ExchangeKernel):
         surrogate: LogNormalizerOf | Mapping[str, LogNormalizerOf],
         num_steps: int = 5,
         random_walk_share: float = 0.15,
+        direction_share: float = 0.0,
         step_size: float | None = None,
         **options: Any,
     ) -> None:
@@ -114,15 +127,27 @@ class SurrogateExchange(ExchangeKernel):
             )
         self.surrogate = surrogate
         self.random_walk_share = share("random_walk_share", random_walk_share)
+        self.direction_share = share("direction_share", direction_share)
+        self.couples_chains = self.direction_share > 0.0
 
     def bind(self, *args: Any, initial_params: Any = None, **kwargs: Any) -> ExchangeTarget:
         """Returns the model as a target without its missing log Z's."""
         target = super().bind(*args, initial_params=initial_params, **kwargs)
+        if self.couples_chains:
+            check_one_posterior(target)
         self._trajectories = CapturedPotential(SurrogateTarget(target, self.surrogate))
         return target
 
+    def init(self, potential: CapturedPotential, q: Tensor) -> State:
+        """Returns the first state, with the natural parameters there."""
+        if self.couples_chains:
+            check_spanning(q)
+        return super().init(potential, q)
+
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:
         """Moves the chains whose proposals are accepted."""
+        if self.couples_chains and float(torch.rand(())) < self.direction_share:
+            return moved_by_halves(self, potential, state, self._jumps)
         to, gain = self._proposed(potential, state)
         moved, accept_prob = accept(state, to, self.log_accept(potential, state, to) + gain)
         lost, reach = ~torch.isfinite(gain), self.reach(target_of(potential), to.extra)
@@ -140,13 +165,18 @@ class SurrogateExchange(ExchangeKernel):
         gain = 0.5 * (p.square() - p_end.square()).sum(1)
         rate = self._walk_rate(state.position)
         walks = torch.rand_like(gain) < rate
-        # Shorter than trajectories: the variance of their log ratio is twice as large.
-        length = self.num_steps * state.tuning["step_size"] / math.sqrt(2.0)
-        q = torch.where(walks[:, None], walked(state, length), end)
+        q = torch.where(walks[:, None], walked(state, self._length(state)), end)
         gain = torch.where(walks, torch.log(self._walk_rate(q) / rate), gain)
         gain = torch.where(gain.isnan(), -torch.inf, gain)
         q = torch.where(torch.isfinite(gain)[:, None], q, state.position)
         return self.at(potential, state, q), gain
+
+    def _length(self, state: State) -> Tensor:
+        """Of a jump: less than a trajectory's, whose log ratio varies half as much."""
+        return self.num_steps * state.tuning["step_size"] / math.sqrt(2.0)
+
+    def _jumps(self, state: State, resting: Tensor) -> Tensor:
+        return jumps_along(state, resting, self._length(state))
 
     def trajectory(self, state: State, p: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
         """Returns the end of every chain's trajectory, position and momentum, ``(C, D)``.

@@ -56,3 +56,9 @@ def test_derivatives_are_those_of_a_quadratic():
     hessian, gradient = derivatives(lambda q: 0.5 * q @ a @ q, torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(hessian, a)
     torch.testing.assert_close(gradient, torch.tensor([4.0, 7.0]))
+
+
+def test_curvature_that_overflows_is_no_minimum():
+    """-e^40s falls for ever, and its curvature is beyond single precision from a sum of 2 on."""
+    falls = lambda q: -torch.exp(40.0 * q.sum())  # noqa: E731
+    assert damped_newton(falls, torch.full((3,), 0.7, dtype=torch.float32), tolerance) is None

@@ -64,6 +64,17 @@ def test_what_is_refused():
         generalized_posterior(normal, torch.randn(5), loss=ScoreMatching(), calibration="yes")
 
 
+@pytest.mark.parametrize("loss", [ScoreMatching(), PseudoLikelihood(), NCE()])
+def test_a_model_without_an_ebm_is_refused(loss):
+    def plain(x):
+        mean = pyro.sample("mean", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="the model observes no EBM: any kernel samples it"):
+        generalized_posterior(plain, torch.randn(5), loss=loss)
+
+
 def weight_by_hand(x):
     """2 / tr(H^-1 J) of that loss at its own minimum."""
     t = torch.stack([torch.ones_like(x), -x], -1)

@@ -317,6 +317,8 @@ def test_refusals():
         hyvarinen_score({"other": np.ones((2, 5))}, model=precision_model, args=(torch.ones(3),))
     with pytest.raises(ValueError, match=r"one of the data sites \['x'\], got 'y'"):
         hyvarinen_score(DRAWS, model=with_site(dist.Normal(0.0, 1.0), torch.ones(3)), site="y")
+    with pytest.raises(ValueError, match="observes no data site to score"):
+        hyvarinen_score(DRAWS, model=lambda: pyro.sample("precision", dist.Gamma(2.0, 1.0)))
     broken = EnergyDistribution(lambda x: x.abs().sqrt(), event_shape=())
     with pytest.raises(NonFiniteEnergyError, match="derivatives of the energy are not finite"):
         hyvarinen_score(DRAWS, model=with_site(broken, torch.zeros(3)))

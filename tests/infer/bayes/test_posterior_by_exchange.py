@@ -102,6 +102,13 @@ def test_draws_that_do_not_end_give_way_to_sweeps_for_the_whole_run(monkeypatch)
     assert any("take too long at some couplings" in reason for reason in found.reasons)
     assert any("by 3 sweeps from the data" in remark for remark in found.remarks)
     assert any("a prior that leaves out couplings" in remark for remark in found.remarks)
+    saved = found.to_arviz().posterior.attrs
+    assert saved["adjusted"] == 0
+    assert any(saved["exchange_verdict"] in remark for remark in found.remarks)
+    assert "by 3 sweeps from the data" in saved["exchange_auxiliary"]
+    assert saved["exchange_acd_threshold"] > 0
+    assert 0 < saved["exchange_aiks_pvalue"] <= 1
+    assert "has not been asked" not in saved["bias"]
 
 
 class WithoutSweeps(Ising):

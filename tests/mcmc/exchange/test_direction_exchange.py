@@ -9,6 +9,8 @@ from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import Ising
 from pyro_ebm.mcmc import MCMC
 from pyro_ebm.mcmc.exchange.direction_exchange import DirectionExchange
+from pyro_ebm.mcmc.exchange.exchange_diagnostics import exchange_diagnostics
+from pyro_ebm.mcmc.exchange.surrogate_exchange import SurrogateExchange
 from pyro_ebm.mcmc.targets.captured import CapturedPotential
 from pyro_ebm.mcmc.targets.each_chain import EachChain
 from pyro_ebm.testing.statistics import assert_mean_close
@@ -88,6 +90,50 @@ def test_the_posterior_from_dispersed_starts():
     assert_mean_close(found, wanted)
 
 
+def rough(natural):
+    """Log Z at high temperature, about."""
+    return 9.0 * (0.7 + natural[..., 0].square() + 0.5 * natural[..., 1].square())
+
+
+def mixed(direction_share, **options):
+    return SurrogateExchange(model, surrogate=rough, direction_share=direction_share, **options)
+
+
+@pytest.mark.parametrize("direction_share", [0.3, 1.0])
+def test_directions_mixed_with_trajectories_keep_exact_draws(direction_share):
+    """6000 chains: a drift of .07 standard deviations is seen in twelve steps."""
+    kernel = mixed(direction_share, step_size=0.25)
+    potential, state = bound(kernel, exact_draws(6000))
+    state, start = state.with_tuning(root=PRIOR[1]), state.position
+    for _ in range(12):
+        state, _ = kernel.step(potential, state)
+    assert float((state.position != start).any(1).double().mean()) > 0.5
+    assert_mean_close(moments(state.position) - moments(start), 0.0)
+
+
+def test_the_posterior_by_directions_mixed_with_trajectories():
+    """128 chains of 60 draws: a mean off by a tenth of a standard deviation is seen."""
+    mcmc = MCMC(mixed(0.4), 60, 100, num_chains=128, disable_progbar=True)
+    mcmc.run(lattice())
+    draws = torch.stack([mcmc.get_samples()[name] for name in ("coupling", "field")], -1)
+    wanted = moments(exact_draws(200_000)).mean(0)
+    assert_mean_close(moments(draws.flatten(0, 1)).reshape(128, 60, -1).mean(1), wanted)
+    with pytest.raises(TypeError, match="those of this SurrogateExchange move by each other"):
+        exchange_diagnostics(mcmc)
+
+
+def test_a_share_of_the_iterations_leads_along_differences(monkeypatch):
+    """200 iterations: the share is known to .035."""
+    kernel = mixed(0.3, step_size=0.3)
+    potential, state = bound(kernel, exact_draws(12))
+    seen, plain = [], kernel._jumps
+    monkeypatch.setattr(kernel, "_jumps", lambda *of: seen.append(len(seen)) or plain(*of))
+    for _ in range(200):
+        state, _ = kernel.step(potential, state)
+    assert len(seen) / 2 / 200 == pytest.approx(0.3, abs=0.12)
+    assert not SurrogateExchange(model, surrogate=rough).couples_chains
+
+
 def test_jumps_lead_along_differences_of_the_resting_half():
     """All of them on a line, but for the noise, with twice its covariance."""
     kernel = DirectionExchange(model, step_size=0.7, noise=1e-9)
@@ -142,9 +188,13 @@ def test_too_few_chains_are_refused():
     mcmc = MCMC(DirectionExchange(model), 2, 2, num_chains=7, disable_progbar=True)
     with pytest.raises(ValueError, match="at least 8 chains for 2 .* got num_chains = 7"):
         mcmc.run(lattice())
+    with pytest.raises(ValueError, match="at least 8 chains for 2 .* got num_chains = 7"):
+        bound(mixed(0.1), torch.zeros(7, 2))
 
 
 def test_chains_of_different_posteriors_are_refused():
     each = EachChain(model, {"x": torch.ones(12, 3, 3)})
     with pytest.raises(ValueError, match="one posterior, got data for each chain"):
         DirectionExchange(each).bind(lattice())
+    with pytest.raises(ValueError, match="one posterior, got data for each chain"):
+        SurrogateExchange(each, surrogate=rough, direction_share=0.1).bind(lattice())

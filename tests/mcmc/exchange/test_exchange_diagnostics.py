@@ -1,12 +1,16 @@
 """Diagnostics of inexact exchange: unbiased, silent on exact draws, loud on wrong ones."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray
 
 from pyro_ebm import EnergyDistribution
-from pyro_ebm.energies import Ising
+from pyro_ebm.chains import Record, diagnose, to_arviz
+from pyro_ebm.energies import Edges, ExponentialRandomGraph, Ising, Triangles
 from pyro_ebm.mcmc import HMC, MCMC, ExactDraws, Exchange, Sweeps
 from pyro_ebm.mcmc.exchange.auxiliary import Auxiliary
 from pyro_ebm.mcmc.exchange.exchange_diagnostics import (
@@ -205,8 +209,11 @@ def test_few_blocks_judge_fewer_entries():
 
 
 def test_exact_draws_are_hardly_ever_flagged():
-    """10 sets of independent draws at two tests of level .01: more than 3 is one in 10^5."""
-    flagged = [judged(exact_draws((50, 4)), num_auxiliary=4).trusted for _ in range(10)].count(
+    """10 sets of independent draws at two tests of level .01: more than 3 is one in 10^5.
+
+    Chains of 10 draws: R-hat of independent ones passes 1.1 less than once in 500.
+    """
+    flagged = [judged(exact_draws((50, 10)), num_auxiliary=4).trusted for _ in range(10)].count(
         False
     )
     assert flagged <= 3
@@ -248,7 +255,87 @@ def test_chains_that_have_not_met_are_blamed_before_their_sampler():
     found = judged(exact_draws((60, 10), 1.4), num_auxiliary=2)
     assert found.r_hat < 1.1
     assert "Use an exact sampler of the energy" in found.sentence
-    assert judged(exact_draws((60, 3)), num_auxiliary=2).r_hat == 1.0
+
+
+def test_chains_that_have_not_met_are_not_trusted_where_their_law_is_right():
+    """All chains sorted: the pool of draws is exact, and no chain has seen more than its place."""
+    pool = exact_draws((600, 1)).flatten().sort().values.reshape(60, 10, 1)
+    mixed = pool.flatten()[torch.randperm(600)].reshape(60, 10, 1)
+    apart, met = (judged(draws, num_auxiliary=4) for draws in (pool, mixed))
+    assert apart.r_hat > 2.0
+    assert not apart.trusted
+    assert "do not trust these draws: the chains have not met, R-hat is" in apart.sentence
+    assert met.r_hat < 1.1
+    assert met.trusted
+
+
+def test_chains_too_short_for_r_hat_are_not_judged():
+    found = judged(exact_draws((60, 3)), num_auxiliary=2)
+    assert math.isnan(found.r_hat)
+    assert not found.trusted
+    assert "too few draws to judge: chains of under 4" in found.sentence
+    assert judged(exact_draws((60, 4)), num_auxiliary=2).r_hat > 0
+
+
+def test_a_verdict_that_hardly_anything_could_have_changed_is_none():
+    coarse, fine = (ExchangeDiagnostics(1.0, 6.6, 0.0, 0.5, seen, 60, "") for seen in (14.7, 0.49))
+    assert not coarse.trusted
+    assert "too few draws to judge: a posterior standard deviation off by" in coarse.sentence
+    assert "less than 1470% would probably have been missed" in coarse.sentence
+    assert fine.trusted
+    assert "nothing speaks against these draws" in fine.sentence
+
+
+@pytest.mark.slow
+def test_short_runs_of_a_network_are_not_trusted():
+    """Sixteen nodes, triangles that few chains have moved along: R-hat of 1.9 and more."""
+
+    def network(y):
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+        law = EnergyDistribution(ExponentialRandomGraph(theta, 16, [Edges(), Triangles()]))
+        pyro.sample("y", law, obs=y)
+
+    for seed in (2, 3, 4):
+        pyro.set_rng_seed(seed)
+        y = torch.rand(120) < 0.17
+        kernel = Exchange(network, auxiliary=Sweeps(8))
+        mcmc = MCMC(kernel, 20, 20, num_chains=16, disable_progbar=True)
+        mcmc.run(y, initial_params={"theta": torch.tensor([-1.6, 0.0]) + 0.3 * torch.randn(16, 2)})
+        found = exchange_diagnostics(mcmc, auxiliary=Sweeps(20), num_auxiliary=8, max_draws=256)
+        assert not found.trusted
+        assert "the chains have not met" in str(found)
+
+
+# --- what is kept of them
+
+
+def test_a_verdict_is_saved_with_the_draws(tmp_path):
+    """As netCDF and as a record, numbers and the sentence, in the place of its absence."""
+    mcmc = doubly_metropolized(lattice(), 5, 20)
+    absence = "exchange_diagnostics has not been asked whether that shows"
+    assert absence in str(diagnose(mcmc))
+    found = exchange_diagnostics(mcmc, auxiliary=Sweeps(20), num_auxiliary=2, max_draws=64)
+    record = found.attached_to(mcmc.record)
+    assert absence not in str(diagnose(record))
+    assert found.sentence in str(diagnose(record))
+    assert absence in mcmc.record.attrs["bias"]
+    to_arviz(record).to_netcdf(tmp_path / "draws.nc")
+    record.save(tmp_path / "draws.npz")
+    with xarray.open_dataset(tmp_path / "draws.nc", group="posterior") as saved:
+        for attrs in (saved.attrs, Record.load(tmp_path / "draws.npz").attrs):
+            assert attrs["exchange_acd"] == found.acd
+            assert attrs["exchange_aiks_pvalue"] == found.aiks_pvalue
+            assert attrs["exchange_r_hat"] == found.r_hat
+            assert attrs["exchange_auxiliary"] == found.auxiliary
+            assert attrs["exchange_verdict"] == found.sentence
+
+
+def test_a_verdict_on_exact_chains_says_nothing_of_bias():
+    mcmc = MCMC(Exchange(one_lattice), 10, 10, num_chains=8, disable_progbar=True)
+    mcmc.run(Lattice, lattice())
+    record = judged(exact_draws((60, 4)), num_auxiliary=2).attached_to(mcmc.record)
+    assert "bias" not in record.attrs
+    assert "exchange_verdict" in record.attrs
 
 
 def test_draws_of_one_chain_are_cut_into_stretches():
@@ -301,9 +388,10 @@ def test_the_lattice_of_a_thousand_sites_is_found_out_at_one_sweep():
 
 
 def test_an_exact_chain_is_trusted():
-    mcmc = MCMC(Exchange(one_lattice), 60, 60, num_chains=64, disable_progbar=True)
+    mcmc = MCMC(Exchange(one_lattice), 300, 60, num_chains=64, disable_progbar=True)
     mcmc.run(Lattice, lattice())
     found = exchange_diagnostics(mcmc, num_auxiliary=4)
+    assert found.r_hat < 1.1
     assert found.trusted
     assert "nothing speaks against these draws" in str(found)
     assert "4 exact auxiliary draws each" in str(found)
