@@ -3,10 +3,16 @@
 ``int(counts.sum())`` and ``if (y > 0).all()`` look at data, not at what the graph is a function of,
 and are the same at every evaluation. A recorder does not tell the two apart and refuses both. Here
 a read is refused only where its value follows from the input or from a random draw.
+
+What is looked at in every evaluation, and cannot be while a graph is recorded, becomes a condition
+of the graph: :func:`require`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,6 +33,27 @@ _READS = {
 
 
 _RANDOM = torch.Tag.nondeterministic_seeded
+
+
+_CONDITIONS: ContextVar[list[Tensor] | None] = ContextVar("conditions", default=None)
+
+
+@contextmanager
+def collecting_conditions() -> Iterator[list[Tensor]]:
+    """Yields a list to which the block adds the conditions of the graph that is recorded there."""
+    conditions: list[Tensor] = []
+    token = _CONDITIONS.set(conditions)
+    try:
+        yield conditions
+    finally:
+        _CONDITIONS.reset(token)
+
+
+def require(condition: Tensor) -> None:
+    """Makes a 0-d condition one of the graph that is recorded, if its user asks for them."""
+    conditions = _CONDITIONS.get()
+    if conditions is not None:
+        conditions.append(condition)
 
 
 def is_recording() -> bool:

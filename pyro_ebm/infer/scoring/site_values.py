@@ -23,7 +23,7 @@ from pyro_ebm.infer.scoring.contrast import rows_of
 from pyro_ebm.infer.scoring.coupled_energies import refuse_coupled
 from pyro_ebm.ops.autograd import grad_of
 from pyro_ebm.ops.autograd_graph import leaves_of
-from pyro_ebm.ops.graph_recording import is_recording
+from pyro_ebm.ops.graph_recording import is_recording, require
 from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.surrogate import surrogate_of
 
@@ -57,16 +57,18 @@ def given(model_trace: Any, guide_trace: Any, used: Collection[str]) -> None:
 def on_support(name: str, site: Any) -> None:
     """Raises ``ValueError`` if data of an EBM site are NaN, infinite or off its support.
 
-    Masked rows may be anything. The support is looked at where the distribution validates values.
+    Masked rows may be anything. The support is looked at where the distribution validates values;
+    of a graph that is recorded it is a condition.
 
     Args:
         name: The site's name.
         site: Its node in a trace, with the surrogate in place.
     """
-    if is_recording():
-        return
     scored = surrogate_of(site["fn"])
     x = scored.p.broadcast_value(scored.without_padding(site["value"].detach()))
+    if is_recording():
+        require(x.isfinite().all() & scored.support.check(x).all())
+        return
     if math.isfinite(x.sum()) and not scored._validate_args:  # far faster than to ask each
         return
     good, what = x.isfinite(), "NaN or infinite, not"

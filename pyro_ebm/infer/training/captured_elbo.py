@@ -83,7 +83,7 @@ class Captured(ELBO):
             TypeError: If an argument of the model is no tensor: it would be frozen in the graph.
         """
         self._check_arguments(args, kwargs)
-        if model is not self.model or guide is not self.guide or not self._announce():
+        if model is not self.model or guide is not self.guide or not self._are_stored():
             self._begin(model, guide)
         steps = self._steps
         if steps is None:
@@ -93,8 +93,9 @@ class Captured(ELBO):
         replayed = steps.replay(args, self.parameters)
         if replayed is not None:
             return self._deposited(replayed)
-        with steps.compared(args, nullcontext(), self.parameters, modules_of(self)):
-            return self._taken(model, guide, args)
+        with steps.compared(args, nullcontext(), self.parameters, modules_of(self)) as taken:
+            loss = taken.loss = self._taken(model, guide, args)
+        return loss
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         return self.objective._get_trace(model, guide, args, kwargs)
@@ -113,23 +114,26 @@ class Captured(ELBO):
         self.model, self.guide, self._steps = model, guide, None
         self.parameters, self.called = {}, []
 
-    def _announce(self) -> bool:
-        """Tells ``SVI`` of the parameters; ``False`` if they are not those of the graphs."""
-        store = pyro.get_param_store()
-        return all(
-            name in store and pyro.param(name).unconstrained() is p
-            for name, p in self.parameters.items()
-        )
+    def _are_stored(self) -> bool:
+        """Whether the store has the parameters of the graphs, and not others of their names."""
+        stored = dict(pyro.get_param_store().named_parameters())
+        return all(stored.get(name) is p for name, p in self.parameters.items())
 
     def _taken(self, model: Any, guide: Any, args: tuple[Tensor, ...]) -> float:
-        """Takes a step as it is, and looks at what it trains where that is not known yet."""
-        if self._steps is not None:
-            return self.objective.loss_and_grads(model, guide, *args)
-        with poutine.trace(param_only=True) as capture, noting_calls(self.called):
+        """Takes a step as it is, and notes what it trains."""
+        watched = noting_calls(self.called) if self._steps is None else nullcontext()
+        with poutine.trace(param_only=True) as capture, watched:
             loss = self.objective.loss_and_grads(model, guide, *args)
         sites = capture.trace.nodes
-        self.parameters = {name: site["value"].unconstrained() for name, site in sites.items()}
-        self._steps = CapturedStep(
+        found = {name: site["value"].unconstrained() for name, site in sites.items()}
+        self.parameters.clear()  # in place: steps under comparison look whether they are the same
+        self.parameters.update(found)
+        if self._steps is None:
+            self._steps = self._new_steps(model, guide)
+        return loss
+
+    def _new_steps(self, model: Any, guide: Any) -> CapturedStep:
+        return CapturedStep(
             self.objective,
             model,
             guide,
@@ -139,10 +143,11 @@ class Captured(ELBO):
             user=type(self).__name__,
             instead=f"{type(self.objective).__name__} itself as the loss",
         )
-        return loss
 
     def _deposited(self, found: Pass) -> float:
-        for p, grad in zip(self.parameters.values(), found.grads, strict=True):
+        """Deposits gradients, and tells ``SVI`` of the parameters by reading them."""
+        for (name, p), grad in zip(self.parameters.items(), found.grads, strict=True):
+            pyro.param(name)
             p.grad = grad
         return float(found.loss)
 

@@ -10,7 +10,9 @@ model, and the graph is compared with what it stands for: loss, gradients, and t
 state. So it is after every point of the training at which the user's code is called, and at its
 end. Where they differ, or where values are read by Python (``if x.mean() > 0``), training goes on
 step by step, with a warning that says why, and which steps nothing has vouched for. What is frozen,
-and which modules are in training mode, is looked at in every step: each has a graph of its own.
+and which modules are in training mode, is looked at in every step: each has a graph of its own. So
+is whether data are finite and on their support, and the loss a number: the step itself says what is
+wrong where they are not.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.scoring.surrogate_elbo import SurrogateELBO
 from pyro_ebm.infer.training.stock_elbo import objectives_of
 from pyro_ebm.ops.graph_memory import separate_outputs
-from pyro_ebm.ops.graph_recording import ConstantReads
+from pyro_ebm.ops.graph_recording import ConstantReads, collecting_conditions
 from pyro_ebm.ops.graph_simplification import simplify
 from pyro_ebm.ops.powers_of_two import is_power_of_two
 from pyro_ebm.ops.rng import rng_preserved
@@ -54,6 +56,7 @@ class Pass:
 
     Args:
         loss: Loss per datum, 0-d.
+        holds: Whether the graph's conditions are met, 0-d.
         grads: Gradients in the order of the parameters, ``None`` where there is none.
         notes: The objective's diagnostics.
     """
@@ -61,23 +64,35 @@ class Pass:
     def __init__(
         self,
         loss: Tensor,
+        holds: Tensor,
         grads: list[Tensor | None],
         notes: dict[str, dict[str, Tensor]],
     ) -> None:
-        self.loss, self.grads, self.notes = loss, grads, notes
+        self.loss, self.holds, self.grads, self.notes = loss, holds, grads, notes
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether there is nothing that the step itself would complain of."""
+        return bool(self.holds) and math.isfinite(self.loss)
 
     def tensors(self) -> list[Tensor]:
         """Returns all of them, flat."""
         notes = [value for site in self.notes.values() for value in site.values()]
-        return [self.loss, *[g for g in self.grads if g is not None], *notes]
+        return [self.loss, self.holds, *[g for g in self.grads if g is not None], *notes]
 
     def refilled(self, values: list[Tensor]) -> Pass:
         """Returns a pass of the same structure with other values, in the order of ``tensors``."""
         flat = iter(values)
-        loss = next(flat)
+        loss, holds = next(flat), next(flat)
         grads = [g if g is None else next(flat) for g in self.grads]
         notes = {site: {name: next(flat) for name in own} for site, own in self.notes.items()}
-        return Pass(loss, grads, notes)
+        return Pass(loss, holds, grads, notes)
+
+
+class Taken:
+    """A step that is taken as it is; who takes it fills in the loss per datum."""
+
+    loss: float | Tensor = math.nan
 
 
 class CapturedStep:
@@ -127,9 +142,11 @@ class CapturedStep:
         key = self._key(batch, parameters)
         if self.is_given_up or key not in self._agreed:
             return None
+        found = self._run(key, batch)
+        if not found.is_sound:
+            return None
         step = int(self.objective.num_steps_taken) + 1
         self._unsure[key] = (self._unsure.get(key, (step, step))[0], step)
-        found = self._run(key, batch)
         self.objective.diagnostics = self.objective.diagnostics | found.notes
         self._judge(found)
         self.objective.count_step()
@@ -142,37 +159,45 @@ class CapturedStep:
         scaling: Any,
         parameters: Mapping[str, Tensor],
         modules: Mapping[str, nn.Module],
-    ) -> Iterator[None]:
+    ) -> Iterator[Taken]:
         """Surrounds a step that is taken as it is, and compares the graph with it.
 
         A graph is recorded first where there is none.
         """
+        taken = Taken()
         if self.is_given_up or int(self.objective.num_steps_taken) < FIRST:
-            yield
+            yield taken
             return
         self._watch([*modules.values(), *self.called])
         key, kept = self._key(batch, parameters), self._switches(parameters)
+        is_new = key not in self._graphs
         try:
             with self._unchanged(modules):
-                if key not in self._graphs:
+                if is_new:
                     self._graphs[key] = self._record(batch, scaling, list(parameters.values()))
             with self._unchanged(modules):
                 replayed = self._run(key, batch)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # the step itself will say it
-                    self._judge(replayed)
+                if replayed.is_sound:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # the step itself will say it
+                        self._judge(replayed)
                 state = self._state(modules)
         except Exception as error:  # models, recorder and compiler may fail in any way
             self._give_up(str(error).splitlines()[0] if str(error) else type(error).__name__)
-            yield
+            yield taken
             return
-        yield
+        yield taken
         if self._switches(parameters) != kept:  # in this step: the graph stands for neither
             del self._graphs[key]
+            if not is_new and key in self._unsure:
+                self._give_up("the model has other parameters than before, or has frozen some")
             return
         grads = [p.grad for p in parameters.values()]
         if not _agree(replayed.grads, grads) or not self._same(state, self._state(modules)):
             self._give_up("its gradients or its state are not those of the step itself")
+            return
+        if not self._same_loss(replayed.loss, taken.loss, batch):
+            self._give_up("its loss is not that of the step itself")
             return
         self._agreed.add(key)
         self._unsure.pop(key, None)
@@ -187,9 +212,11 @@ class CapturedStep:
         return (shapes, turns, self._switches(parameters))
 
     def _switches(self, parameters: Mapping[str, Tensor]) -> Any:
-        """What is frozen, and which modules are in training mode."""
+        """What is trained, what is frozen, and which modules are in training mode."""
         weights = [*parameters.values(), *self._weights]
-        return (*[p.requires_grad for p in weights], *[part.training for part in self._parts])
+        trained = tuple(map(id, parameters.values()))
+        modes = [part.training for part in self._parts]
+        return (trained, *[p.requires_grad for p in weights], *modes)
 
     def _watch(self, modules: Iterable[nn.Module]) -> None:
         self._parts = [part for module in modules for part in module.modules()]
@@ -223,7 +250,8 @@ class CapturedStep:
 
     def _pass(self, batch: Batch, parameters: list[Tensor]) -> Pass:
         self.objective.diagnostics = {}
-        traces = self.objective._get_traces(self.model, self.guide, batch, {})
+        with collecting_conditions() as conditions:
+            traces = list(self.objective._get_traces(self.model, self.guide, batch, {}))
         particles: Any = self.objective.num_particles
         elbo = torch.stack([_differentiable_elbo(*pair) for pair in traces]).sum() / particles
         loss = -elbo / self.num_rows
@@ -232,7 +260,7 @@ class CapturedStep:
         grads = {id(p): _laid_out(g, p) for p, g in zip(moved, found, strict=True)}
         ordered = [grads.get(id(p)) for p in parameters]
         notes = {site: dict(own) for site, own in self.objective.diagnostics.items()}
-        return Pass(loss.detach(), ordered, notes)
+        return Pass(loss.detach(), torch.stack(conditions).all(), ordered, notes)
 
     # --- the state that a step may change
 
@@ -277,6 +305,14 @@ class CapturedStep:
         if self.compile and isinstance(ours, float) and isinstance(theirs, float):
             return math.isclose(ours, theirs, rel_tol=ROUNDING, abs_tol=ROUNDING)
         return type(ours) is type(theirs) and bool(ours == theirs)
+
+    def _same_loss(self, ours: Tensor, theirs: float | Tensor, batch: Batch) -> bool:
+        """Whether two losses agree, in units of one nat for each row of the batch."""
+        rows = max((len(t) for t in batch if t.dim()), default=1)
+        one, other = float(ours), float(theirs)
+        eps = torch.finfo(ours.dtype).eps
+        bound = max(abs(other), rows / self.num_rows) * (ROUNDING if self.compile else UNITS * eps)
+        return abs(one - other) <= bound or one == other or math.isnan(one) and math.isnan(other)
 
     def _give_up(self, why: str) -> None:
         self.is_given_up = True

@@ -126,8 +126,9 @@ class TrainingRun:
             for p, grad in zip(self.parameters.values(), replayed.grads, strict=True):
                 p.grad = grad
             return replayed.loss
-        with self._captured.compared(batch, scaling, self.parameters, modules_of(self)):
-            return self._backward(batch, scaling)
+        with self._captured.compared(batch, scaling, self.parameters, modules_of(self)) as taken:
+            loss = taken.loss = self._backward(batch, scaling)
+        return loss
 
     def _may_be_the_last(self) -> bool:
         """Whether the run may end with the step in progress, by its number or by patience."""

@@ -212,3 +212,119 @@ def test_the_same_objective_in_a_second_fit_is_replayed():
     (model, _), objective = network_model(), RankingNCE()
     for _ in range(2):  # warnings are errors here
         fit(model, torch.randn(9, 2), objective, num_steps=12, capture=True, disable_progbar=True)
+
+
+def svi_of(model, objective, *, captured, decay=0.0):
+    loss = Captured(objective) if captured else objective
+    return SVI(model, no_guide, pyro.optim.Adam({"lr": 0.01, "weight_decay": decay}), loss=loss)
+
+
+@pytest.mark.filterwarnings("ignore:.*because requires_grad=False")
+@pytest.mark.parametrize("first", ["frozen", "free"])
+def test_what_is_frozen_or_set_free_later_is_so_in_replayed_steps(first):
+    """At step 70, where nothing is compared. Decay would move what is still held."""
+    found, data = [], torch.randn(9, 2)
+    for captured in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 4), nn.Softplus(), nn.Linear(4, 1), nn.Flatten(-2))
+        net[0].requires_grad_(first == "free")
+
+        def model(x, net=net):
+            pyro.module("net", net)
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", EnergyDistribution(net, base=BASE, conditional=False), obs=x)
+
+        svi = svi_of(model, RankingNCE(), captured=captured, decay=0.1)
+        for step in range(99):
+            if step == 70:
+                net[0].requires_grad_(first == "frozen")
+            svi.step(data)
+        found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
+
+
+def test_a_parameter_that_turns_up_later_is_noticed():
+    phase = [1]
+
+    def model(x):
+        precision_model([4.0])(x)
+        if phase[0] == 2:
+            shift = pyro.param("shift", torch.tensor(0.0))
+            with pyro.plate("others", len(x)):
+                pyro.sample("y", dist.Normal(shift, 1.0), obs=x)
+
+    data = torch.linspace(-1.0, 3.0, 9)
+    svi = svi_of(model, ScoreMatching(), captured=True)
+    for step in range(100):
+        phase[0] = 1 if step < 70 else 2
+        svi.step(data)
+    with pytest.warns(SurrogateWarning, match=r"has other parameters.*Steps 66 to 100"):
+        svi.step(data)
+    svi.step(data)
+    assert pyro.param("shift").item() == pytest.approx(0.02, abs=1e-4)
+
+
+def test_a_parameter_that_takes_the_place_of_another_is_noticed():
+    """Its gradient is that of the other, as it starts where that one is."""
+    name = ["one"]
+
+    def model(x):
+        precision = pyro.param(name[0], torch.tensor(0.25))
+        with pyro.plate("data", len(x)):
+            law = EnergyDistribution(lambda y: precision * y**2, event_shape=())
+            pyro.sample("x", law, obs=x)
+
+    svi = SVI(model, no_guide, pyro.optim.SGD({"lr": 0.0}), loss=Captured(ScoreMatching()))
+    data = torch.linspace(-1.0, 3.0, 9)
+    for step in range(100):
+        name[0] = "one" if step < 70 else "two"
+        svi.step(data)
+    with pytest.warns(SurrogateWarning, match="has other parameters"):
+        svi.step(data)
+
+
+def test_a_weight_that_leaves_gradients_alone_is_seen_by_the_loss():
+    """A constant of the model that changes with the steps: no parameter sees it."""
+    constant = [0.0]
+
+    def model(x):
+        precision_model([4.0])(x)
+        pyro.factor("constant", torch.as_tensor(constant[0]))
+
+    data = torch.linspace(-1.0, 3.0, 9)
+    svi = svi_of(model, ScoreMatching(), captured=True)
+    for _ in range(100):
+        svi.step(data)
+    constant[0] = 5.0
+    with pytest.warns(SurrogateWarning, match="its loss is not that of the step itself"):
+        svi.step(data)
+
+
+def rate_model(x):
+    rate = pyro.param("rate", torch.tensor(1.0))
+    with pyro.plate("data", len(x)):
+        law = EnergyDistribution(lambda y: rate * y, base=dist.Exponential(torch.tensor(1.0)))
+        pyro.sample("x", law, obs=x)
+
+
+@pytest.mark.parametrize(("bad", "message"), [(-1.0, "not points"), (torch.nan, "NaN or infinite")])
+def test_bad_data_are_refused_in_replayed_steps(bad, message):
+    """As by the objective itself, before anything has moved."""
+    data = dist.Exponential(2.0).sample((20,))
+    svi = svi_of(rate_model, KALE(), captured=True)
+    for _ in range(20):
+        svi.step(data)
+    before, data[3] = pyro.param("rate").item(), bad
+    with pytest.raises(ValueError, match=f"1 of 20 rows of the data are {message}"):
+        svi.step(data)
+    assert pyro.param("rate").item() == before
+
+
+def test_bad_data_are_refused_in_replayed_steps_of_fit():
+    """One row of 400 in batches of 4, which no step that is compared meets."""
+    data = dist.Exponential(2.0).sample((400,))
+    data[333] = -999.0
+    options = {"batch_size": 4, "num_steps": 100, "seed": 0, "disable_progbar": True}
+    with pytest.raises(ValueError, match="1 of 4 rows of the data are not points"):
+        fit(rate_model, data, KALE(), capture=True, **options)

@@ -479,14 +479,32 @@ def test_a_stock_elbo_is_not_replayed():
         fit(lambda x: None, torch.ones(3), Trace_ELBO(), capture=True, num_steps=1, **QUIET)
 
 
-def test_a_loss_that_is_not_finite_in_a_replayed_step():
-    """The sixth of 22 batches has an infinity in it: no replay hides it."""
+def test_data_that_are_not_finite_in_a_replayed_step():
+    """The sixth of 22 batches has an infinity in it: the step itself says so."""
     data = torch.randn(22, 2)
     data[7] = float("inf")
     model, _ = plain_model()
-    match = r"EBM site 'x': .*at step"
-    with pyro.validation_enabled(False), pytest.raises(NonFiniteEnergyError, match=match):
+    match = r"EBM site 'x': 1 of 1 rows of the data are NaN or infinite"
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match=match):
         fit(model, data, RankingNCE(), batch_size=1, num_steps=22, capture=True, seed=5, **QUIET)
+
+
+def test_a_loss_that_is_not_finite_in_a_replayed_step():
+    """The weight becomes infinite after step 10, where nothing is compared: no replay hides it."""
+
+    def model(x):
+        a = pyro.param("a", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            law = EnergyDistribution(lambda y: 0.5 * a * y.square(), event_shape=())
+            pyro.sample("x", law, obs=x)
+
+    def overflow():
+        pyro.param("a").data.fill_(float("inf"))
+
+    options = {"optim": switching(overflow), "lr": 0.01, "num_steps": 15, **QUIET}
+    match = r"at step \d+"
+    with pyro.validation_enabled(False), pytest.raises(NonFiniteEnergyError, match=match):
+        fit(model, torch.randn(9), ScoreMatching(), capture=True, **options)
 
 
 @pytest.mark.slow
