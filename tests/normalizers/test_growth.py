@@ -248,6 +248,11 @@ def test_what_is_known_to_be_proper_and_what_fails_far_out_is_let_through():
             raise ValueError("too large")
         return linear(0.2)(x)
 
+    def asserts(x):
+        assert bool((x.abs() < 1e3).all())
+        return linear(0.2)(x)
+
+    check_grows(EnergyDistribution(asserts, STUDENT))
     check_grows(EnergyDistribution(Believed(), STUDENT))
     check_grows(EnergyDistribution(fails, STUDENT))
     check_grows(EnergyDistribution(GaussianEnergy(0.0, 1e12)))

@@ -192,6 +192,9 @@ class CapturedStep:
             if not is_new and key in self._unsure:
                 self._give_up("the model has other parameters than before, or has frozen some")
             return
+        if not replayed.is_sound:  # it would never be taken from a graph
+            self._give_up("its data are off the support, or its loss is no number")
+            return
         grads = [p.grad for p in parameters.values()]
         if not _agree(replayed.grads, grads) or not self._same(state, self._state(modules)):
             self._give_up("its gradients or its state are not those of the step itself")
@@ -260,7 +263,10 @@ class CapturedStep:
         grads = {id(p): _laid_out(g, p) for p, g in zip(moved, found, strict=True)}
         ordered = [grads.get(id(p)) for p in parameters]
         notes = {site: dict(own) for site, own in self.objective.diagnostics.items()}
-        return Pass(loss.detach(), torch.stack(conditions).all(), ordered, notes)
+        holds = torch.ones((), dtype=torch.bool, device=loss.device)
+        for condition in conditions:  # none where all EBM sites are latent
+            holds = holds & condition.to(loss.device)
+        return Pass(loss.detach(), holds, ordered, notes)
 
     # --- the state that a step may change
 

@@ -98,7 +98,8 @@ class ExchangeKernel(TunedKernel):
             exactly=isinstance(self._drawn_by, ExactDraws),
             by_sweeps=self._drawn_by.moves_by_sweeps or bridged,
         )
-        self.adjusted, self.bias = self._drawn_by.is_exact, self._drawn_by.bias + UNJUDGED
+        self.adjusted = self._drawn_by.is_exact
+        self.bias = self._drawn_by.bias + ("" if self.adjusted else UNJUDGED)
         return target
 
     def init(self, potential: CapturedPotential, q: Tensor) -> State:

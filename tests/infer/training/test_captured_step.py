@@ -15,6 +15,7 @@ from torch import nn
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import DivergedTrainingError, NonFiniteEnergyError, SurrogateWarning
 from pyro_ebm.infer.discrepancy.energy_discrepancy import EnergyDiscrepancy
+from pyro_ebm.infer.discrete.discrete_fisher import DiscreteFisher
 from pyro_ebm.infer.divergences.kale import KALE, DonskerVaradhan
 from pyro_ebm.infer.likelihood.contrastive_divergence import ContrastiveDivergence
 from pyro_ebm.infer.likelihood.persistent import PersistentContrastiveDivergence
@@ -210,6 +211,51 @@ def test_a_replayed_step_that_has_lost_its_chains_says_so():
     assert said[1] == said[0]
     step = int(said[0].split("step ")[1].split(":")[0])
     assert step & (step - 1)  # one of those that are replayed
+
+
+@pytest.mark.filterwarnings("ignore:.*base")  # which few draws cover
+def test_a_latent_site_alone_is_replayed():
+    """It has no data that could be off the support."""
+    data, found = torch.randn(16), []
+    for capture in (False, True):
+        pyro.clear_param_store()
+
+        def model(x):
+            a = pyro.param("a", torch.tensor(0.5))
+            with pyro.plate("data", len(x)):
+                law = EnergyDistribution(lambda z: a * z.tanh(), dist.Normal(0.0, 1.0))
+                z = pyro.sample("z", law)
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(x):
+            mean = pyro.param("mean", torch.zeros(16))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(mean, 1.0))
+
+        options = {"guide": guide, "num_steps": 12, "lr": 0.01, "seed": 0, **QUIET}
+        fit(model, data, NCE(), capture=capture, **options)
+        found.append(pyro.param("mean").detach().clone())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
+
+
+def test_data_that_are_let_through_off_the_support_are_taken_step_by_step():
+    """The distribution does not look at them, and a graph's condition does."""
+    support = dist.constraints.independent(dist.constraints.integer_interval(0, 3), 1)
+
+    def model(x):
+        a = pyro.param("a", torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            law = EnergyDistribution(
+                lambda y: a * y.square().sum(-1),
+                support=support,
+                event_shape=(2,),
+                validate_args=False,
+            )
+            pyro.sample("x", law, obs=x)
+
+    data = torch.tensor([[0.0, 3.0], [1.0, -2.0], [2.0, 1.0]])
+    with pytest.warns(SurrogateWarning, match="cannot be replayed .*off the support"):
+        fit(model, data, DiscreteFisher(), num_steps=9, capture=True, **QUIET)
 
 
 def test_few_steps_run_the_model():
