@@ -44,7 +44,7 @@ def test_quadrature_gives_the_published_posteriors(data):
     assert moments(log_density, 0.0, 1.0) == pytest.approx(PUBLISHED[data], abs=2e-6)
 
 
-def errors_of(auxiliary, data, num_chains=900, num_samples=100):
+def errors_of(auxiliary, data, num_chains=1200, num_samples=100):
     """Mean off in sds, sd off as a share, and the Monte Carlo error of each."""
     pyro.set_rng_seed(3)
     kernel = Exchange(lattices, auxiliary=auxiliary)
