@@ -10,6 +10,7 @@ Traces of :math:`\nabla s`, :math:`s = -\nabla U`, are estimated along direction
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
@@ -17,12 +18,15 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.score.smoothness import refuse_jumps
 from pyro_ebm.infer.scoring.objective import Objective
 from pyro_ebm.infer.scoring.second_derivatives import remedies_named
 from pyro_ebm.infer.scoring.unconstrained import Unconstrained
 
 __all__ = ["Probes", "ScoreObjective", "probed_loss", "signs"]
+
+MIN_WHOLE = 32  # whole numbers that come about by no rounding of a few
 
 
 class Probes(NamedTuple):
@@ -77,8 +81,9 @@ class ScoreObjective(Objective):
     ) -> None:
         """Raises ``ValueError`` if the slope of the energy moves by jumps and must not.
 
-        Conditional energies are welcome.
+        Conditional energies are welcome. Warns of whole numbers, which have no density.
         """
+        _warn_of_counts(name, x, type(self).__name__)
         self.check_smooth(name, self.space(p), x)
 
     def check_smooth(self, name: str, space: Unconstrained, x: Tensor) -> None:
@@ -90,6 +95,20 @@ class ScoreObjective(Objective):
         if self.why_smooth is not None:
             with remedies_named(name, type(self).__name__):
                 refuse_jumps(name, space, x, self.why_smooth)
+
+
+def _warn_of_counts(name: str, x: Tensor, who: str) -> None:
+    """Warns if all of many data are whole numbers: between them there is no slope to be learned."""
+    known = x[x.isfinite()]
+    if len(known) >= MIN_WHOLE and bool((known == known.round()).all()):
+        warnings.warn(
+            f"EBM site {name!r}: all of the data are whole numbers, and {who} learns the slope of "
+            "a density, of which counts and grey levels have none. Give the distribution a "
+            "discrete support and use PseudoLikelihood or DiscreteFisher, or add noise that fills "
+            "the steps (x + torch.rand_like(x))",
+            SurrogateWarning,
+            stacklevel=3,
+        )
 
 
 def signs(u: Tensor, num: int) -> Tensor:

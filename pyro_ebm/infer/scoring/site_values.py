@@ -63,7 +63,15 @@ def on_support(name: str, site: Any) -> None:
     Args:
         name: The site's name.
         site: Its node in a trace, with the surrogate in place.
+
+    Raises:
+        TypeError: If they are no tensor.
     """
+    if not isinstance(site["value"], Tensor):
+        raise TypeError(
+            f"EBM site {name!r}: the data must be a tensor, got {type(site['value']).__name__}: "
+            "give torch.as_tensor(data)"
+        )
     scored = surrogate_of(site["fn"])
     x = scored.p.broadcast_value(scored.without_padding(site["value"].detach()))
     if is_recording():

@@ -8,9 +8,10 @@ every hundredth one, beside the powers of two.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import pyro
 from pyro import poutine
@@ -18,12 +19,14 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.elbo import ELBO
 from torch import Tensor, nn
 
+from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.scoring.surrogate_elbo import SurrogateELBO
 from pyro_ebm.infer.training.captured_step import CapturedStep, Pass, check_replayable
 from pyro_ebm.infer.training.run_modules import modules_of
 from pyro_ebm.ops.module_calls import noting_calls
 
 COMPARE_EVERY = 100  # steps
+MANY_IN_VAIN = 10
 
 
 class Captured(ELBO):
@@ -71,6 +74,7 @@ class Captured(ELBO):
         self.parameters: dict[str, Tensor] = {}
         self.called: list[nn.Module] = []
         self._steps: CapturedStep | None = None
+        self._num_in_vain = 0  # times that it began since a step was replayed
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Returns the objective's loss in nats, and deposits no gradients."""
@@ -92,6 +96,7 @@ class Captured(ELBO):
             steps.look_again()
         replayed = steps.replay(args, self.parameters)
         if replayed is not None:
+            self._num_in_vain = 0
             return self._deposited(replayed)
         with steps.compared(args, nullcontext(), self.parameters, modules_of(self)) as taken:
             loss = taken.loss = self._taken(model, guide, args)
@@ -102,15 +107,31 @@ class Captured(ELBO):
 
     def __call__(self, model: Any, guide: Any) -> Any:
         """Raises ``NotImplementedError``: a loop over a module takes its steps itself."""
+        self._refuse_loop("(model, guide)")
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """Raises ``NotImplementedError``: a replayed step has its gradients already."""
+        self._refuse_loop(".differentiable_loss(model, guide, ...)")
+
+    def _refuse_loop(self, call: str) -> NoReturn:
         raise NotImplementedError(
             f"{type(self).__name__} replays whole steps of pyro.infer.SVI: for a torch loop call "
-            f"{type(self.objective).__name__}(...)(model, guide), or use fit(capture=True)"
+            f"{type(self.objective).__name__}(...){call}, or use fit(capture=True)"
         )
 
     # --- one step
 
     def _begin(self, model: Any, guide: Any) -> None:
         """Starts with the next step, on a model or parameters that are new."""
+        self._num_in_vain += 1
+        if self._num_in_vain == MANY_IN_VAIN:
+            warnings.warn(
+                f"{type(self).__name__} has not replayed a step yet: models, guides or stored "
+                f"parameters were new {MANY_IN_VAIN} times. Make a {type(self).__name__} for each "
+                "SVI, and model and guide once, outside of the loop",
+                SurrogateWarning,
+                stacklevel=4,
+            )
         self.model, self.guide, self._steps = model, guide, None
         self.parameters, self.called = {}, []
 

@@ -338,6 +338,24 @@ def test_a_regression_is_learned_from_its_rows(name):
 # --- what is refused, and what is said
 
 
+@pytest.mark.parametrize("name", ["hutchinson", "sliced"])
+@pytest.mark.parametrize("halves", [False, True])
+def test_whole_numbers_have_no_slope_between_them(name, halves, recwarn):
+    """Counts and grey levels given as floats; one number that is not whole tells measurements."""
+
+    def model(x):
+        theta = pyro.param("theta", torch.ones(2))
+        with pyro.plate("rows", len(x)):
+            law = EnergyDistribution(lambda y: (theta * y**2).sum(-1), event_shape=(2,))
+            pyro.sample("x", law, obs=x)
+
+    x = torch.randint(0, 9, (20, 2)).double()
+    x[-1, -1] += 0.5 * halves
+    MAKERS[name]().differentiable_loss(model, no_guide, x)
+    told = [str(w.message) for w in recwarn if "whole numbers" in str(w.message)]
+    assert len(told) == (not halves)
+
+
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_integers_and_discrete_supports_are_refused(name):
     objective, who = MAKERS[name](), type(MAKERS[name]()).__name__

@@ -127,6 +127,12 @@ def test_data_that_are_not_finite(name, validates, bad):
     )
 
 
+@pytest.mark.parametrize("name", ["nce", "score matching", "ed"])
+def test_data_that_are_no_tensor(name):
+    with pytest.raises(TypeError, match=r"EBM site 'x': .* got ndarray: give torch.as_tensor"):
+        OBJECTIVES[name]().differentiable_loss(MODEL, no_guide, np.zeros(3))
+
+
 @pytest.mark.parametrize("name", ["nce", "cd", "score matching"])
 def test_data_off_the_support(name):
     """Where validation is on, as Pyro has it; in one line as well."""

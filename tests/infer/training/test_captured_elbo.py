@@ -205,6 +205,20 @@ def test_arguments_that_a_graph_would_freeze_are_refused():
 def test_a_torch_loop_is_told_what_to_use():
     with pytest.raises(NotImplementedError, match=r"call NCE\(\.\.\.\)\(model, guide\)"):
         Captured(NCE())(precision_model([4.0]), no_guide)
+    with pytest.raises(NotImplementedError, match=r"call NCE\(\.\.\.\)\.differentiable_loss"):
+        Captured(NCE()).differentiable_loss(precision_model([4.0]), no_guide)
+
+
+def test_one_loss_for_two_trainings_in_turn_is_told_of():
+    """Every step of either is the first one after the other's; one after the other is well."""
+    loss = Captured(ScoreMatching())
+    optim = pyro.optim.Adam({"lr": 1e-3})
+    steps = [SVI(*constrained_model(), optim, loss).step for _ in range(2)]
+    x = torch.randn(8, 2, dtype=torch.float64)
+    for step in steps * 4:  # a warning would be an error
+        [step(x) for _ in range(9)]
+    with pytest.warns(SurrogateWarning, match="Make a Captured for each SVI"):
+        [step(x) for _ in range(5) for step in steps]
 
 
 def test_the_same_objective_in_a_second_fit_is_replayed():
