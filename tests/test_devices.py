@@ -173,6 +173,28 @@ def test_objectives(name):
     assert all(on_device(p) for p in net.parameters())
 
 
+def test_a_fit_is_resumed_bit_for_bit(tmp_path):
+    """Its noise is drawn by the device's own generator."""
+
+    def fitted(num_steps, checkpoint=None):
+        scale = torch.tensor(2.0, device=DEVICE)
+        pyro.clear_param_store()
+        noise = dist.Normal(torch.zeros((), device=DEVICE), 2.0)
+
+        def model(x):
+            a = pyro.param("a", scale)
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", EnergyDistribution(lambda y: a * y**2, event_shape=()), obs=x)
+
+        options = {"seed": 3, "checkpoint": checkpoint, "disable_progbar": True}
+        return infer.fit(model, data, infer.NCE(4, noise), num_steps=num_steps, **options).losses
+
+    data = torch.linspace(-2.0, 2.0, 32, device=DEVICE)
+    fitted(3, tmp_path / "fit.pt")
+    torch.randn(5, device=DEVICE)
+    assert fitted(6, tmp_path / "fit.pt") == fitted(6)
+
+
 @pytest.mark.parametrize(
     "make", [infer.PseudoLikelihood, infer.RatioMatching, infer.DiscreteFisher]
 )

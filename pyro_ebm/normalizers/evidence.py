@@ -74,6 +74,11 @@ _NO_PATH = (
     "a path from the prior needs log Z all over the prior, and draws that are held tell it near "
     'their anchors, or base, only: use method="bridge", more anchors, or an exact log Z'
 )
+_OFF_PATH = (
+    "a log density of the model is NaN or infinite at a draw between prior and posterior: where a "
+    "log Z is a sum, give it more terms, as by num_terms= of ConwayMaxwellPoisson, or use "
+    'method="bridge", which stays near the posterior'
+)
 _NOT_TOLD = (
     "log Z of an EBM site is not told at some of these draws: hold more draws for it, or put "
     "anchors there"
@@ -420,9 +425,7 @@ def _along(target: ModelTarget, prior: _Prior, method: str, *, held: bool) -> Lo
     try:
         return _PATHS[method](law, _tempered(law))
     except NonFiniteEnergyError as error:
-        if held:
-            raise NonFiniteEnergyError(_NO_PATH) from error
-        raise
+        raise NonFiniteEnergyError(_NO_PATH if held else f"{error}; {_OFF_PATH}") from error
 
 
 def _tempered(law: EnergyDistribution) -> TemperedRun:

@@ -5,8 +5,8 @@ taken again by the gradient. An operation on the same operands has the same resu
 them is enough; a result that follows from shapes and numbers alone is computed once and for all.
 Random draws are left as they are, and so is all that shares memory with what is written into.
 
-A Cholesky factorization that fails for one chain raises for all of them. In a graph it gives NaN to
-that chain alone, which its kernel then rejects and counts.
+A factorization, an inverse or a solution of a system that fails for one chain raises for all of
+them. In a graph it gives NaN to that chain alone, which its kernel then rejects and counts.
 """
 
 from __future__ import annotations
@@ -53,29 +53,32 @@ def simplify(graph: GraphModule) -> None:
 
 
 def let_factorizations_fail(graph: GraphModule) -> None:
-    """Makes a failed Cholesky factorization NaN where it was an error, in place."""
+    """Makes what is factorized, inverted or solved NaN where it was an error, in place.
+
+    Such operations return how each matrix fared, which a check behind them reads.
+    """
     for node in list(graph.graph.nodes):
         if node.target is not aten._linalg_check_errors.default:
             continue
         info = node.args[0]
-        source = info.args[0]
-        if source.target is aten.linalg_cholesky_ex.default:
-            graph.graph.erase_node(node)
-            for part in [user for user in source.users if user.args[1] == 0]:
-                _nan_where_failed(graph.graph, part, info)
+        if info.target is not operator.getitem:
+            continue
+        graph.graph.erase_node(node)
+        for part in [user for user in info.args[0].users if user.meta["val"].is_floating_point()]:
+            _nan_where_failed(graph.graph, part, info)
     graph.recompile()
 
 
-def _nan_where_failed(graph: Graph, factor: Node, info: Node) -> None:
-    with graph.inserting_after(max(factor, info)):
+def _nan_where_failed(graph: Graph, part: Node, info: Node) -> None:
+    """Of matrices, or of the vectors of a system, whose batch may be larger than ``info``'s."""
+    with graph.inserting_after(max(part, info)):
         worked = graph.call_function(aten.eq.Scalar, (info, 0))
+    for _ in range(min(2, part.meta["val"].dim() - info.meta["val"].dim())):
+        with graph.inserting_after(worked):
+            worked = graph.call_function(aten.unsqueeze.default, (worked, -1))
     with graph.inserting_after(worked):
-        rows = graph.call_function(aten.unsqueeze.default, (worked, -1))
-    with graph.inserting_after(rows):
-        entries = graph.call_function(aten.unsqueeze.default, (rows, -1))
-    with graph.inserting_after(entries):
-        whole = graph.call_function(aten.where.ScalarOther, (entries, factor, torch.nan))
-    factor.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not whole)
+        whole = graph.call_function(aten.where.ScalarOther, (worked, part, torch.nan))
+    part.replace_all_uses_with(whole, delete_user_cb=lambda user: user is not whole)
 
 
 def _is_pure(node: Node) -> bool:

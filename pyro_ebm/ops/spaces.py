@@ -19,7 +19,7 @@ from torch.distributions.constraints import Constraint, MixtureSameFamilyConstra
 
 from pyro_ebm.ops.constraints import Segment, plain, segments
 
-__all__ = ["UnconstrainedSpace", "bijection"]
+__all__ = ["UnconstrainedSpace", "bijection", "has_ends", "is_at_end"]
 
 
 def bijection(support: Constraint, event_dim: int) -> Transform:
@@ -62,6 +62,60 @@ def _is_mixture(support: Constraint) -> bool:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return isinstance(support, MixtureSameFamilyConstraint)
+
+
+def has_ends(support: Constraint) -> bool:
+    """Whether numbers of a continuous support, or of parts of it, are bounded by constants.
+
+    Example:
+        >>> has_ends(constraints.unit_interval), has_ends(constraints.real_vector)
+        (True, False)
+    """
+    support = plain(support)
+    if isinstance(support, (constraints.cat, constraints.stack)):
+        return any(has_ends(part) for part in support.cseq)
+    return not support.is_discrete and any(b is not None for b in _ends(support))
+
+
+def is_at_end(support: Constraint, x: Tensor, event_dim: int) -> Tensor:
+    """Returns which numbers lie at an end of a support or beyond, where coordinates are infinite.
+
+    Not by way of the coordinates: torch's inverse transforms clamp some, to finite numbers of no
+    meaning.
+
+    Args:
+        support: Any constraint; numbers that are discrete or unbounded are at no end.
+        x: Events, ``rows + event``.
+        event_dim: How many rightmost dims make an event.
+
+    Returns:
+        Truth values shaped as ``x``.
+
+    Example:
+        >>> is_at_end(constraints.simplex, torch.tensor([0.4, 0.6, 0.0]), 1)
+        tensor([False, False,  True])
+    """
+    support = plain(support)
+    if not has_ends(support):
+        return torch.zeros_like(x, dtype=torch.bool)
+    if isinstance(support, (constraints.cat, constraints.stack)):
+        dim = support.dim - event_dim if support.dim >= 0 else support.dim
+        lengths = getattr(support, "lengths", [1] * len(support.cseq))
+        pieces = zip(support.cseq, x.split(lengths, dim), strict=True)
+        return torch.cat([is_at_end(part, piece, event_dim) for part, piece in pieces], dim)
+    lower, upper = (
+        None if end is None else torch.as_tensor(end, dtype=x.dtype, device=x.device)
+        for end in _ends(support)
+    )
+    below = torch.zeros_like(x, dtype=torch.bool) if lower is None else x <= lower
+    return below if upper is None else below | (x >= upper)
+
+
+def _ends(support: Constraint) -> tuple[Tensor | float | None, Tensor | float | None]:
+    """Lower and upper end of every number; the parts of a simplex have the upper end by the sum."""
+    if isinstance(support, type(constraints.simplex)):
+        return 0.0, None
+    return getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
 
 
 class UnconstrainedSpace:

@@ -45,7 +45,7 @@ SETTINGS: dict[str, dict[str, tuple[int, ...]]] = {  # chains, warm-up, draws, s
     "faux.mesa.high": {
         "ours": (128, 40, 300, 0, 5),
         "ergmx": (4, 100, 3000, 0, 0),
-        "stock": (1, 10, 60, 0, 0),
+        "stock": (1, 4, 40, 0, 0),
     },
 }
 

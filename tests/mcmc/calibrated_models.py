@@ -29,6 +29,31 @@ class Precision(ExponentialFamily):
         return torch.randn(shape, dtype=self.precision.dtype) / self.precision.sqrt()
 
 
+class Centre(ExponentialFamily):
+    """N(mean, 1) without its log Z, moved by a kernel that raises at NaN."""
+
+    coefficients = ("mean",)
+
+    def __init__(self, mean):
+        super().__init__((), dist.constraints.real)
+        self._set("mean", mean)
+
+    def statistics(self, x):
+        return torch.stack([x, -0.5 * x.square()], -1)
+
+    def natural(self):
+        return torch.stack([self.mean, torch.ones_like(self.mean)], -1)
+
+    def set_natural(self, natural):
+        self.mean = natural[..., 0]
+
+    def sweep(self, x, num_sweeps):
+        if bool(x.isnan().any()):
+            raise ValueError("NaN has no neighbours")
+        kept = 0.1**num_sweeps
+        return self.mean + kept * (x - self.mean) + (1.0 - kept**2) ** 0.5 * torch.randn_like(x)
+
+
 class Lattice(Ising):
     """A lattice that keeps its log Z to itself."""
 

@@ -590,3 +590,12 @@ def test_a_log_z_without_its_constant_is_a_doubt():
 
         found = evidence(one_lattice_through, log_z, x)
         assert any("up to a constant only" in doubt for doubt in found.doubts) is doubted
+
+
+def test_a_path_that_meets_what_is_not_finite_says_what_to_do():
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.tensor(0.0), 1.0))
+        pyro.factor("far", torch.where(x > 1.5, torch.inf, -x.square()))
+
+    with pytest.raises(NonFiniteEnergyError, match="minus infinity.* num_terms= .* or use method="):
+        evidence(model, method="stepping_stones")

@@ -6,6 +6,7 @@ from small_cases import F64
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ebm.mcmc import MCMC, RandomWalk
+from pyro_ebm.mcmc.targets.failing_rows import nan_where_it_fails
 from pyro_ebm.ops.graph_memory import separate_outputs
 from pyro_ebm.ops.graph_simplification import let_factorizations_fail, simplify
 
@@ -177,6 +178,54 @@ def test_a_factorization_that_fails_is_nan_for_its_chain_alone():
     u, grad = graph(q)
     assert u.isnan().tolist() == [False, False, True, False, False]
     assert grad.isnan()[:, 0].tolist() == u.isnan().tolist()
+
+
+COLUMNS = torch.tensor([[1.0, 0.5], [0.0, 2.0], [-1.0, 1.0]], dtype=F64)
+SINGULAR = {
+    "inv": lambda a: torch.linalg.inv(a).sum((-2, -1)),
+    "inverse": lambda a: a.inverse().sum((-2, -1)),
+    "solve": lambda a: torch.linalg.solve(a, COLUMNS).sum((-2, -1)),
+    "solve from the right": lambda a: torch.linalg.solve(a, COLUMNS.T, left=False).sum((-2, -1)),
+    "solve one vector": lambda a: torch.linalg.solve(a, COLUMNS[:, 0]).sum(-1),
+    "solve more systems": lambda a: torch.linalg.solve(a, COLUMNS.expand(2, 1, 3, 2)).sum(
+        (0, 2, 3)
+    ),
+    "solve_ex": lambda a: torch.linalg.solve_ex(a, COLUMNS)[0].sum((-2, -1)),
+    "lu_factor": lambda a: torch.linalg.lu_factor(a)[0].diagonal(dim1=-2, dim2=-1).log().sum(-1),
+    "matrix_power": lambda a: torch.linalg.matrix_power(a, -2).sum((-2, -1)),
+    "logdet": torch.logdet,
+    "cholesky_inverse": lambda a: torch.cholesky_inverse(a.tril()).sum((-2, -1)),
+    "checked": lambda a: torch.linalg.inv_ex(a, check_errors=True)[0].sum((-2, -1)),
+}
+FROM_WITHIN = ("cholesky_inverse", "checked")
+
+
+def of_matrices(name, q):
+    """A function of the matrices q I + 1/10 or, of a lower factor, q I + its lower half."""
+    with torch.enable_grad():
+        leaf = q.detach().requires_grad_()
+        u = SINGULAR[name](
+            torch.eye(3, dtype=q.dtype) * leaf[:, :, None] + leaf.sign()[..., None] / 10
+        )
+        (grad,) = torch.autograd.grad(u.sum(), leaf)
+    return u.detach(), grad
+
+
+@pytest.mark.parametrize("name", SINGULAR)
+def test_a_singular_matrix_loses_its_chain_alone(name):
+    """The values and gradients of the others are those that they have without it."""
+    q = torch.rand(5, 1, dtype=F64) + 0.5
+    wanted = of_matrices(name, q)
+    graph = captured(lambda q: of_matrices(name, q), q)
+    let_factorizations_fail(graph)
+    simplify(graph)
+    others = torch.tensor([0, 1, 3, 4])
+    singular = q.clone()
+    singular[2] = 0.0
+    found = nan_where_it_fails(graph, singular, q + 1) if name in FROM_WITHIN else graph(singular)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours[others], theirs[others])
+        assert not torch.isfinite(ours[2]).any()
 
 
 def test_chains_survive_a_factorization_that_fails():

@@ -6,7 +6,7 @@ import torch
 from pyro.distributions import constraints as C
 
 from pyro_ebm.ops.constraints import event_support, spins
-from pyro_ebm.ops.spaces import UnconstrainedSpace, bijection
+from pyro_ebm.ops.spaces import UnconstrainedSpace, bijection, has_ends, is_at_end
 
 bounds = torch.tensor([0.0, 5.0], dtype=torch.float64), torch.tensor([1.0, 7.0]).double()
 
@@ -92,3 +92,37 @@ def test_support_without_bijection_is_named(support):
 def test_event_with_too_few_dims():
     with pytest.raises(ValueError, match="needs events of 1 dims, got 0"):
         bijection(C.simplex, 0)
+
+
+MIXED = [C.boolean, C.simplex, C.half_open_interval(0.0, 2.0), C.less_than(3.0), C.real]
+ENDS = [
+    (C.unit_interval, [0.0, 1e-40, 0.5, 1 - 2**-24, 1.0], [0, 4]),
+    (C.nonnegative, [1e-40, 0.0], [1]),
+    (C.interval(*bounds), [0.5, 7.0], [1]),
+    (C.MixtureSameFamilyConstraint(C.unit_interval), [0.0, 0.5], [0]),
+    (C.independent(C.simplex, 1), [[0.0, 1.0, 0.0], [0.2, 0.8, 0.0]], [0, 2, 5]),
+    (
+        C.independent(C.cat(MIXED, -1, [1, 2, 1, 1, 1]), 1),
+        [1.0, 1.0, 0.0, 0.0, 3.0, 0.0],
+        [2, 3, 4],
+    ),
+    (C.cat(MIXED, 0, [1, 2, 1, 1, 1]), [0.0, 0.5, 0.5, 2.0, 0.0, -1e9], [3]),
+    (C.stack([C.unit_interval, C.real], -1), [1.0, 1.0], [0]),
+    (C.independent(C.real, 1), [0.0, -1e9], []),
+    (C.integer_interval(0, 2), [0.0, 2.0], []),
+    (C.ordered_vector, [0.0, 0.0], []),
+]
+
+
+@pytest.mark.parametrize(("support", "event", "ends"), ENDS, ids=str)
+def test_ends_are_told_by_the_values(support, event, ends):
+    """And not by coordinates, of which torch clamps some; beside other rows, too."""
+    x = torch.tensor(event)
+    at_end = torch.zeros(x.numel(), dtype=torch.bool)
+    at_end[ends] = True
+    found = is_at_end(support, torch.stack([x, x.flip(0), x]), x.dim())
+    assert found.dtype == torch.bool
+    for row in (0, 2):
+        assert torch.equal(found[row].reshape(-1), at_end)
+    assert has_ends(support) or not ends
+    assert not has_ends(C.cat([C.real, C.boolean], -1, [1, 1]))  # costs nothing

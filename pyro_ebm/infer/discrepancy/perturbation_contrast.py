@@ -26,6 +26,7 @@ from pyro_ebm.infer.discrepancy.perturbations import Perturbation
 from pyro_ebm.infer.discrepancy.perturbed_space import PerturbedSpace
 from pyro_ebm.infer.scoring.contrast import with_data
 from pyro_ebm.infer.scoring.objective import Objective
+from pyro_ebm.infer.scoring.unconstrained import check_interior
 
 
 class Negatives(NamedTuple):
@@ -97,8 +98,13 @@ class PerturbationContrast(Objective):
         return self.perturbation
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Negatives:
-        """Draws the negatives, in the coordinates that are perturbed."""
+        """Draws the negatives, in the coordinates that are perturbed.
+
+        Raises:
+            ValueError: If data lie on the border of a continuous support.
+        """
         space, perturbation = self.space(p), self.perturbation_of(p, noise)
+        check_interior(self.evaluation.site, p, x, type(self).__name__)
         y = perturbation.there(space.coordinates(x), space.layout)
         points = perturbation.back(y, self.num_negatives, space.layout)
         log_mass = perturbation.log_mass(y, space.layout)

@@ -32,7 +32,7 @@ from pyro_ebm.errors import (
 from pyro_ebm.infer.likelihood.adapted_step import AdaptedStep
 from pyro_ebm.infer.likelihood.chain_watch import ChainWatch
 from pyro_ebm.infer.likelihood.transitions import KernelFactory, Moved, Mover, Transition
-from pyro_ebm.infer.scoring.contrast import Contrast, contrast_law, gap, rows_of
+from pyro_ebm.infer.scoring.contrast import Contrast, contrast_law, gap, rows_of, where_to_look
 from pyro_ebm.infer.scoring.latents import ENOUGH
 from pyro_ebm.infer.scoring.objective import Objective
 from pyro_ebm.ops.arguments import whole
@@ -179,18 +179,18 @@ class NegativePhase(Objective):
         where = f"{type(self).__name__} at EBM site {site!r}"
         values = {name: float(value) for name, value in notes.items()}
         _check_lost(values.get("lost", 0.0), where)
-        self._check_gap(values["energy_gap"], f"{where}, step {self.num_steps_taken}")
+        self._check_gap(values["energy_gap"], f"{where}, step {self.num_steps_taken}", site)
         if trains:
             watch = self.watches.setdefault(site, ChainWatch())
             watch.see(values)
             for sentence in watch.verdicts(int(self.num_steps_taken)):
                 warnings.warn(f"{where}, {sentence}", SurrogateWarning, stacklevel=2)
 
-    def _check_gap(self, gap: float, where: str) -> None:
+    def _check_gap(self, gap: float, where: str, site: str) -> None:
         if not math.isfinite(gap):
             raise NonFiniteEnergyError(
-                f"{where}: the energies of data or chains are not finite. Look for overflow in the "
-                "energy, standardize the data, or lower the learning rate"
+                f"{where}: the energies of data or chains are not finite. "
+                + where_to_look(self.sites[site], self.examples[site])
             )
         if abs(gap) > self.max_gap:
             raise DivergedTrainingError(

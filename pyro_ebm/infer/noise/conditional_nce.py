@@ -126,8 +126,8 @@ class ConditionalNCE(Objective):
         if noise is None and self.noise is not None:
             return self._from_law(self.noise, p, x)
         space = _space(p)
+        check_interior(self.evaluation.site, p, x, type(self).__name__)
         u = space.inv(x)
-        check_interior(self.evaluation.site, p, u, type(self).__name__)
         event_dim = space.domain.event_dim
         copies = u + (
             self._gaussian(u, event_dim)

@@ -25,6 +25,7 @@ from torch import Tensor
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.scoring.contrast import (
+    POSITIVE_AT_DATA,
     Contrast,
     contrast_law,
     fitted_gaussian,
@@ -36,6 +37,7 @@ from pyro_ebm.infer.scoring.contrast import (
 from pyro_ebm.infer.scoring.latents import ENOUGH
 from pyro_ebm.infer.scoring.objective import Objective
 from pyro_ebm.ops.arguments import one_of
+from pyro_ebm.ops.graph_recording import is_recording, require
 from pyro_ebm.ops.log_space import effective_sample_size
 
 Refit = Literal["data", "model"]
@@ -89,16 +91,36 @@ class NoiseContrast(Objective):
             self.is_replayable = False
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Contrast:
-        """Draws noise beside every datum: the guide's, this objective's own, or the base's."""
+        """Draws noise beside every datum: the guide's, this objective's own, or the base's.
+
+        Raises:
+            ValueError: If there is none at some data.
+        """
         if noise is None:
             noise = self._own_noise(p, x)
         q = contrast_law(noise, p, x, needs_density=True, who=type(self).__name__)
         points = q.sample(torch.Size((math.ceil(self.num_noise),)))
         log_noise = q.log_prob(points)
         log_noise_data = q.log_prob(x.to(points.dtype))  # of counts and truth values too
+        self._check_noise_at_data(log_noise_data)
         if not (self.has_second_player or self.refit_every):  # noise that follows the data
             self.evaluation.noise = lambda: (log_noise_data, log_noise)
         return Contrast(points, log_noise, log_noise_data)
+
+    def _check_noise_at_data(self, log_noise_data: Tensor) -> None:
+        """Raises ``ValueError`` for data without noise: told from it by an infinite log ratio.
+
+        They would weigh nothing in the loss. Of a graph that is recorded it is a condition.
+        """
+        bare = log_noise_data == -math.inf
+        if is_recording():
+            require(~bare.any())
+        elif bare.any():
+            raise ValueError(
+                f"EBM site {self.evaluation.site!r}: the log density of {type(self).__name__}'s "
+                f"noise is -inf in {int(bare.sum())} of {bare.numel()} rows of the data, from "
+                f"which nothing would be learned: give noise {POSITIVE_AT_DATA}"
+            )
 
     def noise_of(self, site: str) -> Any:
         """Returns a site's noise where the guide holds none; ``None`` stands for the base.

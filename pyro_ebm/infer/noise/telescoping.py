@@ -172,8 +172,8 @@ class TelescopingNCE(Objective):
         law = self.noise if noise is None else noise
         q = contrast_law(law, p, x, needs_density=True, who=who)
         space = bijection(p.support, len(p.event_shape))
+        check_interior(self.evaluation.site, p, x, who)
         start, end = space.inv(x), space.inv(q.sample())
-        check_interior(self.evaluation.site, p, start, who)
         weights = self._weights(p, x, start, end).reshape((-1,) + (1,) * start.dim())
         points = space((1 - weights**2).sqrt() * start + weights * end)
         before = points[-2] if self.num_bridges > 1 else x

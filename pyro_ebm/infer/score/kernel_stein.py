@@ -96,9 +96,16 @@ class KernelStein(DeterministicObjective):
                 "KernelStein compares all rows as draws of one law: use ScoreMatching, or say "
                 "conditional=False if this is wrong"
             )
-        u = Unconstrained(p, "KernelStein").coordinates(p.broadcast_value(x))
-        check_interior(name, p, u, "KernelStein")
+        check_interior(name, p, p.broadcast_value(x), "KernelStein")
         check_second_derivatives(name, p, x, "KernelStein")
+
+    def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> None:
+        """Draws nothing.
+
+        Raises:
+            ValueError: If data lie on the support's border.
+        """
+        check_interior(self.evaluation.site, p, x, "KernelStein")
 
     def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns the mean of the Stein kernel between a row and all rows that count.

@@ -35,7 +35,7 @@ from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.infer.score.score_objective import Probes, ScoreObjective, probed_loss, signs
 from pyro_ebm.infer.scoring.deterministic import DeterministicObjective
 from pyro_ebm.infer.scoring.objective import Objective
-from pyro_ebm.infer.scoring.unconstrained import Unconstrained
+from pyro_ebm.infer.scoring.unconstrained import Unconstrained, check_interior
 from pyro_ebm.ops.arguments import one_of, whole
 
 
@@ -80,8 +80,15 @@ class ScoreMatching(ScoreObjective, DeterministicObjective):
         return Objective.freeze(self, model, *args, guide=guide, **kwargs)
 
     def draw(self, p: EnergyDistribution, x: Tensor, noise: Any) -> Any:
-        """Draws probes for every datum; nothing for the exact trace."""
-        return None if self.trace == "exact" else super().draw(p, x, noise)
+        """Draws probes for every datum; nothing for the exact trace.
+
+        Raises:
+            ValueError: If data lie on the support's border.
+        """
+        if not self.is_frozen:
+            return super().draw(p, x, noise)
+        check_interior(self.evaluation.site, p, x, "ScoreMatching")
+        return None
 
     def draw_at(self, space: Unconstrained, u: Tensor) -> Probes:
         """Draws signs."""
@@ -101,7 +108,8 @@ class ScoreMatching(ScoreObjective, DeterministicObjective):
     def row_losses(self, p: EnergyDistribution, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns the loss per datum, with fresh probes where it uses any."""
         x = p.broadcast_value(x)
-        return self.per_datum(p, x, self.draw(p, x, None), torch.zeros(()))
+        contrast = None if self.is_frozen else self.draw(p, x, None)
+        return self.per_datum(p, x, contrast, torch.zeros(()))
 
     def check(self, name: str, p: EnergyDistribution, x: Tensor) -> None:
         """Raises ``ValueError`` if the slope of the energy moves by jumps."""

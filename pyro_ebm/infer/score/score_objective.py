@@ -22,7 +22,7 @@ from pyro_ebm.errors import SurrogateWarning
 from pyro_ebm.infer.score.smoothness import refuse_jumps
 from pyro_ebm.infer.scoring.objective import Objective
 from pyro_ebm.infer.scoring.second_derivatives import remedies_named
-from pyro_ebm.infer.scoring.unconstrained import Unconstrained
+from pyro_ebm.infer.scoring.unconstrained import Unconstrained, check_interior
 
 __all__ = ["Probes", "ScoreObjective", "probed_loss", "signs"]
 
@@ -61,7 +61,7 @@ class ScoreObjective(Objective):
         """Draws by the objective's own law what goes with the data.
 
         Raises:
-            ValueError: If a guide holds a contrast.
+            ValueError: If a guide holds a contrast, or data lie on the support's border.
         """
         if noise is not None:
             raise ValueError(
@@ -70,6 +70,7 @@ class ScoreObjective(Objective):
                 "guide"
             )
         space = self.space(p)
+        check_interior(self.evaluation.site, p, x, space.who)
         return self.draw_at(space, space.coordinates(x))
 
     @abstractmethod

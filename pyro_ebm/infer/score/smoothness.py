@@ -47,8 +47,9 @@ def refuse_jumps(name: str, space: Unconstrained, x: Tensor, why: str) -> None:
         ValueError: If the slope of the energy moves by jumps, be it by rounding, or data lie on the
             support's border.
     """
-    u = space.coordinates(space.p.broadcast_value(x))
-    check_interior(name, space.p, u, space.who)
+    x = space.p.broadcast_value(x)
+    check_interior(name, space.p, x, space.who)
+    u = space.coordinates(x)
     with torch.autocast(u.device.type, enabled=False):  # whose rounding is jumps, too
         if not has_jumps(space, u):
             return

@@ -11,9 +11,14 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 from torch.distributions.constraints import Constraint
 
-from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.distributions import EnergyDistribution, GeneralizedEBM
 from pyro_ebm.distributions.layers import is_normalized
 from pyro_ebm.distributions.supports import same_support
+
+POSITIVE_AT_DATA = (
+    "that is positive at all data (torch's Uniform excludes its upper end: dist.Beta(1.0, 1.0) has "
+    "both ends of [0, 1], or let the support be wider than the data), or leave these rows out"
+)
 
 
 class Contrast(NamedTuple):
@@ -66,6 +71,22 @@ def gap(values: Tensor) -> Tensor:
         tensor([3.])
     """
     return values[0] - values[1:].mean(0)
+
+
+@torch.no_grad()
+def where_to_look(p: EnergyDistribution, x: Tensor) -> str:
+    """Returns what to do about energies that are not finite, at data ``x`` or a contrast."""
+    if p.base is not None and not isinstance(p, GeneralizedEBM):  # which has no density
+        bad = ~p.base.log_prob(p.broadcast_value(x)).isfinite()
+        if bad.any():
+            return (
+                f"The log density of the base is not finite in {int(bad.sum())} of {bad.numel()} "
+                f"rows of the data: give a base {POSITIVE_AT_DATA}"
+            )
+    return (
+        "Look for overflow in the energy at data or contrast, standardize the data, or lower the "
+        "learning rate"
+    )
 
 
 def rows_of(p: EnergyDistribution, x: Tensor) -> torch.Size:

@@ -17,8 +17,10 @@ from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.infer.scoring import conditional, enumeration, site_values
 from pyro_ebm.infer.scoring.contexts import ContextChecks
+from pyro_ebm.infer.scoring.contrast import where_to_look
 from pyro_ebm.infer.scoring.latents import Weighs, refuse_drawn
 from pyro_ebm.ops.graph_recording import is_recording
+from pyro_ebm.poutine.surrogate import surrogate_of
 
 
 class Member(Weighs, Protocol):
@@ -129,8 +131,9 @@ def finite(model_trace: Any, used: Collection[str], step: int) -> None:
         log_prob = model_trace.nodes[name]["log_prob"]
         bad = ~torch.isfinite(log_prob.detach())
         if bad.any():
+            scored = surrogate_of(model_trace.nodes[name]["fn"])
+            x = scored.without_padding(model_trace.nodes[name]["value"].detach())
             raise NonFiniteEnergyError(
                 f"EBM site {name!r}: the surrogate is not finite in {int(bad.sum())} of "
-                f"{bad.numel()} rows at step {step}. Look for overflow in the energy at data or "
-                "contrast, standardize the data, or lower the learning rate"
+                f"{bad.numel()} rows at step {step}. {where_to_look(scored.p, x)}"
             )

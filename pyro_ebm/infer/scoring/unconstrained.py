@@ -15,33 +15,38 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.ops.graph_recording import is_recording
-from pyro_ebm.ops.spaces import bijection
+from pyro_ebm.infer.scoring.contrast import rows_of
+from pyro_ebm.ops.graph_recording import is_recording, require
+from pyro_ebm.ops.spaces import bijection, has_ends, is_at_end
 
 __all__ = ["Unconstrained", "check_interior"]
 
 MAX_NUMBERS = 2**24  # second derivatives in one pass: 128 MiB of doubles
 
 
-def check_interior(name: str, p: EnergyDistribution, u: Tensor, who: str) -> None:
+def check_interior(name: str, p: EnergyDistribution, x: Tensor, who: str) -> None:
     """Raises if data lie on the border of a closed support, where coordinates are infinite.
+
+    Of a graph that is recorded it is a condition.
 
     Args:
         name: The site.
         p: Its EBM.
-        u: Unconstrained coordinates of its data, ``rows + event``.
+        x: Its data, ``rows + event``; rows that do not count have been replaced.
         who: The objective.
 
     Raises:
-        ValueError: If some are infinite.
+        ValueError: If some do.
     """
-    if is_recording():  # the steps that are not recorded look
+    if not has_ends(p.support):
         return
-    event_dim = bijection(p.support, len(p.event_shape)).domain.event_dim
-    outside = ~u.isfinite().reshape((*u.shape[: u.dim() - event_dim], -1)).all(-1)
-    if outside.any():
+    at_end = is_at_end(p.support, x, len(p.event_shape))
+    if is_recording():
+        require(~at_end.any())
+    elif at_end.any():
+        rows = at_end.reshape((*rows_of(p, x), -1)).any(-1)
         raise ValueError(
-            f"EBM site {name!r}: {int(outside.sum())} of {outside.numel()} rows of the data lie on "
+            f"EBM site {name!r}: {int(rows.sum())} of {rows.numel()} rows of the data lie on "
             f"the border of the support {p.support}, and {who} takes its unconstrained coordinates,"
             " which are infinite there: move these rows inside, leave them out, or use NCE"
         )

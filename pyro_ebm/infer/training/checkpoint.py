@@ -127,7 +127,9 @@ def _load_schedules(state: dict[str, Any], run: Run) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError:  # of a file that may be well and cannot be read here
+        raise
     except Exception as error:  # whatever a file that is no checkpoint does to the reader
         raise ValueError(
             f"{path} is not a checkpoint of fit, or is damaged; delete it to start anew"
@@ -136,13 +138,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _rng_state() -> dict[str, Any]:
-    """The generators' states without NumPy arrays, which only an unsafe load would accept."""
+    """The generators' states without NumPy arrays, which only an unsafe load would accept.
+
+    Those of CUDA devices are included once CUDA is in use.
+    """
     state = pyro.util.get_rng_state()
     kind, words, *rest = state["numpy"]
-    return {**state, "numpy": (kind, torch.as_tensor(words.astype("int64")), *rest)}
+    of_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    numpy = (kind, torch.as_tensor(words.astype("int64")), *rest)
+    return {**state, "numpy": numpy, "cuda": of_devices}
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:
     kind, words, *rest = state["numpy"]
     words = words.numpy().astype("uint32")
     pyro.util.set_rng_state({**state, "numpy": (kind, words, *rest)})
+    if torch.cuda.is_initialized():
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])

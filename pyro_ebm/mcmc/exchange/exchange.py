@@ -47,13 +47,16 @@ class Exchange(ExchangeKernel):
         >>> import pyro, pyro.distributions as dist
         >>> from pyro_ebm import EnergyDistribution
         >>> from pyro_ebm.energies import Ising
+        >>> from pyro_ebm.mcmc import MCMC
         >>> def model(image):
-        ...     coupling = pyro.sample("coupling", dist.Uniform(0.0, 1.0))
-        ...     field = pyro.sample("field", dist.Normal(0.0, 1.0))
-        ...     law = EnergyDistribution(Ising(coupling, (12, 40), field=field, periodic=False))
+        ...     coupling = pyro.sample("coupling", dist.Uniform(0.0, 0.4))
+        ...     field = pyro.sample("field", dist.Normal(0.0, 0.5))
+        ...     law = EnergyDistribution(Ising(coupling, (13, 40), field=field, periodic=False))
         ...     pyro.sample("image", law, obs=image)
-        >>> Exchange(model).adjusted
-        True
+        >>> mcmc = MCMC(Exchange(model), 5, 5, num_chains=4, disable_progbar=True)
+        >>> mcmc.run(Ising(0.2, (13, 40), field=0.3, periodic=False).sample())
+        >>> mcmc.kernel.adjusted, mcmc.get_samples()["field"].shape
+        (True, torch.Size([4, 5]))
     """
 
     def step(self, potential: CapturedPotential, state: State) -> tuple[State, Info]:

@@ -72,7 +72,7 @@ class ExchangeDiagnostics:
     """What :func:`exchange_diagnostics` found; ``print`` it to read it.
 
     Args:
-        acd: The curvature diagnostic, at least 0.
+        acd: The curvature diagnostic, at least 0; NaN where the model has no finite score.
         acd_threshold: What exact draws stay under 99 times in 100.
         aiks: The squared kernel Stein discrepancy, unbiased and so sometimes negative.
         aiks_pvalue: How often exact draws would give a larger one.
@@ -101,6 +101,12 @@ class ExchangeDiagnostics:
     @property
     def sentence(self) -> str:
         """The verdict."""
+        if not self._are_finite:
+            return (
+                "these draws cannot be judged: their scores are not finite, for a derivative of "
+                "the model, or a statistic of auxiliary draws, is NaN or infinite. Look at both at "
+                "a draw, and mask missing rows"
+            )
         if self.r_hat > MAX_RHAT:
             return (
                 f"do not trust these draws: the chains have not met, R-hat is {self.r_hat:.3g}, "
@@ -126,6 +132,10 @@ class ExchangeDiagnostics:
             "nothing speaks against these draws, and a posterior standard deviation off by "
             f"{self.detectable:.0%} would probably have been seen"
         )
+
+    @property
+    def _are_finite(self) -> bool:
+        return math.isfinite(self.acd) and math.isfinite(self.aiks)
 
     @property
     def _have_met(self) -> bool:
@@ -309,7 +319,7 @@ def _statistics(target: ExchangeTarget, naturals: Values, auxiliary: Auxiliary) 
     for name, template in target.energies.items():
         family = template.with_natural(naturals[name].detach())
         y = auxiliary.draw(family, target.observed[name])
-        found[name] = template.statistics(y) * target.weights[name].unsqueeze(-1)
+        found[name] = target.weighted(name, template.statistics(y), event_dim=1)
     return found
 
 

@@ -158,8 +158,8 @@ class ExchangeKernel(TunedKernel):
         for k in range(1, self.num_bridges + 1):
             y = self._drawn_by.bridge(template.with_natural(new[name] + k * step), y)
             total = total + (step * template.statistics(y)).sum(-1)
-        beyond = self._leads_beyond(template, old[name], new[name]) & (target.weights[name] != 0)
-        return torch.where(beyond, -torch.inf, total * target.weights[name])
+        beyond = self._leads_beyond(template, old[name], new[name])
+        return target.weighted(name, torch.where(beyond, -torch.inf, total))
 
     # --- the reach of a pool
 

@@ -29,7 +29,7 @@ from pyro_ebm.mcmc.targets.target import Values
 from pyro_ebm.mcmc.targets.vmap_safe import VmapSafe, vmap_safe_operations
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine.aside import aside
-from pyro_ebm.poutine.surrogate import SiteScorer, surrogate
+from pyro_ebm.poutine.surrogate import SiteScorer, SurrogateDistribution, surrogate
 from pyro_ebm.poutine.whole_data import check_unscaled
 
 
@@ -48,7 +48,8 @@ class ExchangeTarget(ModelTarget):
 
     Attributes:
         observed: Values of the sites without log Z, ``B + event`` each, or ``(C,) + B + event``
-            where every chain has data of its own.
+            where every chain has data of its own; masked rows hold one that counts, for sweeps
+            start there and what is missing may be NaN.
         energies: Their energies, as the model made them once; parameters are of no account.
         weights: What counts of each site, ``B``: scale times mask.
         draws_are_exact: Whether the energies of all these sites draw from their laws themselves.
@@ -79,7 +80,8 @@ class ExchangeTarget(ModelTarget):
             sites = self._sites_at(self.first)
         if not sites.laws:
             raise ValueError(
-                f"{self.name} has no observed EBM site without log Z: HMC or NUTS samples it"
+                f"{self.name} has no observed EBM site without log Z: use HMC or NUTS, or where a "
+                "site's log Z is known and too slow, is_tractable = False in a class of its energy"
             )
         self.observed, self.weights = dict(sites.observed), sites.weights
         _check_unscaled(sites.weights)
@@ -87,6 +89,7 @@ class ExchangeTarget(ModelTarget):
             self._look_at_each()
         for name, law in sites.laws.items():
             check_observed(name, law.support, self.observed[name], self.weights[name] > 0)
+            self.observed[name] = self._without_padding(name, law)
         check_fixed_sites(self, self._sites_at, sites.observed)
         self.energies = {name: law.energy_function for name, law in sites.laws.items()}
         laws = sites.laws.items()
@@ -109,6 +112,24 @@ class ExchangeTarget(ModelTarget):
                     f"EBM site {name!r}: its mask differs between chains, and exchange has one for "
                     "all: run chains of one mask at a time"
                 )
+
+    def _without_padding(self, name: str, law: EnergyDistribution) -> Tensor:
+        scored = SurrogateDistribution(
+            law, EnergyDistribution.unnormalized_log_prob, self.weights[name] != 0
+        )
+        return scored.without_padding(self.observed[name])
+
+    def weighted(self, name: str, terms: Tensor, *, event_dim: int = 0) -> Tensor:
+        """Returns terms of a site's elements times what counts of each; of masked ones 0, not NaN.
+
+        Args:
+            name: The site.
+            terms: Of shape ``... + B`` and ``event_dim`` dims more.
+            event_dim: How many dims each term has.
+        """
+        weight = self.weights[name]
+        weight = weight.reshape(weight.shape + (1,) * event_dim)
+        return torch.where(weight != 0, terms * weight, 0.0)
 
     def families(self) -> Mapping[str, ExponentialFamily] | None:
         """The sites' energies if all are linear in their parameters and none has a base."""

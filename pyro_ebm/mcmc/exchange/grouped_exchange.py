@@ -56,14 +56,18 @@ class GroupedExchange(ExchangeKernel):
         >>> import pyro, pyro.distributions as dist
         >>> from pyro_ebm import EnergyDistribution
         >>> from pyro_ebm.energies import Ising
+        >>> from pyro_ebm.mcmc import MCMC
         >>> def model(images):
-        ...     mean = pyro.sample("mean", dist.Normal(0.2, 0.2))
+        ...     field = pyro.sample("field", dist.Normal(0.0, 0.5))
         ...     with pyro.plate("groups", len(images)):
-        ...         coupling = pyro.sample("coupling", dist.Normal(mean, 0.1))
-        ...         law = EnergyDistribution(Ising(coupling, (16, 16), field=0.1))
+        ...         coupling = pyro.sample("coupling", dist.Uniform(0.0, 0.4))
+        ...         law = EnergyDistribution(Ising(coupling, (13, 13), field=field))
         ...         pyro.sample("image", law, obs=images)
-        >>> GroupedExchange(model, "groups").num_shared_moves
-        4
+        >>> kernel = GroupedExchange(model, "groups")
+        >>> mcmc = MCMC(kernel, 3, 3, num_chains=4, disable_progbar=True)
+        >>> mcmc.run(Ising(0.2, (13, 13), field=0.3).sample((3,)))
+        >>> mcmc.get_samples()["coupling"].shape
+        torch.Size([4, 3, 3])
     """
 
     def __init__(

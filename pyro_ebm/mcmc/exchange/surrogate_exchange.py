@@ -92,16 +92,20 @@ class SurrogateExchange(ExchangeKernel):
             of their own.
 
     Example:
-        >>> import pyro, torch, pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> from pyro_ebm import EnergyDistribution
         >>> from pyro_ebm.energies import Ising
+        >>> from pyro_ebm.mcmc import MCMC
         >>> def model(image):
-        ...     coupling = pyro.sample("coupling", dist.Uniform(0.0, 1.0))
-        ...     law = EnergyDistribution(Ising(coupling, (12, 40), periodic=False))
+        ...     coupling = pyro.sample("coupling", dist.Uniform(0.0, 0.4))
+        ...     law = EnergyDistribution(Ising(coupling, (13, 40), periodic=False))
         ...     pyro.sample("image", law, obs=image)
-        >>> high_temperature = lambda natural: 908 * natural[..., 0].cosh().log()  # 908 bonds
-        >>> SurrogateExchange(model, surrogate=high_temperature).num_steps
-        5
+        >>> high_temperature = lambda natural: 987 * natural[..., 0].cosh().log()  # 987 bonds
+        >>> kernel = SurrogateExchange(model, surrogate=high_temperature)
+        >>> mcmc = MCMC(kernel, 5, 5, num_chains=4, disable_progbar=True)
+        >>> mcmc.run(Ising(0.2, (13, 40), periodic=False).sample())
+        >>> mcmc.get_samples()["coupling"].shape
+        torch.Size([4, 5])
     """
 
     def __init__(
@@ -243,7 +247,7 @@ class SurrogateTarget(Target):
                     f"natural parameters of shape {tuple(natural.shape)}; expected "
                     f"{tuple(natural.shape[:-1])}, without the last dim"
                 )
-            u = u + (log_z.to(u.dtype) * self.target.weights[name]).reshape(len(q), -1).sum(1)
+            u = u + self.target.weighted(name, log_z.to(u.dtype)).reshape(len(q), -1).sum(1)
         return u
 
     def constrain(self, q: Tensor) -> Values:

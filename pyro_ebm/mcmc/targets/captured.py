@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_ebm.mcmc.targets.failing_rows import nan_where_it_fails
 from pyro_ebm.mcmc.targets.target import Target
 from pyro_ebm.ops.coupled_rows import are_coupled
 from pyro_ebm.ops.graph_recording import ConstantReads, varies
@@ -123,15 +124,25 @@ class CapturedFunction:
         self.compile = compile
         self.capture = capture
         self._graphs: dict[tuple[Any, ...], Callable[[Tensor], tuple[Tensor, ...]]] = {}
+        self._worked: dict[tuple[Any, ...], Tensor] = {}
 
     def __call__(self, q: Tensor) -> tuple[Tensor, ...]:
-        """Returns the function's values at positions ``(C, D)``, detached."""
+        """Returns the function's values at positions ``(C, D)``, detached; NaN where it fails.
+
+        Raises:
+            torch.linalg.LinAlgError: If it fails before it has worked once, and at zero too.
+        """
         key = (q.shape, q.dtype, q.device)
         graph = self._graphs.get(key)
         if graph is None:
             graph = self._graphs[key] = self._capture(q) if self.capture else self.eager
         with torch.no_grad():
-            return graph(q)
+            try:
+                values = graph(q)
+            except torch.linalg.LinAlgError:
+                return nan_where_it_fails(graph, q, self._worked.get(key, torch.zeros_like(q)))
+        self._worked[key] = q
+        return values
 
     def eager(self, q: Tensor) -> tuple[Tensor, ...]:
         """Returns what the function itself does."""

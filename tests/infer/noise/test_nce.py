@@ -546,3 +546,30 @@ def test_ranking_does_not_see_a_constant():
     ranking = RankingNCE(num_noise=4)
     have = ranking.per_datum(shifted, x, contrast, torch.tensor(3.0))
     torch.testing.assert_close(have, ranking.per_datum(p, x, contrast, torch.zeros(())))
+
+
+@pytest.mark.parametrize("make", [NCE, RankingNCE])
+def test_data_without_noise_are_refused(make):
+    """Told from noise by an infinite log ratio, they would be left out of the loss in silence."""
+
+    def model(x, mask=None):
+        law = EnergyDistribution(
+            lambda x: 0.5 * x, event_shape=(), support=dist.constraints.unit_interval
+        )
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=True if mask is None else mask):
+            pyro.sample("x", law, obs=x)
+
+    def no_guide(*args):
+        return None
+
+    x = torch.cat([torch.rand(18), torch.ones(2)])
+    uniform, message = dist.Uniform(0.0, 1.0), "noise is -inf in 2 of 20 rows of the data"
+    objective = make(3, uniform)
+    assert objective.differentiable_loss(model, no_guide, x[:18]).isfinite()
+    with pytest.raises(ValueError, match=message):  # at every step
+        objective.differentiable_loss(model, no_guide, x)
+    with pytest.raises(ValueError, match=message):
+        make(3, uniform).freeze(model, x)
+    assert objective.differentiable_loss(model, no_guide, x, torch.arange(20) < 18).isfinite()
+    both_ends = make(3, dist.Beta(1.0, 1.0))
+    assert both_ends.differentiable_loss(model, no_guide, x.index_fill(0, x.argmin(), 0)).isfinite()

@@ -15,9 +15,12 @@ from torch import nn
 from torch.distributions import constraints
 
 from pyro_ebm.distributions import EnergyDistribution
-from pyro_ebm.errors import EnergyShapeError
+from pyro_ebm.errors import EnergyShapeError, NonFiniteEnergyError
 from pyro_ebm.infer.bayes.generalized_bayes import generalized_posterior
+from pyro_ebm.infer.discrepancy.discrete_energy_discrepancy import DiscreteEnergyDiscrepancy
 from pyro_ebm.infer.discrepancy.energy_discrepancy import EnergyDiscrepancy
+from pyro_ebm.infer.discrepancy.perturbations import GaussianNoise, MixedColumns
+from pyro_ebm.infer.discrepancy.site_perturbations import HeatKernel
 from pyro_ebm.infer.discrete.pseudo_likelihood import PseudoLikelihood
 from pyro_ebm.infer.divergences.kale import KALE
 from pyro_ebm.infer.divergences.mmd import MMD
@@ -28,6 +31,7 @@ from pyro_ebm.infer.noise.nce import NCE, RankingNCE
 from pyro_ebm.infer.noise.telescoping import BridgeEnergy, TelescopingNCE
 from pyro_ebm.infer.score.denoising import DenoisingScoreMatching
 from pyro_ebm.infer.score.kernel_stein import KernelStein
+from pyro_ebm.infer.score.recovery_likelihood import RecoveryLikelihood
 from pyro_ebm.infer.score.score_matching import ScoreMatching
 from pyro_ebm.infer.score.sliced import SlicedScoreMatching
 from pyro_ebm.infer.scoring.per_site import PerSite
@@ -290,6 +294,118 @@ def test_data_on_the_border_have_no_coordinates(make):
     with pytest.raises(ValueError, match=message):
         make().differentiable_loss(model, no_guide, torch.cat([x[:18], torch.zeros(2)]))
     assert NCE().differentiable_loss(model, no_guide, torch.cat([x, torch.zeros(2)])).isfinite()
+
+
+TAKES_COORDINATES = {
+    "score matching": ScoreMatching,
+    "hutchinson": lambda: ScoreMatching(trace="hutchinson"),
+    "sliced": SlicedScoreMatching,
+    "denoising": lambda: DenoisingScoreMatching(0.1),
+    "kernel stein": KernelStein,
+    "recovery": lambda: RecoveryLikelihood(0.5, num_steps=2),
+    "ed": EnergyDiscrepancy,
+    "conditional nce": ConditionalNCE,
+    "telescoping": lambda: TelescopingNCE(1, dist.Beta(1.0, 1.0)),
+    "per site": lambda: PerSite({"x": DenoisingScoreMatching(0.1)}),
+}
+
+
+def proportions(x, mask=None):
+    energy = BridgeEnergy(lambda x: 0.5 * x.unsqueeze(-1), 1)
+    law = EnergyDistribution(energy, event_shape=(), support=constraints.unit_interval)
+    pyro.module("energy", energy)
+    with pyro.plate("data", len(x)), poutine.mask(mask=True if mask is None else mask):
+        pyro.sample("x", law, obs=x)
+
+
+@pytest.mark.parametrize("name", TAKES_COORDINATES)
+def test_data_at_an_end_whose_coordinate_torch_clamps(name):
+    """They would enter at u = 16; what is next to the end is inside, and masked rows are not."""
+    objective, x = TAKES_COORDINATES[name](), torch.rand(20)
+    x[3] = 1 - 2**-24
+    for _ in range(3):  # not at the steps alone at which sites are checked
+        assert objective.differentiable_loss(proportions, no_guide, x).isfinite()
+    x[:2] = torch.tensor([1.0, 0.0])
+    for trained in (objective, TAKES_COORDINATES[name]()):
+        with pytest.raises(ValueError, match="2 of 20 rows of the data lie on the border .* NCE"):
+            trained.differentiable_loss(proportions, no_guide, x)
+    counts = torch.arange(20) >= 2
+    assert objective.differentiable_loss(proportions, no_guide, x, counts).isfinite()
+
+
+def test_a_composition_whose_last_part_is_zero():
+    def model(x):
+        law = EnergyDistribution(
+            lambda x: x.square().sum(-1), event_shape=(3,), support=constraints.simplex
+        )
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", law, obs=x)
+
+    x = dist.Dirichlet(torch.ones(3)).sample((20,))
+    x[4] = torch.tensor([0.4, 0.6, 0.0])
+    with pytest.raises(ValueError, match="1 of 20 rows of the data lie on the border"):
+        ScoreMatching().differentiable_loss(model, no_guide, x)
+
+
+def test_a_proportion_at_its_end_in_a_table():
+    support = constraints.cat([constraints.boolean, constraints.unit_interval], -1, [1, 1])
+
+    def model(x):
+        law = EnergyDistribution(lambda x: x.sum(-1), event_shape=(2,), support=support)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", law, obs=x)
+
+    objective = DiscreteEnergyDiscrepancy(MixedColumns(GaussianNoise(1.0), HeatKernel()))
+    x = torch.stack([torch.ones(20), torch.rand(20)], -1)
+    assert objective.differentiable_loss(model, no_guide, x).isfinite()
+    x[7, 1] = 1.0
+    with pytest.raises(ValueError, match="1 of 20 rows of the data lie on the border"):
+        objective.differentiable_loss(model, no_guide, x)
+
+
+@pytest.mark.parametrize("name", ["score matching", "kernel stein"])
+def test_losses_without_a_contrast_look_at_no_values(name):
+    """Scored outside of training they follow vmap, which has none."""
+    p = EnergyDistribution(lambda x: x.square(), event_shape=(), support=constraints.unit_interval)
+    objective, x = TAKES_COORDINATES[name](), torch.rand(3, 20)
+    found = torch.vmap(lambda x: objective.row_losses(p, x))(x)
+    torch.testing.assert_close(found[1], objective.row_losses(p, x[1]))
+
+
+@pytest.mark.parametrize("name", ["score matching", "denoising"])
+def test_ends_are_told_before_mcmc(name):
+    """By the sandwich's loss, which looks at values once, or by the freezing."""
+
+    def model(x):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            law = EnergyDistribution(
+                lambda x: a * x, event_shape=(), support=constraints.unit_interval
+            )
+            pyro.sample("x", law, obs=x)
+
+    x = torch.rand(20).index_fill(0, torch.tensor([3]), 1.0)
+    with pytest.raises(ValueError, match="1 of 20 rows of the data lie on the border"):
+        generalized_posterior(model, x, loss=TAKES_COORDINATES[name](), num_chains=2)
+
+
+@pytest.mark.parametrize(
+    "objective", [NCE(3, dist.Beta(1.0, 1.0)), ContrastiveDivergence()], ids=["nce", "cd"]
+)
+def test_a_base_without_density_at_data_is_named(objective):
+    """torch's Uniform excludes its upper end; energies that overflow are told as such."""
+
+    def model(x, divisor):
+        with pyro.plate("data", len(x)):
+            base = dist.Uniform(0.0, 1.0)
+            pyro.sample("x", EnergyDistribution(lambda x: x / divisor, base=base), obs=x)
+
+    x = torch.cat([torch.ones(2), torch.rand(18)])
+    message = "density of the base is not finite in 2 of 20 rows of the data: give a base that"
+    with pytest.raises(NonFiniteEnergyError, match=message):
+        objective.differentiable_loss(model, no_guide, x, 1.0)
+    with pytest.raises(NonFiniteEnergyError, match=r"Look for overflow in the energy|chains ran"):
+        objective.differentiable_loss(model, no_guide, x[2:], 0.0)
 
 
 # --- supports that are inferred

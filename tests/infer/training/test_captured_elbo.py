@@ -215,7 +215,7 @@ def test_one_loss_for_two_trainings_in_turn_is_told_of():
     optim = pyro.optim.Adam({"lr": 1e-3})
     steps = [SVI(*constrained_model(), optim, loss).step for _ in range(2)]
     x = torch.randn(8, 2, dtype=torch.float64)
-    for step in steps * 4:  # a warning would be an error
+    for step in steps * 6:  # a warning would be an error
         [step(x) for _ in range(9)]
     with pytest.warns(SurrogateWarning, match="Make a Captured for each SVI"):
         [step(x) for _ in range(5) for step in steps]

@@ -535,6 +535,31 @@ def test_data_that_are_not_finite_in_a_replayed_step():
         fit(model, data, RankingNCE(), batch_size=1, num_steps=22, capture=True, seed=5, **QUIET)
 
 
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (ScoreMatching(), "1 of 1 rows of the data lie on the border"),
+        (NCE(2, dist.Uniform(0.0, 1.0)), "noise is -inf in 1 of 1 rows of the data"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_data_at_an_end_in_a_replayed_step(objective, message):
+    """Inside the support, and out of reach of the objective: a condition of the graph."""
+
+    def model(x):
+        a = pyro.param("a", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            law = EnergyDistribution(
+                lambda y: a * y, event_shape=(), support=dist.constraints.unit_interval
+            )
+            pyro.sample("x", law, obs=x)
+
+    data = torch.rand(22)
+    data[7] = 1.0
+    with pytest.raises(ValueError, match=message):
+        fit(model, data, objective, batch_size=1, num_steps=22, capture=True, seed=5, **QUIET)
+
+
 def test_a_loss_that_is_not_finite_in_a_replayed_step():
     """The weight becomes infinite after step 10, where nothing is compared: no replay hides it."""
 

@@ -34,7 +34,7 @@ from pyro_ebm.infer import (
     ScoreMatching,
     fit,
 )
-from pyro_ebm.infer.training import training_run
+from pyro_ebm.infer.training import checkpoint, training_run
 from pyro_ebm.infer.training.minibatch import PlateScale
 
 BASE = dist.Normal(torch.zeros(2, dtype=torch.float64), 1.5).to_event(1)
@@ -1107,3 +1107,28 @@ def test_a_file_that_is_no_checkpoint(tmp_path):
     path.write_bytes(b"something else")
     with pytest.raises(ValueError, match="not a checkpoint of fit, or is damaged"):
         fit(with_features, torch.randn(12), RankingNCE(), checkpoint=path, num_steps=1, **QUIET)
+
+
+def test_generators_of_devices_are_saved_once_cuda_is_in_use(monkeypatch):
+    """With numbers for generators; ``tests/test_devices.py`` resumes a run where there is one."""
+    generators = [torch.tensor([1]), torch.tensor([2])]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(generators))
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", generators.extend)
+    saved = checkpoint._rng_state()
+    generators.clear()
+    checkpoint._set_rng_state(saved)
+    assert [int(g) for g in generators] == [1, 2]
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "fit.pt"
+    fit(small_model, torch.randn(9, 2), NCE(), checkpoint=path, num_steps=1, **QUIET)
+
+    def refused(*args, **options):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(torch, "load", refused)
+    with pytest.raises(PermissionError, match="not yours"):
+        fit(small_model, torch.randn(9, 2), NCE(), checkpoint=path, num_steps=2, **QUIET)

@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from calibrated_models import Precision
+from calibrated_models import Centre, Precision
 from torus_cases import Lattice, lattice_with, moments, of_lattice, one_lattice
 
 from pyro_ebm import EnergyDistribution, diagnose
@@ -115,6 +115,34 @@ def test_groups_have_parameters_of_their_own():
     check(draws[..., 0], *of_lattice(2))
     check(draws[..., 1], *of_lattice(10))
     check(draws[..., 2], 0.5, 1.0 / 12.0**0.5)
+
+
+class Torn(Sweeps):
+    """Sweeps that lose a row."""
+
+    def draw(self, family, observed):
+        y = super().draw(family, observed)
+        y[..., 0] = torch.nan
+        return y
+
+
+@pytest.mark.parametrize("auxiliary", [Sweeps(8), Torn(8)])
+def test_missing_rows_are_nothing_whatever_stands_there(auxiliary):
+    """NaN where sweeps would start, and in auxiliary draws; a conjugate slope."""
+    z, x = torch.linspace(-1.0, 2.0, 8), torch.linspace(2.0, 1.0, 8)
+    x[[0, 5]] = torch.nan
+    seen = ~x.isnan()
+
+    def model(z, x):
+        slope = pyro.sample("slope", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("rows", len(x)), pyro.poutine.mask(mask=seen):
+            pyro.sample("x", EnergyDistribution(Centre(slope * z)), obs=x)
+
+    mcmc = run(Exchange(model, auxiliary=auxiliary), z, x)
+    precision = 1.0 + float(z[seen].square().sum())
+    mean = float((z * x)[seen].sum()) / precision
+    check(mcmc.get_samples()["slope"], mean, precision**-0.5)
+    assert torch.equal(mcmc.target.observed["x"][seen], x[seen])
 
 
 def test_two_sites_share_a_parameter_and_one_of_them_knows_its_log_z():
@@ -354,7 +382,7 @@ BAD = {
         ValueError,
         r"'x': data of shape \(3, 4, 4\) for one law of event shape \(4, 4\): .* pyro.plate",
     ),
-    "known": (known, X, ValueError, "no observed EBM site without log Z: HMC or NUTS"),
+    "known": (known, X, ValueError, "no observed EBM site without log Z: use HMC or NUTS"),
     "latent": (latent, X, TypeError, "site 'x' lives on"),
 }
 

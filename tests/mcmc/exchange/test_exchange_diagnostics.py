@@ -162,16 +162,28 @@ def test_both_identities_are_unbiased_at_any_number_of_auxiliary_draws(number):
         assert_mean_close(found.second, second, what="second identity")
 
 
-def test_masked_rows_do_not_count():
-    x = torch.stack([lattice(), torch.ones(4, 4)])
+class Torn(ExactDraws):
+    """Exact draws of which the first row is lost, of several lattices or of one."""
+
+    def draw(self, family, observed):
+        y = super().draw(family, observed)
+        y[:, 0] = torch.nan
+        return y
+
+
+@pytest.mark.parametrize("auxiliary", [ExactDraws(), Sweeps(40), Torn()])
+def test_masked_rows_do_not_count(auxiliary):
+    """They are NaN, which sweeps would stop at."""
+    x = torch.stack([torch.full((4, 4), torch.nan), lattice()])
+    family = Checkerboard if isinstance(auxiliary, Sweeps) else Lattice
 
     def two(x):
         coupling = pyro.sample("coupling", dist.Uniform(torch.tensor(0.0), 1.0))
-        with pyro.plate("rows", 2), pyro.poutine.mask(mask=torch.tensor([True, False])):
-            pyro.sample("x", EnergyDistribution(Lattice(coupling, (4, 4))), obs=x)
+        with pyro.plate("rows", 2), pyro.poutine.mask(mask=torch.tensor([False, True])):
+            pyro.sample("x", EnergyDistribution(family(coupling, (4, 4))), obs=x)
 
     q = torch.full((1000, 1), -0.7)
-    both = bartlett(Exchange(two).bind(x), q, ExactDraws(), 4)
+    both = bartlett(Exchange(two).bind(x), q, auxiliary, 4)
     one = bartlett(Exchange(one_lattice).bind(Lattice, lattice()), q, ExactDraws(), 4)
     assert_mean_close(both.score - one.score, 0.0)
     assert_mean_close(both.second - one.second, 0.0)
@@ -275,6 +287,13 @@ def test_chains_too_short_for_r_hat_are_not_judged():
     assert not found.trusted
     assert "too few draws to judge: chains of under 4" in found.sentence
     assert judged(exact_draws((60, 4)), num_auxiliary=2).r_hat > 0
+
+
+def test_scores_that_are_not_finite_are_called_so():
+    """Whatever R-hat is; nothing is said of the posterior."""
+    found = judged(exact_draws((50, 3)), auxiliary=Torn(), num_auxiliary=2)
+    assert "these draws cannot be judged: their scores are not finite" in found.sentence
+    assert not found.trusted
 
 
 def test_a_verdict_that_hardly_anything_could_have_changed_is_none():

@@ -4,12 +4,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from calibrated_models import Precision
+from calibrated_models import Centre, Precision
 from pyro import poutine
 
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import Ising
-from pyro_ebm.mcmc import MCMC, Exchange
+from pyro_ebm.mcmc import MCMC, Exchange, Sweeps
 from pyro_ebm.mcmc.exchange.exchange_target import exchange_target
 from pyro_ebm.mcmc.exchange.group_terms import GroupTerms
 from pyro_ebm.mcmc.exchange.grouped_exchange import GroupedExchange
@@ -123,6 +123,24 @@ def test_without_shared_parameters(x):
     exact = dist.Gamma(3.0 + 0.5 * len(x), 2.0 + 0.5 * x.square().sum(0))
     draws = run(GroupedExchange(model, "groups"), x).get_samples()["precision"]
     check(draws, exact.mean, exact.variance.sqrt())
+
+
+def test_groups_of_different_sizes_under_a_mask(x):
+    """Padded by NaN: means with conjugate posteriors of their own."""
+    counts = torch.arange(GROUPS)  # the first group has no rows
+    seen = torch.arange(ROWS)[:, None] >= ROWS - counts
+    x[~seen] = torch.nan
+
+    def model(x):
+        with pyro.plate("groups", GROUPS, dim=-1):
+            mean = pyro.sample("mean", dist.Normal(x.new_zeros(()), 1.0))
+            with pyro.plate("rows", ROWS, dim=-2), poutine.mask(mask=seen):
+                pyro.sample("x", EnergyDistribution(Centre(0.5 * mean.expand(ROWS, GROUPS))), obs=x)
+
+    kernel = GroupedExchange(model, "groups", auxiliary=Sweeps(8))
+    draws = run(kernel, x, num_samples=120, warmup_steps=120).get_samples()["mean"]
+    precision = 1.0 + 0.25 * counts
+    check(draws, 0.5 * x.nansum(0) / precision, precision.rsqrt())
 
 
 def test_many_groups_move_where_one_decision_for_all_hardly_does():

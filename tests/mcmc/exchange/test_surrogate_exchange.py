@@ -9,7 +9,8 @@ from calibrated_models import Precision
 from pyro_ebm import EnergyDistribution
 from pyro_ebm.energies import Ising
 from pyro_ebm.mcmc import MCMC, Sweeps
-from pyro_ebm.mcmc.exchange.surrogate_exchange import SurrogateExchange
+from pyro_ebm.mcmc.exchange.exchange_target import exchange_target
+from pyro_ebm.mcmc.exchange.surrogate_exchange import SurrogateExchange, SurrogateTarget
 from pyro_ebm.mcmc.targets.captured import CapturedPotential
 from pyro_ebm.normalizers.anchored import anchored
 from pyro_ebm.ops.kaufman import torus_log_normalizer
@@ -193,6 +194,25 @@ def test_rows_count_one_by_one():
     draws = run(kernel, x).get_samples()["precision"]
     exact = dist.Gamma(12.0, 1.0 + 0.5 * x.square().sum())
     check(draws, float(exact.mean), float(exact.variance.sqrt()))
+
+
+def test_a_surrogate_need_not_know_masked_rows():
+    x = torch.randn(5)
+
+    def model(x):
+        precision = pyro.sample("precision", dist.Gamma(torch.tensor(2.0), 1.0))
+        with pyro.plate("rows", len(x)), pyro.poutine.mask(mask=torch.arange(5) > 0):
+            pyro.sample("x", EnergyDistribution(Precision(precision)), obs=x)
+
+    def partial(natural):
+        return torch.where(torch.arange(5) > 0, -0.5 * natural[..., 0].log(), torch.nan)
+
+    def whole(natural):
+        return -0.5 * natural[..., 0].log()
+
+    target, q = exchange_target(model, (x,), {}), torch.randn(4, 1)
+    known, wanted = (CapturedPotential(SurrogateTarget(target, f)) for f in (partial, whole))
+    torch.testing.assert_close(known.value(q), wanted.value(q))
 
 
 def test_an_anchored_surrogate_raises_the_acceptance_of_long_moves():

@@ -10,10 +10,11 @@ from small_cases import F64, LOC, SCALE, scaled
 from torch.fx import GraphModule
 
 from pyro_ebm import EnergyDistribution
-from pyro_ebm.mcmc import HMC
+from pyro_ebm.mcmc import HMC, MCMC
 from pyro_ebm.mcmc.targets import captured
 from pyro_ebm.mcmc.targets.captured import CapturedPotential
 from pyro_ebm.mcmc.targets.distribution_target import DistributionTarget
+from pyro_ebm.mcmc.targets.failing_rows import nan_where_it_fails
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +137,65 @@ def numbers_of_data(x):
 
 def masked_data(x):
     return x.square().sum(-1) * DATA[DATA > 1].sum() + x[:, 0] * len(torch.nonzero(DATA))
+
+
+@pytest.mark.parametrize("number", [1, 5, 16])
+def test_rows_that_fail_are_nan_alone(number):
+    """Any of them, also all; and without rows that work there is nothing to return."""
+
+    def fn(q):
+        inverse = torch.linalg.inv(torch.eye(2, dtype=F64) * q[:, :, None])
+        return inverse.sum((1, 2)), inverse.flatten(1)
+
+    for failed in (torch.ones(number).bool(), *(torch.rand(6, number) < 0.4)):
+        safe = torch.rand(number, 1, dtype=F64) + 0.5
+        q = torch.where(failed[:, None], 0.0, safe + 1.0)
+        for found, wanted in zip(nan_where_it_fails(fn, q, safe), fn(safe + 1.0), strict=True):
+            assert found[failed].isnan().all()
+            assert torch.equal(found[~failed], wanted[~failed])
+    with pytest.raises(torch.linalg.LinAlgError):
+        nan_where_it_fails(fn, q, torch.zeros_like(q))
+
+
+def test_positions_that_worked_are_gone_by():
+    """Zero is singular as well, and a function without a graph fails as one with it does."""
+
+    def energy(x):
+        scale = x[:, :, None] * torch.eye(2, dtype=F64)
+        return torch.cholesky_inverse(scale).sum((-2, -1)) * (1.0 if bool(x.sum() > -99.0) else 2.0)
+
+    potential = CapturedPotential(DistributionTarget(EnergyDistribution(energy, event_shape=(1,))))
+    good = torch.tensor([[1.0], [2.0], [4.0]], dtype=F64)
+    with pytest.warns(UserWarning, match="it branches on its values"):
+        potential(good)
+    u, grad = potential(torch.where(good == 2.0, 0.0, good))
+    torch.testing.assert_close(u, torch.tensor([2.0, torch.nan, 0.125], dtype=F64), equal_nan=True)
+    assert grad.isnan()[:, 0].tolist() == [False, True, False]
+
+
+def correlated(solved, x):
+    """Scales and a correlation that the first trajectories take to the ends of the floats."""
+    factor = pyro.sample("factor", dist.LKJCholesky(2, torch.tensor(1.5)))
+    scales = pyro.sample("scales", dist.Gamma(torch.tensor(2.0), 1.0).expand([2]).to_event(1))
+    root = scales[:, None] * factor
+    covariance = root @ root.mT
+    pyro.factor("x", -0.5 * (x * solved(root, x)).sum() - 10.0 * torch.logdet(covariance))
+
+
+@pytest.mark.parametrize(
+    "solved",
+    [
+        lambda root, x: torch.linalg.solve(root @ root.mT, x),
+        lambda root, x: torch.cholesky_inverse(root) @ x,
+    ],
+    ids=["solve", "cholesky_inverse"],
+)
+def test_chains_survive_singular_matrices(solved):
+    """Some of the first proposals have one, in the graph or from within an operation of it."""
+    mcmc = MCMC(HMC(correlated), 20, 40, num_chains=64, disable_progbar=True)
+    mcmc.run(solved, torch.randn(2, 20))
+    moved = mcmc.get_samples()["scales"].diff(dim=1) != 0
+    assert float(moved.double().mean()) > 0.5
 
 
 @pytest.mark.parametrize("energy", [numbers_of_data, masked_data])
