@@ -882,10 +882,10 @@ def test_non_finite_loss_raises_and_leaves_the_last_good_state(tmp_path):
             model(x)
 
     with pyro.validation_enabled(False), pytest.raises(NonFiniteEnergyError, match="site 'x'"):
-        fit(unvalidated, data, NCE(), num_steps=20, checkpoint=path, **QUIET)
+        fit(unvalidated, data, EnergyDiscrepancy(), num_steps=20, checkpoint=path, **QUIET)
     assert flat(net).isfinite().all()
     pyro.clear_param_store()
-    resumed = fit(model_of(new_net(5)), data, NCE(), num_steps=4, checkpoint=path, **QUIET)
+    resumed = fit(model_of(new_net(5)), data, EnergyDiscrepancy(), num_steps=4, checkpoint=path, **QUIET)
     assert resumed.num_steps == 4
 
 
