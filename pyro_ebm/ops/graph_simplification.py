@@ -16,6 +16,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -64,9 +65,13 @@ def let_factorizations_fail(graph: GraphModule) -> None:
         if info.target is not operator.getitem:
             continue
         graph.graph.erase_node(node)
-        for part in [user for user in info.args[0].users if user.meta["val"].is_floating_point()]:
+        for part in [user for user in info.args[0].users if _is_continuous(user.meta["val"])]:
             _nan_where_failed(graph.graph, part, info)
     graph.recompile()
+
+
+def _is_continuous(values: Tensor) -> bool:
+    return values.is_floating_point() or values.is_complex()
 
 
 def _nan_where_failed(graph: Graph, part: Node, info: Node) -> None:

@@ -100,8 +100,10 @@ def is_at_end(support: Constraint, x: Tensor, event_dim: int) -> Tensor:
         return torch.zeros_like(x, dtype=torch.bool)
     if isinstance(support, (constraints.cat, constraints.stack)):
         dim = support.dim - event_dim if support.dim >= 0 else support.dim
-        lengths = getattr(support, "lengths", [1] * len(support.cseq))
-        pieces = zip(support.cseq, x.split(lengths, dim), strict=True)
+        if isinstance(support, constraints.stack):
+            one_by_one = zip(support.cseq, x.unbind(dim), strict=True)
+            return torch.stack([is_at_end(p, part, event_dim - 1) for p, part in one_by_one], dim)
+        pieces = zip(support.cseq, x.split(support.lengths, dim), strict=True)
         return torch.cat([is_at_end(part, piece, event_dim) for part, piece in pieces], dim)
     lower, upper = (
         None if end is None else torch.as_tensor(end, dtype=x.dtype, device=x.device)

@@ -180,6 +180,17 @@ def test_a_factorization_that_fails_is_nan_for_its_chain_alone():
     assert grad.isnan()[:, 0].tolist() == u.isnan().tolist()
 
 
+def test_a_complex_factorization_that_fails_is_nan_too():
+    def fn(q):
+        return (torch.linalg.cholesky(torch.diag_embed(q) + 0j).abs().sum((1, 2)),)
+
+    q = torch.ones(3, 2, dtype=torch.float64)
+    graph = captured(fn, q)
+    let_factorizations_fail(graph)
+    q[1, 0] = -1.0
+    assert graph(q)[0].isnan().tolist() == [False, True, False]
+
+
 COLUMNS = torch.tensor([[1.0, 0.5], [0.0, 2.0], [-1.0, 1.0]], dtype=F64)
 SINGULAR = {
     "inv": lambda a: torch.linalg.inv(a).sum((-2, -1)),

@@ -126,3 +126,12 @@ def test_ends_are_told_by_the_values(support, event, ends):
         assert torch.equal(found[row].reshape(-1), at_end)
     assert has_ends(support) or not ends
     assert not has_ends(C.cat([C.real, C.boolean], -1, [1, 1]))  # costs nothing
+
+
+def test_ends_of_a_stack_by_row():
+    low = torch.tensor([0.0, 1.0, 2.0])
+    support = C.stack([C.interval(low, low + 1.0), C.real], -1)
+    x = torch.stack([low + 0.5, low], -1)
+    assert not is_at_end(support, x, 1).any()
+    x[1, 0] = 1.0
+    assert is_at_end(support, x, 1).nonzero().tolist() == [[1, 0]]

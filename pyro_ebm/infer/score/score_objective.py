@@ -82,9 +82,11 @@ class ScoreObjective(Objective):
     ) -> None:
         """Raises ``ValueError`` if the slope of the energy moves by jumps and must not.
 
-        Conditional energies are welcome. Warns of whole numbers, which have no density.
+        Conditional energies are welcome. Warns of whole numbers, which have no density, where the
+        loss is made of slopes at the data.
         """
-        _warn_of_counts(name, x, type(self).__name__)
+        if self.why_smooth is not None:
+            _warn_of_counts(name, x, type(self).__name__)
         self.check_smooth(name, self.space(p), x)
 
     def check_smooth(self, name: str, space: Unconstrained, x: Tensor) -> None:

@@ -126,9 +126,9 @@ class Captured(ELBO):
         self._num_in_vain += 1
         if self._num_in_vain == MANY_IN_VAIN:
             warnings.warn(
-                f"{type(self).__name__} has not replayed a step yet: models, guides or stored "
-                f"parameters were new {MANY_IN_VAIN} times. Make a {type(self).__name__} for each "
-                "SVI, and model and guide once, outside of the loop",
+                f"{type(self).__name__} has begun {MANY_IN_VAIN} times without replaying a step: "
+                f"models, guides or stored parameters were new. Make a {type(self).__name__} for "
+                "each SVI, and model and guide once, outside of the loop",
                 SurrogateWarning,
                 stacklevel=4,
             )

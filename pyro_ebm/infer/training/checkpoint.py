@@ -127,7 +127,9 @@ def _load_schedules(state: dict[str, Any], run: Run) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        state: dict[str, Any] = torch.load(
+            path, weights_only=True, map_location=None if torch.cuda.is_available() else "cpu"
+        )
     except OSError:  # of a file that may be well and cannot be read here
         raise
     except Exception as error:  # whatever a file that is no checkpoint does to the reader
@@ -154,4 +156,4 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     words = words.numpy().astype("uint32")
     pyro.util.set_rng_state({**state, "numpy": (kind, words, *rest)})
     if torch.cuda.is_initialized():
-        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+        torch.cuda.set_rng_state_all(state.get("cuda", [])[: torch.cuda.device_count()])

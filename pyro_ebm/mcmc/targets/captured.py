@@ -141,7 +141,7 @@ class CapturedFunction:
                 values = graph(q)
             except torch.linalg.LinAlgError:
                 return nan_where_it_fails(graph, q, self._worked.get(key, torch.zeros_like(q)))
-        self._worked[key] = q
+        self._worked[key] = q.detach().clone()
         return values
 
     def eager(self, q: Tensor) -> tuple[Tensor, ...]:

@@ -874,6 +874,7 @@ def test_in_other_threads_interruptions_are_left_alone():
 
 @pytest.mark.filterwarnings("ignore:.*noise does not cover the data")  # which are infinite
 def test_non_finite_loss_raises_and_leaves_the_last_good_state(tmp_path):
+    objective = EnergyDiscrepancy()
     net, data, path = new_net(), torch.randn(9, 2), tmp_path / "fit.pt"
     model = failing_model(net, None, 4)
 
@@ -882,10 +883,10 @@ def test_non_finite_loss_raises_and_leaves_the_last_good_state(tmp_path):
             model(x)
 
     with pyro.validation_enabled(False), pytest.raises(NonFiniteEnergyError, match="site 'x'"):
-        fit(unvalidated, data, EnergyDiscrepancy(), num_steps=20, checkpoint=path, **QUIET)
+        fit(unvalidated, data, objective, num_steps=20, checkpoint=path, **QUIET)
     assert flat(net).isfinite().all()
     pyro.clear_param_store()
-    resumed = fit(model_of(new_net(5)), data, EnergyDiscrepancy(), num_steps=4, checkpoint=path, **QUIET)
+    resumed = fit(model_of(new_net(5)), data, objective, num_steps=4, checkpoint=path, **QUIET)
     assert resumed.num_steps == 4
 
 
