@@ -38,7 +38,8 @@ def checked(value: Any) -> LogNormalizerLike | None:
         return value
     raise TypeError(
         "log_normalizer must be a number, a tensor, a LogNormalizer or a function without "
-        f"arguments, got {type(value).__name__}"
+        f"arguments, got {type(value).__name__}; pyro_ebm.normalizers computes it, and energies "
+        "that know theirs need none"
     )
 
 

@@ -9,8 +9,9 @@ more on an input of another batch size:
   (``.squeeze(-1)``);
 - a value of exactly ``x``'s shape (``.sum(-1)`` forgotten), which looks like ``d`` particles.
 
-Networks with convolutions, ``BatchNorm`` or ``nn.Flatten`` take exactly one dim of rows. Where one
-fails on other leading dims and not on the same events as rows, :func:`energy_at` says so.
+Networks with convolutions, ``BatchNorm`` or ``nn.Flatten`` take exactly one dim of rows, and
+``torch.cat([x, context], -1)`` takes as many rows as there are contexts. Where one fails on other
+leading dims and not on rows, :func:`energy_at` says which it is.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def energy_at(energy: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> 
     Raises:
         TypeError: If the value is not a tensor.
         EnergyShapeError: If its shape is not one value per event, or the energy fails on these
-            leading dims and not on rows alone.
+            leading dims and not on rows alone, be they any or those that it pairs with a context.
 
     Example:
         >>> from torch import nn
@@ -53,25 +54,41 @@ def energy_at(energy: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> 
     try:
         return check_energy_shape(energy(x), x, event_dim, energy=energy)
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-        if not _takes_rows(energy, x, event_dim):
+        advice = _advice_on_rows(energy, x, event_dim)
+        if advice is None:
             raise
-        event = tuple(x.shape[x.dim() - event_dim :])
-        raise EnergyShapeError(
-            f"the energy takes inputs of shape (rows,) + {event} and failed on {tuple(x.shape)}. "
-            "Contrasts, chains and particles stand in dims before the rows, and single events have "
-            f"none: use pyro_ebm.energies.RowWise(network, event_dim={event_dim}), or let the "
-            "network count dims from the right"
-        ) from error
+        raise EnergyShapeError(advice) from error
 
 
-def _takes_rows(energy: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> bool:
-    """Whether the energy is well on the events of ``x`` as rows, which they are not yet."""
-    if x.dim() == event_dim + 1 or x.dim() < event_dim:
-        return False
-    rows = x.detach().reshape((-1,) + x.shape[x.dim() - event_dim :])
+def _advice_on_rows(energy: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> str | None:
+    """What to do with an energy that is well on rows; ``None`` if it is not, or was given them."""
+    x, lead = x.detach(), x.dim() - event_dim
+    rows = [x[(0,) * k] for k in range(1, lead)] if lead else [x[None]]
+    one = next((values for values in rows if _is_well(energy, values, event_dim)), None)
+    if one is None:
+        return None
+    if not _is_well(energy, _resized(one, event_dim, 1 + 2 * max(one.shape)), event_dim):
+        dims = f"x.shape[:-{event_dim}]" if event_dim else "x.shape"
+        return (
+            f"the energy failed on values of shape {tuple(x.shape)} and not on one value for each "
+            "row: it pairs rows with values of their own, as torch.cat([x, context], -1) does. "
+            "Contrasts, chains and particles stand in dims before the rows: expand what belongs to "
+            f"a row to {dims} and its own dims, vectors by "
+            f"context.expand({dims} + context.shape[-1:])"
+        )
+    event = tuple(x.shape[lead:])
+    return (
+        f"the energy takes inputs of shape (rows,) + {event} and failed on {tuple(x.shape)}. "
+        "Contrasts, chains and particles stand in dims before the rows, and single events have "
+        f"none: use pyro_ebm.energies.RowWise(network, event_dim={event_dim}), or let the "
+        "network count dims from the right"
+    )
+
+
+def _is_well(energy: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> bool:
     try:
-        check_energy_shape(energy(rows), rows, event_dim, energy=energy)
-    except Exception:  # the first error is the one to report
+        check_energy_shape(energy(x), x, event_dim, energy=energy)
+    except Exception:  # the error on the values that were given is the one to report
         return False
     return True
 

@@ -32,11 +32,14 @@ class Ising(ExponentialFamily):
     Args:
         coupling: K in nats, one number per lattice; positive is ferromagnetic.
         shape: ``(n, m)``.
-        field: H in nats; left out if not given.
+        field: H in nats, one number per lattice, too; left out if not given. One for every spin,
+            as under a covariate, is another family: a subclass of
+            :class:`~pyro_ebm.energies.ExponentialFamily`, with a statistic for each covariate.
         periodic: Whether the lattice is a torus. Its sides are then at least 3.
 
     Raises:
-        ValueError: If the shape is not one of two sides, or too small for a torus.
+        ValueError: If the shape is not one of two sides, or too small for a torus, or there is one
+            coupling and a field for every spin.
 
     Example:
         >>> energy = Ising(0.4, (3, 3))
@@ -69,6 +72,19 @@ class Ising(ExponentialFamily):
         self._set("coupling", coupling)
         if field is not None:
             self._set("field", field)
+            self._check_field()
+
+    def _check_field(self) -> None:
+        """A field shaped as the lattice would be a batch of lattices, each under one number."""
+        a_lattice = self.event_shape
+        if self.field.shape[-2:] == a_lattice and self.coupling.shape[-2:] != a_lattice:
+            raise ValueError(
+                f"field is one number per lattice, and one of shape {tuple(self.field.shape)} "
+                f"would make a batch of lattices. For a field at every spin write a family with a "
+                "statistic for each covariate: a subclass of ExponentialFamily whose statistics(x) "
+                "stacks the sum over bonds and (x * z).sum((-2, -1)). If a batch is meant, expand "
+                "coupling to it"
+            )
 
     def statistics(self, x: Tensor) -> Tensor:
         """Returns the sum over bonds and, with a field, the sum of spins, ``(..., p)``."""

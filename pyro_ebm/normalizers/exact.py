@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyro_ebm.distributions import EnergyDistribution
+from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.normalizers.laws import check_dims, law_of, parameters_behind
 from pyro_ebm.ops.constraints import plain, site_values
 from pyro_ebm.ops.initial_points import like_of
@@ -131,6 +132,40 @@ def log_sum(law: EnergyDistribution, states: States) -> Tensor:
     starts = range(0, states.number, CHUNK)
     parts = [checkpoint(part, start, use_reentrant=False) for start in starts]
     return torch.logsumexp(torch.stack(parts), 0)
+
+
+class StatisticsTable:
+    r"""The distinct statistics of all states of a family, and how many states have each.
+
+    .. math:: \log Z(\eta) = \log \sum_t n_t\, e^{\eta \cdot t}
+
+    They do not move with the parameters, so that log Z at other ones takes no more energies.
+
+    Args:
+        statistics: One by state, ``(n, p)``.
+    """
+
+    def __init__(self, statistics: Tensor) -> None:
+        self.statistics, counts = statistics.unique(dim=0, return_counts=True)
+        self.log_counts = counts.to(statistics).log()
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, law: EnergyDistribution, states: States) -> StatisticsTable | None:
+        """Returns that of a law, ``None`` if it has more in it than statistics all rows share."""
+        family = law.energy_function
+        if not isinstance(family, ExponentialFamily) or law.base is not None:
+            return None
+        if type(family).forward is not ExponentialFamily.forward:
+            return None
+        chunks = (states.chunk(start) for start in range(0, states.number, CHUNK))
+        found = torch.cat([family.statistics(x.reshape(_rows(law, x))) for x in chunks])
+        return cls(found.flatten(0, -2)) if found.shape[1:-1].numel() == 1 else None
+
+    def log_sum(self, natural: Tensor) -> Tensor:
+        """Returns log Z in nats at natural parameters ``batch + (p,)``, shaped ``batch``."""
+        exponents = natural.to(self.statistics) @ self.statistics.mT + self.log_counts
+        return torch.logsumexp(exponents, -1)
 
 
 def _rows(law: EnergyDistribution, x: Tensor) -> torch.Size:

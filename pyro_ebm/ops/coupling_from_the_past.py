@@ -80,7 +80,8 @@ def ferromagnet(
     if bool((coupling < 0).any()):
         raise ValueError(
             "coupling from the past needs couplings that are not negative: give the coupling a "
-            "prior on the positive numbers, or the energy another kernel"
+            "prior on the positive numbers, or the energy another kernel, or use posterior(..., "
+            "method='generalized')"
         )
     most = _most.get() if most is None else most
     colors = _colors(shape, periodic=periodic).to(coupling.device)

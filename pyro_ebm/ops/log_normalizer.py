@@ -85,6 +85,8 @@ class LogNormalizer:
     def doubts(self) -> tuple[str, ...]:
         """Reasons not to trust value and error bar, a sentence each; empty if there is none."""
         found = list(self.remarks)
+        if not bool(self.value.isfinite().all()):
+            found.append("it is not finite")
         if self.ess is not None and self.ess < MIN_ESS:
             found.append(f"effective sample size {self.ess:.0f} < {MIN_ESS}")
         if self.khat is not None and not self.khat < self._largest_khat():

@@ -44,7 +44,8 @@ def swendsen_wang(
     if bool((coupling < 0).any()):
         raise ValueError(
             "Swendsen-Wang sweeps need couplings that are not negative: give the coupling a prior "
-            "on the positive numbers, or the energy another kernel"
+            "on the positive numbers, or the energy another kernel, or use posterior(..., "
+            "method='generalized')"
         )
     batch, shape = x.shape[:-2], x.shape[-2:]
     flat = x.reshape((-1,) + shape)

@@ -60,6 +60,36 @@ def check_site_whole(site: dict[str, Any], why: str) -> None:
             )
 
 
+def check_counted_once(site: dict[str, Any]) -> None:
+    """Raises if a value of an EBM site would count several times, under several laws.
+
+    Pyro broadcasts an observed value to the distribution's batch, and ``Normal(zeros(3), 1)`` at
+    one number is the density of three numbers. In a plate that is asked for; outside of one it is
+    not, as where an argument that is one number for a law was given one for each part of an event.
+
+    Args:
+        site: An observed sample site of a run of the model.
+
+    Raises:
+        ValueError: If one would; the message names the site.
+    """
+    law = site["fn"]
+    rows = site["value"].shape[: site["value"].dim() - len(law.event_shape)]
+    declared = {f.dim: f.size for f in site["cond_indep_stack"] if f.dim is not None}
+    for dim in range(-len(law.batch_shape), 0):
+        size = law.batch_shape[dim]
+        given = rows[dim] if -dim <= len(rows) else 1
+        if size > given and declared.get(dim) != size:
+            raise ValueError(
+                f"EBM site {site['name']!r} has batch_shape {tuple(law.batch_shape)}, laws of "
+                f"their own for data of shape {tuple(site['value'].shape)}, and these would count "
+                f"{size} times along dim {dim}. Give its energy one number where it has an "
+                "argument for a law, and write an energy of your own where every part of an event "
+                "has one; if the same data are meant for all laws, put a pyro.plate of that dim "
+                "around"
+            )
+
+
 def check_ebms_unscaled(trace: Trace, what: str) -> None:
     """Raises if an observed EBM site is scaled, which leaves no posterior by Bayes' rule.
 

@@ -249,3 +249,27 @@ def test_the_fast_path_is_cheap():
             check_energy_shape(value, x, 1)
         times.append((time.perf_counter() - start) / 1000)
     assert min(times) < 20e-6  # about 1 microsecond on an idle machine
+
+
+@pytest.mark.parametrize("lead", [(1,), (7,), (3, 4)])
+def test_rows_that_are_paired_with_a_context_are_told(lead):
+    """Advice to take rows only would not help; the advice that is given does."""
+    network, context = nn.Linear(5, 1), torch.randn(6, 3)
+
+    def paired(x):
+        return network(torch.cat([x, context], -1)).squeeze(-1)
+
+    def expanded(x):
+        beside = context.expand(x.shape[:-1] + context.shape[-1:])
+        return network(torch.cat([x, beside], -1)).squeeze(-1)
+
+    x = torch.randn(*lead, 6, 2)
+    with pytest.raises(EnergyShapeError, match=r"it pairs rows .* context\.expand\(x\.shape"):
+        energy_at(paired, x, event_dim=1)
+    assert energy_at(paired, x[(0,) * len(lead)], event_dim=1).shape == (6,)
+    assert energy_at(expanded, x, event_dim=1).shape == (*lead, 6)
+
+
+def test_an_error_that_no_rows_explain_is_the_energys_own():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        energy_at(nn.Linear(3, 1), torch.randn(7, 6, 2), event_dim=1)

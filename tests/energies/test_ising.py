@@ -181,6 +181,11 @@ BAD = {
         ValueError,
         r"inputs of shape \(..., 3, 3\)",
     ),
+    "a field at every spin": (
+        lambda: Ising(0.1, (3, 4), field=torch.randn(5, 3, 4)),
+        ValueError,
+        r"one of shape \(5, 3, 4\) would make a batch of lattices",
+    ),
     "unknown": (
         lambda: Ising(0.1, (20, 20), field=0.1).log_normalizer(),
         NotImplementedError,

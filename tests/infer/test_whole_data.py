@@ -1,5 +1,7 @@
 """Posteriors of some rows, counted several times: refused by every way."""
 
+from contextlib import nullcontext
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -7,10 +9,12 @@ import torch
 from pyro import poutine
 
 from pyro_ebm import EnergyDistribution
+from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.infer.bayes.generalized_bayes import generalized_posterior
 from pyro_ebm.infer.bayes.nce_posterior import nce_posterior
 from pyro_ebm.infer.bayes.posterior import posterior
 from pyro_ebm.infer.score.score_matching import ScoreMatching
+from pyro_ebm.mcmc import HMC, MCMC, Exchange, Sweeps
 from pyro_ebm.ops.constraints import spins
 
 F64 = torch.float64
@@ -97,3 +101,58 @@ def test_noise_posteriors_refuse_scaled_rows_by_themselves():
 
     with pytest.raises(ValueError, match="an NCE posterior counts every row once"):
         nce_posterior(reals, X, noise=dist.Normal(0.0, 2.0))
+
+
+class Pulled(ExponentialFamily):
+    """Two spins in a field."""
+
+    coefficients = ("pull",)
+
+    def __init__(self, pull):
+        super().__init__((2,), spins)
+        self._set("pull", pull)
+
+    def statistics(self, x):
+        return x.sum(-1, keepdim=True)
+
+    def sweep(self, x, num_sweeps):
+        up = torch.sigmoid(2 * self.pull)[..., None].expand_as(x)
+        return 2 * torch.bernoulli(up) - 1
+
+
+Z3 = torch.tensor([0.5, 1.0, 2.0])
+
+
+def by_covariate(x, *, declared=False, known=False):
+    """A law for each of three numbers, where the data are one event."""
+    slope = pyro.sample("slope", dist.Normal(torch.tensor(0.0), 1.0))
+    pull = slope * Z3.double()
+    log_z = (lambda: 2 * torch.log(2 * torch.cosh(pull))) if known else None
+    law = EnergyDistribution(Pulled(pull), log_normalizer=log_z)
+    with pyro.plate("laws", 3) if declared else nullcontext():
+        pyro.sample("x", law, obs=x)
+
+
+WAYS_IN = {
+    "posterior": lambda model, x: posterior(model, x, **FEW),
+    "chains": lambda model, x: MCMC(HMC(model), 2, 2, disable_progbar=True).run(x, known=True),
+    "exchange": lambda model, x: MCMC(
+        Exchange(model, auxiliary=Sweeps(2)), 2, 2, num_chains=4, disable_progbar=True
+    ).run(x),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_one_event_under_many_laws_counts_once_or_not_at_all(way):
+    """Broadcast as Pyro does, the same two spins would be three data sets."""
+    with pytest.raises(ValueError, match="these would count 3 times along dim -1"):
+        WAYS_IN[way](by_covariate, torch.ones(2))
+
+
+def test_a_plate_asks_for_it():
+    found = posterior(by_covariate, torch.ones(2), declared=True, **FEW)
+    assert found.method == "exact log Z"
+
+
+def test_data_of_every_law_are_fine():
+    assert posterior(by_covariate, torch.ones(3, 2), **FEW).method == "exact log Z"

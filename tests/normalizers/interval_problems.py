@@ -134,7 +134,11 @@ PROBLEMS = {
     "model": _model,
 }
 # problems that are no density on the reals have estimators of their own
-OWN = {"spins": ("anchored",), "spins alone": ("from uniform", "bridge"), "model": ("evidence",)}
+OWN = {
+    "spins": ("anchored",),
+    "spins alone": ("from uniform", "bridge"),
+    "model": ("evidence", "evidence, stones", "evidence, path"),
+}
 
 
 def _anchored(family, size):
@@ -164,13 +168,17 @@ ESTIMATORS = {
         lambda p, size: evidence(p.law, posterior={"theta": p.draw((20, size))}),
         (20, 100),
     ),
+    # the size of these is not to be chosen
+    "evidence, stones": (lambda p, _: evidence(p.law, method="stepping_stones"), (3840,)),
+    "evidence, path": (lambda p, _: evidence(p.law, method="thermodynamic"), (3840,)),
     "from uniform": (lambda p, size: from_uniform(p.law, num_chains=size), (200, 800)),
 }
 
 
 def pairs():
     """All pairs of a problem and an estimator that fits it."""
-    general = [e for e in ESTIMATORS if e not in ("anchored", "from uniform", "evidence")]
+    special = {e for own in OWN.values() for e in own} - {"bridge"}
+    general = [e for e in ESTIMATORS if e not in special]
     return [(problem, e) for problem in PROBLEMS for e in OWN.get(problem, general)]
 
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 from interval_problems import ESTIMATORS, coverage, pairs
 
-REPEATS = {"smc": 30, "ais": 100, "thermodynamic": 60, "stepping stones": 60}  # else 200
+REPEATS = {
+    "smc": 30,
+    "ais": 100,
+    "thermodynamic": 60,
+    "stepping stones": 60,
+    "evidence, stones": 60,
+    "evidence, path": 60,
+}  # else 200
 CASES = [(p, e, size) for p, e in pairs() for size in ESTIMATORS[e][1]]
 
 

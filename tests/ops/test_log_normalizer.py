@@ -189,3 +189,12 @@ def test_figures(value, stderr, text):
 def test_many_values_are_told_by_their_range():
     z = LogNormalizer(torch.tensor([1.0, 2.0, 5.0]), torch.zeros(3), "exact")
     assert str(z) == "log Z = 1 to 5 (shape (3,)) nats (exact)"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_not_trusted(value):
+    """Neither is a batch of which one value is not."""
+    for values in (torch.tensor(value), torch.tensor([0.0, value])):
+        estimate = LogNormalizer(values, torch.zeros_like(values), "closed form")
+        assert not estimate.is_trusted
+        assert str(estimate).endswith("not to be trusted: it is not finite")

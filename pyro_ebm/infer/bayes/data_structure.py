@@ -32,7 +32,7 @@ from pyro_ebm.normalizers.exact import States
 from pyro_ebm.normalizers.held_nodes import MAX_DIM
 from pyro_ebm.ops.constraints import base_measure, finite_values, plain
 from pyro_ebm.ops.spaces import UnconstrainedSpace
-from pyro_ebm.poutine.whole_data import check_whole
+from pyro_ebm.poutine.whole_data import check_counted_once, check_whole
 from pyro_ebm.typing import BaseMeasure
 
 
@@ -91,10 +91,29 @@ class SiteStructure:
         return "one observation" if self.num_rows == 1 else "independent rows"
 
     @property
+    def num_states(self) -> float:
+        """How many values the event can have; infinite without finite support."""
+        states = States.finite(self.law)
+        return inf if states is None else states.number
+
+    @property
     def num_terms(self) -> float:
         """How many energies the sum for log Z of all rows has; infinite without finite support."""
         states = States.finite(self.law)
-        return inf if states is None else states.number * self.law.batch_shape.numel()
+        return inf if states is None else states.number * self._num_sums(states)
+
+    def _num_sums(self, states: States) -> int:
+        """One for rows known to share a law."""
+        if self.shares_law:
+            return 1
+        if self.family is None:
+            return self.law.batch_shape.numel()
+        return self.family(states[torch.zeros(1, dtype=torch.long)]).numel()
+
+    @property
+    def broadcasts(self) -> bool:
+        """Whether one value of the event may be given to the energies of all rows at once."""
+        return self.shares_law or self.family is not None
 
     @property
     def shares_law(self) -> bool:
@@ -213,6 +232,7 @@ def data_structure(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Data
     of_latents = frozenset(f.name for s in latents for f in s["cond_indep_stack"])
     for site in ebms:
         _check_tensor(site)
+        check_counted_once(site)
         mask = mask_of(site["fn"], site["mask"])
         check_observed(site["name"], _law_of(site).support, site["value"], mask)
         _check_floating(site)
@@ -381,13 +401,14 @@ def _have_own_laws(name: str, x: Tensor, runs: list[Any]) -> bool:
 
 
 def _has_own_laws(law: EnergyDistribution, x: Tensor) -> bool:
-    """Whether rows have natural parameters, or energies, of their own."""
+    """Whether rows have natural parameters, statistics, energies or a base of their own."""
     energy = law.energy_function
-    if not isinstance(energy, ExponentialFamily):
-        return law.conditional is None and depends_on_rows(law, x)
-    natural = energy.natural()
-    rows = natural.reshape(-1, natural.shape[-1])
-    return bool((rows != rows[:1]).any())
+    if isinstance(energy, ExponentialFamily):
+        natural = energy.natural()
+        rows = natural.reshape(-1, natural.shape[-1])
+        if bool((rows != rows[:1]).any()):
+            return True
+    return law.conditional is None and depends_on_rows(law, x)
 
 
 def _law_of(site: Any) -> EnergyDistribution:

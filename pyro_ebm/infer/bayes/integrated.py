@@ -137,24 +137,27 @@ class Integrated(SiteScorer):
 
     Args:
         rules: A rule by site; sites without one are summed over their states.
-        max_states: States that are summed at most.
         largest_error: Nats by which log Z of a row may be off, by site.
+        enumerated: What scores sites without a rule.
 
     Example:
         >>> low, high = torch.tensor([[-9.0], [9.0]])
         >>> rule = OnBox(Box(low, high, 41), is_shared=True)
         >>> law = EnergyDistribution(lambda x: 0.5 * x**2, event_shape=())
-        >>> Integrated({"x": rule}, 1, {"x": 1e-4}).site_log_prob("x", law, torch.tensor(0.0))
+        >>> Integrated({"x": rule}, {"x": 1e-4}).site_log_prob("x", law, torch.tensor(0.0))
         tensor(-0.9189)
     """
 
     is_normalized = True
 
     def __init__(
-        self, rules: Mapping[str, Rule], max_states: int, largest_error: Mapping[str, float]
+        self,
+        rules: Mapping[str, Rule],
+        largest_error: Mapping[str, float],
+        enumerated: Enumerated | None = None,
     ) -> None:
         self.rules, self.largest_error = rules, largest_error
-        self._enumerated = Enumerated(max_states)
+        self._enumerated = enumerated or Enumerated()
 
     def site_log_prob(self, name: str, p: EnergyDistribution, x: Tensor, **context: Any) -> Tensor:
         """Returns the log density in nats, ``sample + batch``.

@@ -24,6 +24,7 @@ from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.gaussian_base import is_gaussian
 from pyro_ebm.errors import NonFiniteEnergyError
 from pyro_ebm.infer.bayes.data_structure import SiteStructure
+from pyro_ebm.infer.bayes.enumerated import Enumerated
 from pyro_ebm.infer.bayes.integrated import MAX_ERROR, Integrated, OnBase, OnBox, Rule
 from pyro_ebm.infer.bayes.witnesses import witnesses_of
 from pyro_ebm.mcmc import HMC, MCMC
@@ -127,7 +128,7 @@ class Search:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.sites = {site.name: site for site in sites if site.is_continuous}
         self.max_nodes = max_nodes
-        self.max_states = int(max((s.num_terms for s in sites if not s.is_continuous), default=1))
+        self.enumerated = Enumerated.of(sites)
         self.data = {name: _data_of(site) for name, site in self.sites.items()}
         self._boxes: dict[tuple[str, tuple[float, ...]], Box | None] = {}
         self.error = {
@@ -221,7 +222,7 @@ class Search:
         terms = sum(rule.num_nodes * self._num_laws(name) for name, rule in found.items())
         if len(found) < len(rules) or terms > self.max_nodes:
             return None
-        return Integrated(found, self.max_states, self.error)
+        return Integrated(found, self.error, self.enumerated)
 
     def _box(self, name: str, row: Tensor, law: EnergyDistribution) -> Box | None:
         """The box at one position, looked for once."""

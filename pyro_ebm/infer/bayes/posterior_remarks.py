@@ -83,8 +83,7 @@ def how_summed(site: SiteStructure, nodes: Integrals | None) -> str:
         dim, rule = site.dim, nodes.objective.rules[site.name]
         dims = "one dim" if dim == 1 else f"{dim} dims"
         return f"is an integral over {dims}, by {rule}"
-    number = site.num_terms / site.law.batch_shape.numel()
-    return f"is a sum over {number:.0f} states"
+    return f"is a sum over {site.num_states:.0f} states"
 
 
 def off_the_nodes(mcmc: MCMC, nodes: Integrals | None) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ def _exact(run: Run, structure: DataStructure) -> Posterior:
         reasons: tuple[str, ...] = ("log Z of every EBM site is known at every draw.",)
         return Posterior(run.by(HMC(run.model)).record, "exact log Z", reasons)
     _check_summable(structure, run)
-    objective = Enumerated(MAX_TERMS) if run.nodes is None else run.nodes.objective
+    objective = run.nodes.objective if run.nodes else Enumerated.of(structure.sites)
     mcmc = run.by(HMC(surrogate(run.model, objective)))
     reasons = of_sites("log Z of", structure.sites, lambda site: how_summed(site, run.nodes))
     remarks = off_the_nodes(mcmc, run.nodes)

@@ -71,7 +71,12 @@ class NoiseContrast(Objective):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if not isinstance(num_noise, (int, float)) or not num_noise > 0:
+        if not isinstance(num_noise, (int, float)):
+            raise TypeError(
+                "num_noise is a number of noise points, and the distribution that they are drawn "
+                f"from is noise=; got num_noise={num_noise!r}"
+            )
+        if not num_noise > 0:
             raise ValueError(f"num_noise must be positive, got {num_noise!r}")
         if isinstance(noise, str) and noise != "gaussian":
             raise ValueError(f"noise must be a distribution, 'gaussian' or None, got {noise!r}")

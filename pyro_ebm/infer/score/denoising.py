@@ -115,7 +115,7 @@ class DenoisingScoreMatching(ScoreObjective):
             ``None`` is ``"variance"`` for several levels, of which the smallest would drown the
             others, and ``"uniform"`` for one.
         control_variate: Whether to take away what has mean zero and blows up at small levels; for
-            a second score per draw.
+            a second score per draw. Worth it at levels far below the scale of the data.
         **elbo: Arguments of ``pyro.infer.Trace_ELBO``.
 
     Raises:

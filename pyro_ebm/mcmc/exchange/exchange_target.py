@@ -30,7 +30,7 @@ from pyro_ebm.mcmc.targets.vmap_safe import VmapSafe, vmap_safe_operations
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine.aside import aside
 from pyro_ebm.poutine.surrogate import SiteScorer, SurrogateDistribution, surrogate
-from pyro_ebm.poutine.whole_data import check_unscaled
+from pyro_ebm.poutine.whole_data import check_counted_once, check_unscaled
 
 
 class UnnormalizedSites(SiteScorer):
@@ -192,6 +192,7 @@ class _Sites(Messenger):
             return
         if x.dim() > len(law.batch_shape + law.event_shape):
             raise ValueError(_sentence(name, x, law))
+        check_counted_once(msg)
         self.laws[name] = law
         self.observed[name] = x.expand(law.batch_shape + law.event_shape)
         self.weights[name] = _weight(msg, law, x)

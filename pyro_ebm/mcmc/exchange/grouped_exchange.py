@@ -39,6 +39,10 @@ _GAIN, _DECAY = 2.0, 0.6  # of the groups' log jump sizes, per iteration of the 
 class GroupedExchange(ExchangeKernel):
     """Exchange with the groups of a plate accepted one by one, many chains in one batch.
 
+    Shared parameters move given those of the groups. One that stands in every group's energy, as
+    ``field`` does below, is correlated with theirs and mixes slowly: with few groups compare
+    :class:`Exchange`, which moves all at once.
+
     Args:
         model: A Pyro model, as for :class:`Exchange`; its plate of groups holds latents.
         plate: The name of that plate: a context, or a loop whose turns have as many latents each;

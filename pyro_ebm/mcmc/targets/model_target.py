@@ -27,6 +27,7 @@ from pyro_ebm.mcmc.targets.target import Target, Values, check_names, lead_of
 from pyro_ebm.mcmc.targets.vmap_safe import VmapSafe, vmap_safe_operations
 from pyro_ebm.ops.rng import rng_preserved
 from pyro_ebm.poutine.check_model import check_structure, has_energies
+from pyro_ebm.poutine.whole_data import check_counted_once
 
 Potential = Callable[[dict[str, Tensor]], Tensor]
 
@@ -241,11 +242,12 @@ class _Scored(poutine.messenger.Messenger):
 
 
 def _check_data(trace: Any) -> None:
-    """Raises if an EBM's data lie off its support: with validation off, nothing else would."""
+    """Raises if an EBM's data lie off its support, with validation off as well, or count twice."""
     for name in trace.observation_nodes:
         site = trace.nodes[name]
         law = unwrap(site["fn"])
         if law is not None:
+            check_counted_once(site)
             mask = mask_of(site["fn"], site["mask"])
             check_observed(name, law.support, site["value"].detach(), mask)
 

@@ -294,7 +294,7 @@ def with_a_hole():
     sites = data_structure(exponentials, WAITING).sites
     search = Search(exponentials, (WAITING,), {}, sites, 2**15)
     search.target = target_of_model(surrogate(exponentials, UnnormalizedSites()), (WAITING,), {})
-    rules = Integrated({"y": WithAHole()}, 1, {"y": 1e-3})
+    rules = Integrated({"y": WithAHole()}, {"y": 1e-3})
     return Integrals(rules, around_the_hole(), search)
 
 
@@ -459,7 +459,7 @@ def test_a_box_around_others_has_the_smallest_of_their_steps():
 
 
 def test_dims_that_are_not_declared_are_refused():
-    rules = Integrated({"x": OnBox(box(6.5, 65), is_shared=True)}, 1, {"x": 1e-4})
+    rules = Integrated({"x": OnBox(box(6.5, 65), is_shared=True)}, {"x": 1e-4})
     scale = torch.ones(3)
     law = EnergyDistribution(lambda x: 0.5 * (x / scale) ** 2, event_shape=())
     with pytest.raises(ValueError, match="give batch_shape= all dims"):
@@ -468,7 +468,7 @@ def test_dims_that_are_not_declared_are_refused():
 
 def test_where_nodes_do_not_hold_nobody_stays():
     """A box of six standard deviations does not hold a law three times as wide."""
-    rules = Integrated({"x": OnBox(box(6.5, 65), is_shared=True)}, 1, {"x": 1e-4})
+    rules = Integrated({"x": OnBox(box(6.5, 65), is_shared=True)}, {"x": 1e-4})
     one, wide = (
         EnergyDistribution(lambda x, s=s: 0.5 * (x / s) ** 2, event_shape=()) for s in (1.0, 3.0)
     )

@@ -83,7 +83,7 @@ def test_a_sum_over_states_is_in_the_log_likelihood():
 def integrated(draws, *, is_shared):
     """A posterior that says that it was scored by an integral over a box."""
     rule = OnBox(Box(torch.tensor([-20.0]), torch.tensor([20.0]), 401), is_shared=is_shared)
-    scored_by = Integrated({"x": rule}, 1, {"x": 1e-3})
+    scored_by = Integrated({"x": rule}, {"x": 1e-3})
     return Posterior(Record({"precision": draws.numpy()}), "exact log Z", scored_by=scored_by)
 
 

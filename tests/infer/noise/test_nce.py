@@ -573,3 +573,8 @@ def test_data_without_noise_are_refused(make):
     assert objective.differentiable_loss(model, no_guide, x, torch.arange(20) < 18).isfinite()
     both_ends = make(3, dist.Beta(1.0, 1.0))
     assert both_ends.differentiable_loss(model, no_guide, x.index_fill(0, x.argmin(), 0)).isfinite()
+
+
+def test_a_distribution_in_the_place_of_a_number():
+    with pytest.raises(TypeError, match="drawn from is noise=; got num_noise=Normal"):
+        NCE(dist.Normal(0.0, 1.0))
