@@ -4,23 +4,26 @@ A log Z that is given as a ``LogNormalizer`` is subtracted for every element of 
 Its error :math:`\sigma` is the same in all of them, so that a sum over n elements has the error
 :math:`n \sigma`, over all sites that one estimate serves. Different estimates err independently.
 
-A log Z that a model makes at its latents (a quadrature) is a function of these, and none of it: it
-differs from one run of the model to the next, as do the latents.
+A log Z that a model makes at its latents (a quadrature) is a function of these: it differs from one
+run of the model to the next, as do the latents. How far it may be off is no chance, and the same in
+all rows of one law: a sum over n of them may be off by n times as much (:func:`varying_error`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pyro_ebm.chains.observations import Site
+from pyro_ebm.chains.observations import Conditioned, Site
 from pyro_ebm.distributions import EnergyDistribution, unwrap
 from pyro_ebm.distributions.layers import mask_of
 from pyro_ebm.ops.log_normalizer import LogNormalizer
+
+_NUM_LOOKED_AT = 5  # draws, for the error of what is made at latents
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +81,42 @@ def constant_estimates(
 def total_error(estimates: Iterable[ConstantEstimate]) -> float:
     """Returns the standard error in nats that different estimates give a sum over all sites."""
     return math.hypot(*(one.error for one in estimates))
+
+
+def varying_error(runs: Sequence[Mapping[str, Site]]) -> float:
+    """Returns by how many nats log Z's that a model makes at its latents may move a sum, at most.
+
+    Args:
+        runs: Sites of runs of the model at different latents, by name.
+    """
+    found = [dict(_estimates(sites)) for sites in runs]
+    first = found[0]
+    varying = {n for n in first for run in found if n in run and not _are_same(first[n], run[n])}
+    errors = []
+    for run, sites in zip(found, runs, strict=True):
+        parts = [ConstantEstimate(n, run[n], _counts(run[n], sites[n])) for n in varying & set(run)]
+        errors.append(sum(part.error for part in parts))
+    return math.nan if any(math.isnan(e) for e in errors) else max(errors)
+
+
+def varying_error_at(conditioned: Conditioned, names: Collection[str]) -> float:
+    """Returns what :func:`varying_error` does at some draws; a run where nothing is estimated.
+
+    Args:
+        conditioned: The model with its draws.
+        names: The sites whose densities are summed.
+    """
+    some = conditioned.thinned(_NUM_LOOKED_AT)
+
+    def sites(index: int) -> dict[str, Site]:
+        with torch.no_grad():
+            nodes = some.trace(some.values(index)).nodes
+        return {name: site for name, site in nodes.items() if name in names}
+
+    first = sites(0)
+    if not dict(_estimates(first)):
+        return 0.0
+    return varying_error([first, *(sites(i) for i in range(1, some.num_draws))])
 
 
 def left_over(

@@ -34,6 +34,7 @@ from pyro_ebm.chains.constant_estimates import (
     ConstantEstimate,
     constant_estimates,
     total_error,
+    varying_error_at,
 )
 from pyro_ebm.chains.observations import Conditioned, Site, check_leaves_rows_out
 from pyro_ebm.chains.per_draw import at_all_draws
@@ -111,9 +112,11 @@ def pointwise_log_likelihood(
     constants = _constants(conditioned, trace, wanted)
     if doubts := [doubt for one in constants for doubt in one.doubts]:
         warnings.warn(f"log_likelihood: {'; '.join(doubts)}: estimate it better", stacklevel=4)
-    if not functions and not any(one.error for one in constants):
+    off = varying_error_at(conditioned, wanted)
+    if not functions and not off and not any(one.error for one in constants):
         return PointwiseLogLikelihood(values, None)
-    error = _mcse_log_z(conditioned, trace, layouts, functions, total_error(constants))
+    known = math.hypot(total_error(constants), off)
+    error = _mcse_log_z(conditioned, trace, layouts, functions, known)
     return PointwiseLogLikelihood(values, error)
 
 
@@ -244,14 +247,14 @@ def _mcse_log_z(
     like: Any,
     layouts: list[_Layout],
     functions: Sequence[HeldDraws],
-    of_constants: float,
+    known: float,
 ) -> float:
-    """The error of the mean total by held draws and constants; NaN, with a warning, if unknown."""
-    if of_constants != of_constants:  # which is one of their doubts
-        return of_constants
+    """The error of the mean total by held draws and all else; NaN, with a warning, if unknown."""
+    if known != known:  # which is one of the doubts of an estimate
+        return known
     try:
         spread = _spread(conditioned, like, layouts, functions) if functions else 0.0
-        error, why = math.hypot(of_constants, spread), _UNREACHED
+        error, why = math.hypot(known, spread), _UNREACHED
     except ValueError as problem:
         error, why = float("nan"), str(problem)
     if not error <= MAX_MCSE_LOG_Z:
@@ -286,6 +289,6 @@ def _said_of(error: float, why: str) -> str:
     return (
         "log_likelihood: log Z is an estimate, whose error moves the elpd by about "
         f"{error:.2g} nats (elpd_mcse_logz). It is the same in every row, so that neither se nor "
-        f"dse holds it: compare no differences below {2 * error:.2g} nats; raise num_draws or "
-        "num_samples of the estimate"
+        f"dse holds it: compare no differences below {2 * error:.2g} nats; raise num_draws, "
+        "num_samples or num_nodes of the estimate"
     )

@@ -60,6 +60,13 @@ class Conditioned:
         some.num_draws = len(kept)
         return some
 
+    def to(self, dtype: torch.dtype) -> Conditioned:
+        """Returns the model at its draws in a dtype, those of discrete sites as they are."""
+        cast = copy(self)
+        draws = self.draws.items()
+        cast.draws = {n: x.to(dtype) if x.is_floating_point() else x for n, x in draws}
+        return cast
+
     def values(self, index: int) -> dict[str, Tensor]:
         """Returns the latent values of one draw."""
         return {name: draws[index] for name, draws in self.draws.items()}

@@ -40,7 +40,10 @@ from pyro_ebm.chains.constant_estimates import (
     constant_estimates,
     left_over,
     total_error,
+    varying_error,
+    varying_error_at,
 )
+from pyro_ebm.chains.observations import Conditioned
 from pyro_ebm.chains.record import Record, as_record
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.distributions.layers import PERIODIC, innermost, is_normalized, is_periodic, mask_of
@@ -106,8 +109,9 @@ def evidence(
     Returns:
         A ``LogNormalizer``, the evidence in nats. Where log Z of an EBM site is a function made of
         draws (``Anchored``, ``BaseImportance``) its standard error holds theirs, by resampling;
-        where it is a constant that was estimated, that one's for every element that counts. Draws
-        of chains that did not mix are a doubt.
+        where it is a constant that was estimated, that one's for every element that counts, and
+        where the model makes it by nodes (``gauss_hermite``, ``quadrature``), what these may be off
+        for every element. Draws of chains that did not mix are a doubt.
 
     Raises:
         MissingNormalizerError: If log Z of an EBM site is not known at every draw, or there is an
@@ -130,7 +134,7 @@ def evidence(
     one_of("method", method, _METHODS)
     kwargs = dict(kwargs or {})
     with asked() as functions:
-        names, constants = _looked_at(model, args, kwargs)
+        names, sites, constants, off = _looked_at(model, args, kwargs)
         target = target_of_model(model, args, kwargs)
     if bool((target.flat_terms(torch.ones(1, target.dim)) != 0).any()):
         raise ValueError(f"{target!r}: a latent has no density at all, so there is no evidence")
@@ -143,12 +147,15 @@ def evidence(
         remarks = chain_remarks(record, walled=bool(functions))
     if method == "bridge":
         found = _bridged(target, positions, held=bool(functions))
+        at_draws = Conditioned(model, args, kwargs, record.draws).to(target.dtype)
+        off = varying_error_at(at_draws, sites)
     else:
         prior = _Prior(model, args, kwargs, like=target)
         found = _along(target, prior, method, held=bool(functions))
     if functions:
         found = _with_error_of_log_z(found, target, positions, functions)
     own = _with_rounding(found, target.dtype)
+    own = None if own is None else _hypot(own, off)
     found = replace(
         found,
         stderr=None if own is None else _hypot(own, total_error(constants)),
@@ -269,16 +276,18 @@ def _doubts_of_ratio(
 
 def _looked_at(
     model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[set[str], tuple[ConstantEstimate, ...]]:
-    """Names of the latents and estimates of log Z, once nothing is against an evidence."""
+) -> tuple[set[str], set[str], tuple[ConstantEstimate, ...], float]:
+    """Names of latents and of all sites, estimates of log Z, and what others are off by prior."""
 
     def run() -> poutine.Trace:
         return poutine.trace(_OnlyProper()(model)).get_trace(*args, **kwargs)
 
     with torch.no_grad(), aside():
         sites = _checked_sites(run())
-        constants = constant_estimates(sites, lambda: run().nodes)
-    return {name for name, site in sites.items() if not site["is_observed"]}, constants
+        other = _checked_sites(run())
+        constants = constant_estimates(sites, lambda: other)
+    names = {name for name, site in sites.items() if not site["is_observed"]}
+    return names, set(sites), constants, varying_error([sites, other])
 
 
 def _checked_sites(trace: poutine.Trace) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pyro_ebm.chains.arviz import import_arviz
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.energies import Ising
 from pyro_ebm.errors import MissingNormalizerError
-from pyro_ebm.normalizers import Anchored, Box, base_importance, quadrature
+from pyro_ebm.normalizers import Anchored, Box, base_importance, gauss_hermite, quadrature
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 
 az = import_arviz()
@@ -327,3 +327,30 @@ def test_doubts_of_an_estimated_constant_are_warned_of_at_the_call():
     with pytest.warns(UserWarning, match="EBM site 'x0': effective sample size 53 < 100") as told:
         of_standard_normals(torch.randn(20), estimate_of(0.01, ess=53.0))
     assert told[0].filename == __file__
+
+
+def by_few_nodes(x, num_nodes):
+    """x ~ N(0, 1) tilted by exp(-k x^2 / 2): Z = (1 + k)^(-1/2), and few nodes err by some."""
+    k = pyro.sample("k", dist.LogNormal(torch.tensor(8.0).log(), 0.1))
+    law = EnergyDistribution(lambda v: 0.5 * k * v**2, dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", law.with_log_normalizer(gauss_hermite(law, num_nodes=num_nodes)), obs=x)
+
+
+def error_of_all_rows(draws, num_rows, num_nodes):
+    laws = [EnergyDistribution(lambda v, k=k: 0.5 * k * v**2, dist.Normal(0.0, 1.0)) for k in draws]
+    values = torch.stack([gauss_hermite(law, num_nodes=num_nodes).value for law in laws])
+    return num_rows * float((values + 0.5 * torch.log1p(draws)).abs().mean())
+
+
+def test_what_nodes_are_off_in_every_row_is_told_beside_loo():
+    """Nodes err alike in each of n rows: their sum by n times as much, which is no chance."""
+    x, draws = torch.randn(500) / 3, 8.0 + 0.1 * torch.rand(4, 25)
+    few, many = (
+        to_arviz({"k": draws}, model=by_few_nodes, args=(x, n), log_likelihood=True)
+        for n in (50, 150)
+    )
+    off = error_of_all_rows(draws.flatten(), len(x), 50)
+    assert off > 1e-4
+    assert off <= few.log_likelihood.attrs["elpd_mcse_logz"] < 100 * off
+    assert many.log_likelihood.attrs["elpd_mcse_logz"] < 1e-6

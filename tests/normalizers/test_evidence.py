@@ -14,7 +14,7 @@ from pyro_ebm.chains import Record
 from pyro_ebm.energies import Ising
 from pyro_ebm.errors import MissingNormalizerError, NonFiniteEnergyError
 from pyro_ebm.mcmc import HMC, MCMC
-from pyro_ebm.normalizers import Anchored, Box, anchored, base_importance, quadrature
+from pyro_ebm.normalizers import Anchored, Box, anchored, base_importance, gauss_hermite, quadrature
 from pyro_ebm.normalizers.evidence import bayes_factor, evidence
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 
@@ -599,3 +599,40 @@ def test_a_path_that_meets_what_is_not_finite_says_what_to_do():
 
     with pytest.raises(NonFiniteEnergyError, match="minus infinity.* num_terms= .* or use method="):
         evidence(model, method="stepping_stones")
+
+
+def by_nodes(x, num_nodes):
+    """x ~ N(0, 1) tilted by exp(-k x^2 / 2), which is N(0, 1 / (1 + k))."""
+    k = pyro.sample("k", dist.LogNormal(torch.tensor(8.0).log(), 0.1))
+    law = EnergyDistribution(lambda v: 0.5 * k * v**2, dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", law.with_log_normalizer(gauss_hermite(law, num_nodes=num_nodes)), obs=x)
+
+
+def test_what_nodes_are_off_in_every_row_is_in_the_error():
+    """Many rows of a law whose log Z errs by less than is seen of one: together by more."""
+    x = torch.randn(20_000) / 3
+    k = torch.linspace(7.0, 11.0, 4001)
+    rows = len(x) * 0.5 * torch.log1p(k) - 0.5 * (1 + k) * x.square().sum()
+    log_p = dist.LogNormal(math.log(8.0), 0.1).log_prob(k) + rows
+    log_p = log_p - len(x) * 0.5 * math.log(2 * math.pi)
+    exact = torch.logsumexp(log_p, 0) + (k[1] - k[0]).log()
+    draws = {"k": k[torch.multinomial(log_p.softmax(0), 4000, replacement=True).reshape(4, -1)]}
+    few, many = (evidence(by_nodes, x, n, posterior=draws) for n in (50, 120))
+    assert float((many.value - exact).abs() / many.stderr) < 3.0
+    assert float(many.stderr) < 0.05
+    assert 5 * float(many.stderr) < float((few.value - exact).abs()) < float(few.stderr)
+
+
+def test_draws_in_double_precision_of_a_model_in_single():
+    def model(x):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("rows", len(x)):
+            law = EnergyDistribution(lambda y: 0.5 * y**2, event_shape=())
+            law = law.with_log_normalizer(LogNormalizer(torch.tensor(0.9189385)))
+            pyro.sample("y", law, obs=x @ w)
+
+    torch.set_default_dtype(torch.float32)
+    x = torch.zeros(5, 2)
+    draws = {"w": torch.randn(4, 500, 2, dtype=torch.float64)}
+    assert float(evidence(model, x, posterior=draws).value) == pytest.approx(-4.5947, abs=0.05)
