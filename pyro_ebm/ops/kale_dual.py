@@ -67,6 +67,12 @@ class DualProblem(NamedTuple):
         """Returns h at the points of Q, for weights ``exp(log_weights) / n``."""
         return (self.mean - self.gram @ _weights(log_weights)) / self.regularization
 
+    def rounding(self, log_weights: Tensor) -> Tensor:
+        """Returns about how far the value is off by its own arithmetic, 0-d."""
+        alpha = _weights(log_weights)
+        terms = alpha @ (self.gram @ alpha) + 2.0 * self.mean @ alpha + self.square
+        return ROUNDING * (1.0 + terms / self.regularization)
+
     def value(self, log_weights: Tensor) -> Tensor:
         """Returns one plus the dual objective, 0-d; at least the divergence over 1 + lambda."""
         alpha = _weights(log_weights)
@@ -233,12 +239,13 @@ def _line_search(
     problem: DualProblem, a: Tensor, direction: Tensor, decrease: Tensor
 ) -> Tensor | None:
     start, size = problem.value(a), 1.0
+    rounding = ROUNDING * start + problem.rounding(a)
     while size > MIN_STEP:
         moved = a + size * direction
         if moved.max() < MAX_EXPONENT:  # beyond, the weights overflow
             value = problem.value(moved)
             # Near the solution the decrease is below the rounding of the two values.
-            if value <= start - SUFFICIENT * size * decrease + ROUNDING * (1.0 + start):
+            if value <= start - SUFFICIENT * size * decrease + rounding:
                 return moved
         size *= 0.5
     return None

@@ -102,6 +102,15 @@ def test_small_regularization_is_kullback_leibler():
     assert errors[0] / errors[1] == pytest.approx(10.0, rel=0.05)
 
 
+@pytest.mark.parametrize("spread", [0.5, 1.0, 2.5])
+def test_steps_are_few_however_small_the_regularization(spread):
+    """Values are rounded by 1 / lambda as much, which must not be taken for a step gone wrong."""
+    points = spread * torch.tensor([[0.0], [1.0], [2.5]])
+    p, q = points[[0, 0, 0, 1, 2, 2]], points[[0, 1, 1, 2]]
+    lams = torch.logspace(-5, -1, 41).tolist()
+    assert max(kernel_kale(p, q, KERNEL, lam).num_steps for lam in lams) <= 12
+
+
 def test_gap_of_any_weights():
     """What is reported is the dual value minus the primal of the same weights' witness."""
     p, q = samples()
