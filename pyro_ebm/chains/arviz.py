@@ -19,6 +19,7 @@ from pyro_ebm.chains.observations import Conditioned
 from pyro_ebm.chains.record import Arrays, Record, as_record, to_numpy
 from pyro_ebm.chains.runaway import find_runaways
 from pyro_ebm.errors import ImproperEnergyWarning
+from pyro_ebm.ops.held_draws import accounted
 
 __all__ = ["summary", "to_arviz"]
 
@@ -194,7 +195,8 @@ def _log_likelihood(
         )
     listed = [wanted] if isinstance(wanted, str) else wanted
     names = None if isinstance(listed, bool) else list(listed)
-    return pointwise_log_likelihood(conditioned, names)
+    with accounted():  # its error is told beside it
+        return pointwise_log_likelihood(conditioned, names)
 
 
 def _without_masked(

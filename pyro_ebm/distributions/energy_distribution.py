@@ -208,7 +208,9 @@ class EnergyDistribution(TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(x)
-        x, log_z = self.broadcast_value(x), self.log_normalizer_value()
+        x = self.broadcast_value(x)
+        with known_normalizer.served_by(self._log_normalizer) as functions:
+            log_z = self.log_normalizer_value()
         if log_z is None and (mixture := caller_weighing_components()) is not None:
             normalizer_guard.report_mixture(mixture)
         turn = guard_schedule.turn_of(self._energy, self.base, x, log_z)
@@ -231,6 +233,7 @@ class EnergyDistribution(TorchDistribution):
             log_p = self._unnormalized(x)
         if log_z is None:
             return log_p
+        known_normalizer.tell_rows(self._log_normalizer, functions, log_p, log_z)
         return known_normalizer.subtract(log_p, log_z, self._log_normalizer)
 
     def _energy_of(self, x: Tensor) -> Tensor:

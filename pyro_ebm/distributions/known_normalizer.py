@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from pyro_ebm.errors import EnergyShapeError
 from pyro_ebm.ops.autograd_graph import leaves_of
+from pyro_ebm.ops.held_draws import HeldDraws, is_accounted, serving
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.rng import rng_preserved
 
@@ -81,6 +83,33 @@ def subtract(log_p: Tensor, log_z: Tensor, given: LogNormalizerLike | None) -> T
     if log_z.shape != log_p.shape[log_p.dim() - log_z.dim() :]:
         check_broadcasts(log_z.shape, log_p.shape)
     return log_p - log_z.to(log_p.dtype)
+
+
+def served_by(given: LogNormalizerLike | None) -> AbstractContextManager[Iterable[HeldDraws]]:
+    """Inside, what log Z is made of is listed, if it may be made of draws that are held."""
+    return serving() if callable(given) else nullcontext(())
+
+
+def tell_rows(
+    given: LogNormalizerLike | None, functions: Iterable[HeldDraws], log_p: Tensor, log_z: Tensor
+) -> None:
+    """Tells what log Z is estimated by for how many rows of one law it is subtracted.
+
+    Args:
+        given: What was given as log Z.
+        functions: What it asked.
+        log_p: Unnormalized log densities.
+        log_z: Log Z, which broadcasts with them.
+    """
+    serve = given.serve if isinstance(given, LogNormalizer) else None
+    told = [*(() if serve is None else (serve,)), *(f.serve for f in dict.fromkeys(functions))]
+    if not told or is_accounted() or not log_z.numel():
+        return
+    with torch.no_grad():
+        same = (log_z == log_z.reshape(-1)[0]).sum()
+        rows = same * (log_p.numel() // log_z.numel())
+    for each in told:
+        each(rows)
 
 
 def check_broadcasts(shape: torch.Size, energies: torch.Size) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from pyro_ebm.energies import ExponentialFamily
 from pyro_ebm.normalizers.beyond import Beyond
 from pyro_ebm.normalizers.chain_size import MIN_CHAINS, effective_size
-from pyro_ebm.normalizers.displacement import MIN_SHARE, displacement, refuse
+from pyro_ebm.normalizers.displacement import MIN_SHARE, RowsServed, displacement, refuse
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.held_draws import HeldDraws
 from pyro_ebm.ops.log_normalizer import LogNormalizer
@@ -92,6 +92,7 @@ class Anchored(HeldDraws):
             "at parameters that the anchors say nothing of",
             "Add anchors (anchored_to places them)",
         )
+        self._served = RowsServed("effective draws of the anchors", self.anchors.shape[1])
         self._counts = self._effective_counts()
         self._rows, self._log_counts = self._pooled()
         self.log_normalizers = self._solved() + constant
@@ -173,8 +174,14 @@ class Anchored(HeldDraws):
         """Returns log Z in nats, ``(...)`` for natural parameters ``(..., p)``."""
         log_weights = self._log_weights(natural)
         value = torch.logsumexp(log_weights, -1)
-        held = self._size(log_weights.detach()) >= MIN_SHARE * self._counts.min()
+        size = self._size(log_weights.detach())
+        self._served.size = size
+        held = size >= MIN_SHARE * self._counts.min()
         return self._beyond.told(value, held).to(natural.dtype)
+
+    def serve(self, rows: Tensor) -> None:
+        """Takes for how many rows log Z is subtracted, and warns where they are too many."""
+        self._served.told(rows)
 
     def _log_weights(self, natural: Tensor) -> Tensor:
         scores = natural.double() @ self._rows.mT

@@ -36,6 +36,7 @@ from pyro_ebm.normalizers.anchor_error import Naturals
 from pyro_ebm.normalizers.anchored import Anchored, NoOverlapError, anchored
 from pyro_ebm.normalizers.displacement import MAX_DISPLACEMENT, draws_wanted, times_as_many
 from pyro_ebm.ops.arguments import whole
+from pyro_ebm.ops.held_draws import accounted
 
 REACH = 1.5
 """Standard deviations of a statistic between neighbouring anchors, and per step of the search."""
@@ -223,7 +224,8 @@ class _Loop:
         mcmc = MCMC(
             HMC(self.model), _NUM_SAMPLES, _WARMUP, num_chains=_NUM_CHAINS, disable_progbar=True
         )
-        with warnings.catch_warnings():  # the check is at a draw of the prior, log Z need not be
+        with accounted(), warnings.catch_warnings():
+            # the check is at a draw of the prior, where log Z need not be
             warnings.filterwarnings("ignore", message="whether every log Z covers")
             mcmc.run(log_z, *self.args, initial_params=self._starts(held))
         self._ends = {

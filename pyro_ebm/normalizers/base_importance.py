@@ -37,7 +37,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from pyro_ebm.distributions import EnergyDistribution
 from pyro_ebm.normalizers.beyond import Beyond
-from pyro_ebm.normalizers.displacement import MIN_SHARE, displacement, refuse
+from pyro_ebm.normalizers.displacement import MIN_SHARE, RowsServed, displacement, refuse
 from pyro_ebm.normalizers.growth import check_grows
 from pyro_ebm.normalizers.importance import from_weights
 from pyro_ebm.normalizers.laws import check_dims, law_of, normalized_on, single
@@ -65,6 +65,7 @@ class BaseImportance(HeldDraws):
         with torch.no_grad():
             self._log_density = base.log_prob(self.draws)
         self._is_looked_at = False
+        self._served = RowsServed("effective draws of the base")
         self._beyond = Beyond(
             "of a law that the draws of its base say nothing of",
             "Use more draws, a base nearer to the law, normalizers.anchored",
@@ -92,9 +93,15 @@ class BaseImportance(HeldDraws):
         """
         log_weights = self.log_weights(law)
         value = torch.logsumexp(log_weights, 0) - math.log(self.num_draws)
-        held = effective_sample_size(log_weights.detach()) >= MIN_SHARE * self.num_draws
+        size = effective_sample_size(log_weights.detach())
+        self._served.size = size
+        held = size >= MIN_SHARE * self.num_draws
         self._look(law, held)
         return self._beyond.told(value, held).to(self.draws.dtype)
+
+    def serve(self, rows: Tensor) -> None:
+        """Takes for how many rows log Z is subtracted, and warns where they are too many."""
+        self._served.told(rows)
 
     def _look(self, law: EnergyDistribution, held: Tensor) -> None:
         """Raises if Z of the first law that is told of is infinite; not seen under ``vmap``."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_ebm.ops.arguments import whole
+from pyro_ebm.ops.watch import Watch
 
 MIN_SHARE = 0.05
 """The share of effective draws below which log Z is not told."""
@@ -62,4 +63,43 @@ def refuse(off: float, what: str, instead: str = "") -> None:
         raise ValueError(
             f"{what} displace the posterior by about {off:.2g} of its standard deviations: use "
             f"{math.ceil(times_as_many(off))} times as many{instead}"
+        )
+
+
+class RowsServed:
+    r"""Warns where a log Z made of draws serves more rows than its draws allow for.
+
+    Attributes:
+        size: S where log Z was last told, of the batch shape.
+
+    Args:
+        draws: What S counts.
+        num_parameters: p; 1 where it is not known, which is the least that may be.
+
+    Example:
+        >>> served = RowsServed("effective draws", 2)
+        >>> served.size = torch.tensor(1000.0)
+        >>> served.told(torch.tensor(20))  # sqrt(40 / 1000) = 0.2
+    """
+
+    def __init__(self, draws: str, num_parameters: int = 1) -> None:
+        self.draws, self.num_parameters = draws, num_parameters
+        self.size: Tensor | None = None
+        self._watch = Watch(MAX_DISPLACEMENT, self._sentence)
+
+    def told(self, rows: Tensor) -> None:
+        """Takes for how many rows log Z is subtracted.
+
+        Args:
+            rows: n, those of the first law of the batch, 0-d.
+        """
+        if self.size is not None:
+            self._watch.take(torch.sqrt(self.num_parameters * rows / self.size.flatten()[0]))
+
+    def _sentence(self, off: float) -> str:
+        return (
+            f"the {self.draws} displace the posterior of so many rows by about {off:.2g} of its "
+            f"standard deviations (the rule sqrt(p n / S) with p = "
+            f"{self.num_parameters}): use {math.ceil(times_as_many(off))} times as "
+            "many draws, mcmc.Exchange, or tell the error by mcse_logz"
         )

@@ -56,7 +56,7 @@ from pyro_ebm.normalizers.chain_remarks import chain_remarks
 from pyro_ebm.normalizers.tempered import TemperedRun, tempered
 from pyro_ebm.normalizers.thermodynamic import stepping_stones, thermodynamic
 from pyro_ebm.ops.arguments import one_of
-from pyro_ebm.ops.held_draws import HeldDraws, asked, replicated
+from pyro_ebm.ops.held_draws import HeldDraws, accounted, asked, replicated
 from pyro_ebm.ops.log_normalizer import LogNormalizer
 from pyro_ebm.ops.nan_energies import NaNCount
 from pyro_ebm.poutine.aside import aside
@@ -88,6 +88,7 @@ _NOT_TOLD = (
 )
 
 
+@accounted()
 def evidence(
     model: Model,
     *args: Any,

@@ -11,12 +11,14 @@ which it calls under a handler as a model does, and wherever values cannot be lo
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 
 from pyro_ebm.normalizers.beyond import Beyond
 from pyro_ebm.ops.log_normalizer import LogNormalizer
+from pyro_ebm.ops.watch import Watch
 
 MAX_DIM = 3
 """Dims of a grid of nodes."""
@@ -24,6 +26,9 @@ MAX_DIM = 3
 MAX_ERROR = 1e-3
 """Nats of error above which a sum is no log Z: a hundred rows see it a hundred times, a tenth of a
 nat, which moves a posterior by about a tenth of its standard deviation at most."""
+
+MAX_SUM = 0.1
+"""The same tenth of a nat for the sum over all rows of a model, above which it warns."""
 
 
 class HeldNodes:
@@ -43,6 +48,7 @@ class HeldNodes:
 
     def __init__(self, method: str, where: str, remedy: str) -> None:
         self.method, self.remedy = method, remedy
+        self._served = Watch(MAX_SUM, self._sentence)
         self.beyond = Beyond(where, f"A posterior that reaches there is cut off: {remedy}")
 
     def log_normalizer(
@@ -68,6 +74,16 @@ class HeldNodes:
             self.method,
             remarks=() if holds else self._remarks(value, error),
             parameters=parameters,
+            serve=partial(self._serve, error),
+        )
+
+    def _serve(self, error: Tensor, rows: Tensor) -> None:
+        self._served.take(rows * error.max())
+
+    def _sentence(self, off: float) -> str:
+        return (
+            f"log Z by {self.method} errs by up to {off:.2g} nats in the sum over all rows of a "
+            f"law, as the change from fewer nodes tells: {self.remedy}"
         )
 
     def _remarks(self, value: Tensor, error: Tensor) -> tuple[str, ...]:

@@ -4,6 +4,9 @@ They are estimates, and whoever sums up a model through them has to know of it. 
 function in a closure of any depth, which cannot be read off its sites: so the functions say when
 they are called, and can be replaced, all at once, by others made of resampled draws, whose scatter
 is the error of these.
+
+Their error counts for as many rows as log Z is subtracted for. An ``EnergyDistribution`` tells
+them (:func:`serving`); who lists them by :func:`asked` accounts for the error, and nothing is told.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 Replicate = Callable[[Any], Tensor]
 
 _asked: ContextVar[tuple[list[HeldDraws], ...]] = ContextVar("asked", default=())
+_accounted: ContextVar[bool] = ContextVar("accounted", default=False)
 _replicates: ContextVar[Mapping[HeldDraws, Replicate] | None] = ContextVar(
     "replicates", default=None
 )
@@ -50,6 +54,14 @@ class HeldDraws(ABC):
         """Returns log Z in nats, differentiable in the parameters."""
 
     @abstractmethod
+    def serve(self, rows: Tensor) -> None:
+        """Takes for how many rows log Z as it was last told is subtracted.
+
+        Args:
+            rows: Those of the first law that was asked of, 0-d.
+        """
+
+    @abstractmethod
     def bootstrap(self, num_replicates: int) -> Sequence[Replicate]:
         """Returns functions made of resampled draws.
 
@@ -60,6 +72,28 @@ class HeldDraws(ABC):
 
 @contextmanager
 def asked() -> Iterator[list[HeldDraws]]:
+    """Inside, the functions that this thread calls are listed, and none is told of rows."""
+    with accounted(), serving() as seen:
+        yield seen
+
+
+@contextmanager
+def accounted() -> Iterator[None]:
+    """Inside, the error of log Z is looked after by the caller: rows are not counted."""
+    token = _accounted.set(True)
+    try:
+        yield
+    finally:
+        _accounted.reset(token)
+
+
+def is_accounted() -> bool:
+    """Whether the error of log Z is looked after."""
+    return _accounted.get()
+
+
+@contextmanager
+def serving() -> Iterator[list[HeldDraws]]:
     """Inside, the functions that are called from this thread are listed."""
     seen: list[HeldDraws] = []
     token = _asked.set((*_asked.get(), seen))
@@ -88,7 +122,8 @@ def replicated(
     for each in zip(*copies, strict=True):
         token = _replicates.set(dict(zip(different, each, strict=True)))
         try:
-            found.append(evaluated())
+            with accounted():
+                found.append(evaluated())
         finally:
             _replicates.reset(token)
     return torch.stack(found)

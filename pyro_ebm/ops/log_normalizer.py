@@ -12,7 +12,7 @@ weights may not exist, parameters that have moved, and what the estimator itself
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ class LogNormalizer:
             a start miss the same modes, so that their agreement says little.
         remarks: What else speaks against the error bar, a sentence each.
         parameters: The tensors the estimate depends on; their versions are recorded now.
+        serve: Called with the number of rows of one law that a model subtracts the value for.
 
     Example:
         >>> import torch
@@ -69,6 +70,7 @@ class LogNormalizer:
     start: str | None = None
     remarks: tuple[str, ...] = ()
     parameters: tuple[Tensor, ...] = field(default=(), repr=False)
+    serve: Callable[[Tensor], None] | None = field(default=None, repr=False)
     _versions: tuple[int, ...] = field(default=(), init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -148,7 +150,7 @@ class LogNormalizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies restart torch's version counters, so freshness travels as a flag."""
-        return {**self.__dict__, "_versions": self.is_stale}
+        return {**self.__dict__, "_versions": self.is_stale, "serve": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from pyro_ebm.mcmc.targets.captured import CapturedPotential
 from pyro_ebm.mcmc.targets.target import Target, Values
 from pyro_ebm.ops.arguments import whole
 from pyro_ebm.ops.rng import rng_preserved
+from pyro_ebm.ops.watch import listening
 
 _NUM_PROBES = 500
 _STRETCH = 1.25  # of draws, to look beyond them
@@ -105,7 +107,7 @@ class MCMC:
         self._draws = torch.empty(0)
         self._stats: dict[str, Tensor] = {}
         self._num_kept = 0
-        self._edges: list[str] = []
+        self._probed: list[str] = []
 
     # --- running
 
@@ -156,7 +158,7 @@ class MCMC:
             except KeyboardInterrupt:
                 self.interrupted = True
         self._warn_of_lost_chains()
-        self._edges = self._nan_edges()
+        self._probed = self._nan_edges() + self._overserved()
         for doubt in self.doubts():
             warnings.warn(doubt, ApproximateSampleWarning, stacklevel=2)
         self.seconds = time.perf_counter() - started
@@ -172,7 +174,7 @@ class MCMC:
     def _keep_nothing(self, target: Target, state: State) -> None:
         self.target, self.state, self.interrupted = target, None, False
         self._draws = state.position.new_empty(self.num_chains, self.num_samples, target.dim)
-        self._stats, self._num_kept, self._edges = {}, 0, []
+        self._stats, self._num_kept, self._probed = {}, 0, []
 
     def _warm_up(
         self, potential: CapturedPotential, state: State, num_steps: int, bar: Any
@@ -229,8 +231,7 @@ class MCMC:
             return []
         q = self.positions()[1]
         centre = q.flatten(0, 1).median(0).values
-        num_looks = min(q.shape[1], max(1, _NUM_PROBES // self.num_chains))
-        looks = torch.linspace(0, q.shape[1] - 1, num_looks).long().tolist()
+        looks = self._spread_over(q)
         try:
             with torch.no_grad(), pyro.validation_enabled(is_validate=False):
                 far = [self.target.potential(centre + _STRETCH * (q[:, i] - centre)) for i in looks]
@@ -246,6 +247,30 @@ class MCMC:
             "them, nearer to the posterior (no target_accept_prob helps); else look for NaN in the "
             "model"
         ]
+
+    def _overserved(self) -> list[str]:
+        """Says of which log Z the error counts, in as many rows as there are, at the draws.
+
+        A replayed potential tells nobody for how many rows log Z is subtracted.
+        """
+        if self.target is None or not self._num_kept or not self.kernel.knows_potential:
+            return []
+        q = self.positions()[1]
+        with (
+            suppress(torch.linalg.LinAlgError),
+            listening() as heard,
+            torch.no_grad(),
+            pyro.validation_enabled(is_validate=False),
+        ):
+            for i in self._spread_over(q):
+                self.target.potential(q[:, i])
+                if not heard:  # by far the most models
+                    return []
+        return [doubt for watch, values in heard.items() if (doubt := watch.doubt(values))]
+
+    def _spread_over(self, q: Tensor) -> list[int]:
+        num_looks = min(q.shape[1], max(1, _NUM_PROBES // self.num_chains))
+        return torch.linspace(0, q.shape[1] - 1, num_looks).long().tolist()
 
     def _keep(self, i: int, state: State, info: Info) -> None:
         self._draws[:, i] = state.position
@@ -327,7 +352,7 @@ class MCMC:
         """Returns what kernel and density leave in doubt of the kept draws, a sentence each."""
         if not self._num_kept:
             return []
-        return [*self.kernel.doubts(self.diagnostics()), *self._edges]
+        return [*self.kernel.doubts(self.diagnostics()), *self._probed]
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Returns the statistics of every kept draw, ``(num_chains, draws)``."""
