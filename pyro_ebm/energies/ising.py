@@ -3,9 +3,10 @@ r"""The Ising model on a lattice.
 .. math:: E(s) = -K \sum_{<ij>} s_i s_j - H \sum_i s_i, \qquad s_i \in \{-1, +1\},
 
 each bond counted once. Log Z is exact on a torus without a field (Kaufman's formula, any size) and
-on narrow lattices (transfer matrix), and only there; so are draws by the transfer matrix. What is
-ferromagnetic, :math:`K \ge 0`, can be drawn exactly by coupling from the past on any lattice, in a
-time that explodes beyond the critical coupling :math:`\log(1 + \sqrt 2) / 2 \approx .4407`.
+on narrow lattices (transfer matrix), and only there; so are draws by the transfer matrix. Others
+can be drawn exactly by coupling from the past, in a time that explodes beyond the critical coupling
+:math:`|K| = \log(1 + \sqrt 2) / 2 \approx .4407`: ferromagnets, :math:`K \ge 0`, on any lattice,
+antiferromagnets where every other spin can be turned over, on all but a torus with an odd side.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pyro_ebm.energies.exponential_family import ExponentialFamily
 from pyro_ebm.ops.constraints import event_support, spins
 from pyro_ebm.ops.coupling_from_the_past import ferromagnet
 from pyro_ebm.ops.kaufman import torus_log_normalizer
+from pyro_ebm.ops.staggered import turned
 from pyro_ebm.ops.swendsen_wang import swendsen_wang
 from pyro_ebm.ops.transfer_matrix import TransferMatrix
 
@@ -139,7 +141,7 @@ class Ising(ExponentialFamily):
         """Returns exact draws, ``shape + batch + (n, m)``.
 
         Raises:
-            ValueError: If the lattice is wide and a coupling is negative.
+            ValueError: If the lattice is a wide torus with an odd side and a coupling is negative.
             RuntimeError: If coupling from the past takes too long, as it does in large lattices
                 with couplings beyond the critical one.
         """
@@ -148,15 +150,32 @@ class Ising(ExponentialFamily):
             return drawn.mT if self._is_flat else drawn
         coupling, field = self._pair()
         batch = torch.Size(shape) + coupling.shape
-        return ferromagnet(
-            coupling.expand(batch), field.expand(batch), self.event_shape, periodic=self.periodic
+        signs = turned(coupling, self.event_shape, periodic=self.periodic)
+        drawn = ferromagnet(
+            coupling.abs().expand(batch),
+            signs * field[..., None, None],
+            self.event_shape,
+            periodic=self.periodic,
         )
+        return signs * drawn
 
     def sweep(self, x: Tensor, num_sweeps: int) -> Tensor:
-        """Returns lattices after Swendsen-Wang sweeps; couplings are not negative."""
+        """Returns lattices after Swendsen-Wang sweeps.
+
+        Raises:
+            ValueError: If a coupling is negative on a torus with an odd side.
+        """
         coupling, field = self._pair()
-        with_field = field if "field" in self.coefficients else None
-        return swendsen_wang(x, coupling, with_field, periodic=self.periodic, num_sweeps=num_sweeps)
+        signs = turned(coupling, self.event_shape, periodic=self.periodic)
+        at_spins = signs * field[..., None, None] if "field" in self.coefficients else None
+        moved = swendsen_wang(
+            signs.to(x.dtype) * x,
+            coupling.abs(),
+            at_spins,
+            periodic=self.periodic,
+            num_sweeps=num_sweeps,
+        )
+        return signs.to(x.dtype) * moved
 
     def _pair(self) -> tuple[Tensor, Tensor]:
         coupling = self.coupling

@@ -41,7 +41,7 @@ def at_most(num_sweeps: int) -> Iterator[None]:
 
     Example:
         >>> with at_most(64):
-        ...     x = ferromagnet(torch.zeros(5), torch.zeros(5), torch.Size([3, 4]), periodic=True)
+        ...     x = ferromagnet(torch.zeros(5), torch.zeros(()), torch.Size([3, 4]), periodic=True)
     """
     token = _most.set(num_sweeps)
     try:
@@ -63,7 +63,7 @@ def ferromagnet(
 
     Args:
         coupling: K, one per lattice, none negative.
-        field: H, of the same shape.
+        field: H at every spin, broadcasting with ``coupling.shape + shape``.
         shape: ``(n, m)``.
         periodic: Whether the lattice is a torus.
         most: Sweeps after which to give up; :data:`MAX_SWEEPS`, or those of :func:`at_most`.
@@ -74,19 +74,18 @@ def ferromagnet(
 
     Example:
         >>> _ = torch.manual_seed(0)
-        >>> ferromagnet(torch.zeros(5), torch.zeros(5), torch.Size([3, 4]), periodic=True).shape
+        >>> ferromagnet(torch.zeros(5), torch.zeros(()), torch.Size([3, 4]), periodic=True).shape
         torch.Size([5, 3, 4])
     """
     if bool((coupling < 0).any()):
         raise ValueError(
-            "coupling from the past needs couplings that are not negative: give the coupling a "
-            "prior on the positive numbers, or the energy another kernel, or use posterior(..., "
-            "method='generalized')"
+            "coupling from the past needs couplings that are not negative: turn every other spin"
         )
     most = _most.get() if most is None else most
     colors = _colors(shape, periodic=periodic).to(coupling.device)
     batch = coupling.reshape(-1)
-    bath = _HeatBath(batch, field.reshape(-1), colors, periodic=periodic)
+    field = field.expand(coupling.shape + shape).reshape(-1, *shape)
+    bath = _HeatBath(batch, field, colors, periodic=periodic)
     result = torch.empty((len(batch), *shape), dtype=coupling.dtype, device=coupling.device)
     seeds: list[int] = []
     pending = torch.arange(len(batch), device=coupling.device)
@@ -109,7 +108,7 @@ class _HeatBath:
 
     def __init__(self, coupling: Tensor, field: Tensor, colors: Tensor, *, periodic: bool) -> None:
         self.coupling = coupling[:, None, None]
-        self.field = field[:, None, None]
+        self.field = field
         self.colors = colors
         self.periodic = periodic
 

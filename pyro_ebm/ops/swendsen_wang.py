@@ -1,9 +1,9 @@
 r"""Swendsen–Wang sweeps of ferromagnetic Ising lattices: whole clusters turn over at once.
 
 Between equal neighbors a bond is laid with probability :math:`1 - e^{-2K}`; every cluster of
-spins joined by bonds then takes a new sign by itself, with a field H up with probability
-:math:`\sigma(2 H |cluster|)`. The law of the lattice is kept, and near the critical coupling, where
-single flips need :math:`n^2` sweeps and more, a handful decorrelates it.
+spins joined by bonds then takes a new sign by itself, with fields H up with probability
+:math:`\sigma(2 \sum_{i \in cluster} H_i)`. The law of the lattice is kept, and near the critical
+coupling, where single flips need :math:`n^2` sweeps and more, a handful decorrelates it.
 
 Reference:
     Swendsen, Wang, Nonuniversal critical dynamics in Monte Carlo simulations, Physical Review
@@ -28,7 +28,7 @@ def swendsen_wang(
     Args:
         x: Spins -1 and +1, ``batch + (n, m)``.
         coupling: K, broadcasting with ``batch``, none negative.
-        field: H, likewise; 0 if not given.
+        field: H at every spin, broadcasting with ``x``; 0 if not given.
         periodic: Whether the lattice is a torus.
         num_sweeps: Sweeps.
 
@@ -43,14 +43,12 @@ def swendsen_wang(
     """
     if bool((coupling < 0).any()):
         raise ValueError(
-            "Swendsen-Wang sweeps need couplings that are not negative: give the coupling a prior "
-            "on the positive numbers, or the energy another kernel, or use posterior(..., "
-            "method='generalized')"
+            "Swendsen-Wang sweeps need couplings that are not negative: turn every other spin"
         )
     batch, shape = x.shape[:-2], x.shape[-2:]
     flat = x.reshape((-1,) + shape)
     laid = -torch.expm1(-2.0 * coupling.double()).expand(batch).reshape(-1, 1, 1)
-    h = None if field is None else field.double().expand(batch).reshape(-1, 1, 1)
+    h = None if field is None else field.double().expand(x.shape).reshape(flat.shape)
     for _ in range(num_sweeps):
         bonds = (_bonds(flat, laid, dim, periodic) for dim in (-1, -2))
         number, labels = _clusters(*bonds)
@@ -86,6 +84,6 @@ def _signs(number: int, labels: Tensor, field: Tensor | None) -> Tensor:
     if field is None:
         up = (u < 0.5)[labels]
     else:
-        size = torch.bincount(labels.flatten()).double()[labels]
-        up = u[labels] < torch.sigmoid(2.0 * field * size)
+        total = torch.bincount(labels.flatten(), weights=field.flatten())
+        up = (u < torch.sigmoid(2.0 * total))[labels]
     return torch.where(up, 1.0, -1.0)

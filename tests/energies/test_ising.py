@@ -84,7 +84,7 @@ def test_draws_by_the_transfer_matrix_are_exact(shape, periodic, field):
 def test_draws_from_the_past_are_exact(shape, periodic, field):
     energy = made(shape, periodic, field)
     coupling = numbers(0.4).expand(5000)
-    h = torch.full_like(coupling, field or 0.0)
+    h = torch.tensor(field or 0.0, dtype=coupling.dtype)
     x = ferromagnet(coupling, h, torch.Size(shape), periodic=periodic)
     assert abs(chi_square(x, energy, 0)) < 5
 
@@ -101,6 +101,35 @@ def test_cluster_sweeps_keep_exact_draws(shape, periodic, field):
     other = swendsen_wang(x, numbers(0.45)[0], h, periodic=periodic, num_sweeps=2)
     assert abs(drift(other, x, energy)) > 5  # a coupling off by an eighth is seen
     assert abs(drift(moved, x, energy)) < 5
+
+
+def largest_shift(x, energy, which):
+    """Of the mean statistics against the sum over all lattices, in standard errors."""
+    states = all_lattices(energy.event_shape)
+    p, t = (-energy(states[:, None])[:, which]).softmax(0), energy.statistics(states)
+    mean = p @ t
+    variance = p @ (t - mean).square()
+    return float(((energy.statistics(x).mean(0) - mean) / (variance / len(x)).sqrt()).abs().max())
+
+
+EVEN = [case for case in SHAPES if not case[1] or all(size % 2 == 0 for size in case[0])]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize(("shape", "periodic"), [*EVEN, ((4, 4), True)])
+def test_antiferromagnets_are_drawn_and_swept_beside_ferromagnets(
+    shape, periodic, field, monkeypatch
+):
+    monkeypatch.setattr(Ising, "_is_narrow", False)  # else by the transfer matrix
+    energy = Ising(numbers(-0.3, 0.2), shape, field=field, periodic=periodic)
+    x = energy.sample((10_000,))
+    moved = energy.sweep(x, 2)
+    for which in range(2):
+        assert abs(chi_square(x[:, which], energy, which)) < 5
+        assert abs(chi_square(moved[:, which], energy, which)) < 5
+        assert largest_shift(x[:, which], energy, which) < 5
+        assert largest_shift(moved[:, which], energy, which) < 5
+    assert bool((moved != x).any())
 
 
 def drift(moved, x, energy):
@@ -192,18 +221,28 @@ BAD = {
         "known on a torus without a field only",
     ),
     "negative": (
-        lambda: Ising(-0.1, (20, 20)).sample(),
+        lambda: Ising(-0.1, (20, 21)).sample(),
         ValueError,
         "couplings that are not negative",
     ),
+    "negative past": (
+        lambda: ferromagnet(-torch.ones(1), torch.zeros(()), torch.Size([4, 4]), periodic=True),
+        ValueError,
+        "couplings that are not negative: turn every other spin",
+    ),
+    "negative cluster sweeps": (
+        lambda: swendsen_wang(torch.ones(4, 4), -torch.ones(()), periodic=True),
+        ValueError,
+        "couplings that are not negative: turn every other spin",
+    ),
     "negative clusters": (
-        lambda: Ising(-0.1, (20, 20)).sweep(torch.ones(20, 20), 1),
+        lambda: Ising(-0.1, (21, 20)).sweep(torch.ones(21, 20), 1),
         ValueError,
         "couplings that are not negative",
     ),
     "frozen": (
         lambda: ferromagnet(
-            torch.tensor([2.0]), torch.zeros(1), torch.Size([20, 20]), periodic=True, most=64
+            torch.tensor([2.0]), torch.zeros(()), torch.Size([20, 20]), periodic=True, most=64
         ),
         RuntimeError,
         "1 of 1 lattices did not couple within 64 sweeps, couplings up to 2",
@@ -229,7 +268,7 @@ def test_the_past_is_the_same_past(monkeypatch):
 
     monkeypatch.setattr(coupling_from_the_past._HeatBath, "run", noted)
     coupling = numbers(0.5).expand(20)
-    ferromagnet(coupling, torch.zeros_like(coupling), torch.Size([4, 4]), periodic=True)
+    ferromagnet(coupling, torch.zeros(()), torch.Size([4, 4]), periodic=True)
     assert len(seen) > 3
     assert all(later[: len(sooner)] == sooner for sooner, later in itertools.pairwise(seen))
 
@@ -239,7 +278,7 @@ def test_lattices_that_have_met_stay_where_they_are():
     coupling, shape = numbers(0.3).expand(50), torch.Size([4, 4])
     colors = coupling_from_the_past._colors(shape, periodic=True)
     bath = coupling_from_the_past._HeatBath(
-        coupling, torch.zeros_like(coupling), colors, periodic=True
+        coupling, torch.zeros(50, *shape, dtype=F64), colors, periodic=True
     )
     met, state = bath.run(torch.arange(50), [1, 2, 3, 4])
     also, further = bath.run(torch.arange(50), [1, 2, 3, 4, 5])
