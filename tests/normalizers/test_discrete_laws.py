@@ -344,7 +344,7 @@ def flat(value):
 
 
 def antiferromagnet():
-    return EnergyDistribution(Ising(-0.3, (3, 3), periodic=False))
+    return EnergyDistribution(Ising(-0.3, (3, 3)))
 
 
 REFUSED = {
